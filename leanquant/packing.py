@@ -1,0 +1,279 @@
+"""Bit packing and the safetensors file format, both directions. No model code, no calibration.
+
+A quantized linear `X` is stored as `X.weight_codes` (uint8, packed) with either `X.quant_grid` (fp16/bf16 [O, K],
+the levels of each row) or `X.scale` (fp16 [O, G]) and `X.zero` (uint8 [O, G]): level k of group g is
+scale (k - zero). Every other tensor stands under its usual name. Metadata is ONE key, `leanquant`, of sorted JSON,
+because a header with several keys is written in random order.
+Legend: O rows, I columns, K = 2**bits levels, G groups.
+"""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Iterable, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .errors import InputError
+
+FORMAT_VERSION = 1
+CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
+
+
+# --- codes -----------------------------------------------------------------------------------------------------
+
+
+def pack_codes(codes: torch.Tensor, bits: int, layout: str = "dense") -> torch.Tensor:
+    """Pack uint8 codes [O, I] of 0..2**bits-1 into bytes.
+
+    `dense`: [O, ceil(I bits / 8)], a bit stream, first code in the lowest bits; at 4 bits the same as `nibble`:
+    [O, ceil(I / 2)], byte j = code[2j] << 4 | code[2j+1], whatever the bits (the published layout).
+    """
+    if layout == "nibble" or bits == 4:
+        high, low = _padded(codes, 2).view(len(codes), -1, 2).unbind(2)
+        return high << 4 | low
+    # 8 codes make `bits` whole bytes.
+    groups = _padded(codes, 8).view(len(codes), -1, 8).int()
+    words = (groups << (bits * torch.arange(8, dtype=torch.int32, device=codes.device))).sum(2, dtype=torch.int32)
+    stream = words.unsqueeze(2) >> (8 * torch.arange(bits, dtype=torch.int32, device=codes.device))
+    return (stream & 255).to(torch.uint8).flatten(1)[:, : packed_width(codes.shape[1], bits)].contiguous()
+
+
+def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
+    """Invert `pack_codes`: uint8 [O, columns]. The layout is told by the packed width."""
+    if layout_of(packed.shape[1], bits, columns) == "nibble":
+        return torch.stack([packed >> 4, packed & 15], 2).flatten(1)[:, :columns].contiguous()
+    stream = _padded(packed, bits).view(len(packed), -1, bits).int()
+    words = (stream << (8 * torch.arange(bits, dtype=torch.int32, device=packed.device))).sum(2, dtype=torch.int32)
+    codes = words.unsqueeze(2) >> (bits * torch.arange(8, dtype=torch.int32, device=packed.device))
+    return (codes & (2**bits - 1)).to(torch.uint8).flatten(1)[:, :columns].contiguous()
+
+
+def packed_width(columns: int, bits: int, layout: str = "dense") -> int:
+    """Bytes a row of `columns` codes takes."""
+    return (columns + 1) // 2 if layout == "nibble" else (columns * bits + 7) // 8
+
+
+def layout_of(width: int, bits: int, columns: int) -> str:
+    """`nibble` or `dense`, from the packed width of a row. Raises InputError if it is neither."""
+    if width == packed_width(columns, bits, "nibble"):
+        return "nibble"  # also 4-bit dense, which is the same layout
+    if width == packed_width(columns, bits):
+        return "dense"
+    raise InputError(
+        f"codes of {width} bytes a row hold neither {columns} nibbles nor {columns} codes of {bits} bits: "
+        "the file does not belong to this base model"
+    )
+
+
+def _padded(rows: torch.Tensor, multiple: int) -> torch.Tensor:
+    return torch.nn.functional.pad(rows, (0, -rows.shape[1] % multiple))
+
+
+# --- one linear ------------------------------------------------------------------------------------------------
+
+
+class PackedLinear(NamedTuple):
+    """A quantized linear as stored: codes uint8 [O, width] and either grid [O, K], or scale and zero [O, G]."""
+
+    codes: torch.Tensor
+    grid: torch.Tensor | None = None
+    scale: torch.Tensor | None = None
+    zero: torch.Tensor | None = None
+
+    def named(self, linear: str) -> dict[str, torch.Tensor]:
+        """The tensors as the file names them, for the module path `linear`."""
+        tensors = {CODES: self.codes, GRID: self.grid, SCALE: self.scale, ZERO: self.zero}
+        return {linear + suffix: t.contiguous() for suffix, t in tensors.items() if t is not None}
+
+    def levels(self, bits: int) -> torch.Tensor:
+        """Float32 levels [O, G, K] (G = 1 for a grid)."""
+        if self.grid is not None:
+            return self.grid.float().unsqueeze(1)
+        steps = torch.arange(2**bits, device=self.scale.device, dtype=torch.float32)
+        return self.scale.float().unsqueeze(2) * (steps - self.zero.float().unsqueeze(2))
+
+    def dequantize(self, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        """The weight [O, columns] in `dtype`: levels[codes]."""
+        levels = self.levels(bits).to(dtype)
+        codes = unpack_codes(self.codes, bits, columns).long()
+        O, G, K = levels.shape
+        if codes.numel() and int(codes.max()) >= K:
+            raise InputError(f"a code is not below {K}, the number of levels: the file is damaged")
+        return levels.gather(2, codes.view(O, G, columns // G)).view(O, columns)
+
+
+# --- files -----------------------------------------------------------------------------------------------------
+
+
+class Checkpoint:
+    """The tensors of a model by name, read one at a time: a safetensors file, several, or a folder of shards."""
+
+    def __init__(self, files: Iterable[Path]):
+        self.files: dict[str, Path] = {}  # tensor name -> file
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}  # safetensors' names: F16, BF16, U8, ...
+        self.settings: dict = {}  # the `leanquant` metadata, if any
+        for file in files:
+            self._read_header(Path(file))
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Checkpoint":
+        """`path` is a .safetensors file or a model folder. Raises InputError for anything unreadable."""
+        path = Path(path)
+        if path.is_file():
+            return cls([path])
+        if not path.is_dir():
+            raise InputError(f"{path} does not exist: give a .safetensors file or a model folder")
+        index = path / "model.safetensors.index.json"
+        if index.is_file():
+            checkpoint = cls(_shards_of(index))
+        elif (path / "model.safetensors").is_file():
+            checkpoint = cls([path / "model.safetensors"])
+        else:
+            pickles = [*path.glob("pytorch_model*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
+            remedy = (
+                f"only pickled weights ({pickles[0].name}), which can run code when loaded: convert them once with "
+                "transformers' save_pretrained, which writes safetensors"
+                if pickles
+                else "no model.safetensors and no model.safetensors.index.json: is it a model folder?"
+            )
+            raise InputError(f"{path} holds {remedy}")
+        return checkpoint
+
+    def _read_header(self, file: Path) -> None:
+        try:
+            with safe_open(file, "pt") as f:
+                for name in f.keys():
+                    piece = f.get_slice(name)
+                    self.files[name], self.shapes[name], self.dtypes[name] = file, tuple(piece.get_shape()), piece.get_dtype()
+                self.settings = json.loads((f.metadata() or {}).get("leanquant", "null")) or self.settings
+        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+            raise InputError(f"{file} is not a complete safetensors file ({error}): download or copy it again") from None
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def get(self, name: str) -> torch.Tensor:
+        """A copy in host memory, so that no page of the file stays mapped."""
+        if name not in self.files:
+            raise InputError(f"the checkpoint has no tensor {name}: it does not match its config.json")
+        with safe_open(self.files[name], "pt") as f:
+            return f.get_tensor(name).clone()
+
+    def check_finite(self) -> None:
+        """Read everything once. Raises InputError with the name of a tensor that holds NaN or infinity."""
+        for name in self.files:
+            tensor = self.get(name)
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                raise InputError(f"{self.files[name].name}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
+
+    # A quantized model reads as a plain one through the same three methods.
+
+    def is_quantized(self, linear: str) -> bool:
+        return linear + CODES in self
+
+    @property
+    def quantized(self) -> list[str]:
+        """Module paths of the quantized linears."""
+        return [name.removesuffix(CODES) for name in self.shapes if name.endswith(CODES)]
+
+    def bits_of(self, linear: str) -> int:
+        """Bits of a quantized linear: from its grid's width, or from the settings for an affine one."""
+        if linear + GRID in self:
+            return self.shapes[linear + GRID][1].bit_length() - 1
+        if "bits" not in self.settings:
+            raise InputError("an affine file without its leanquant metadata does not say its bits: quantize again")
+        return self.settings["bits"]
+
+    def packed(self, linear: str) -> PackedLinear:
+        get = lambda suffix: self.get(linear + suffix) if linear + suffix in self else None  # noqa: E731
+        return PackedLinear(self.get(linear + CODES), get(GRID), get(SCALE), get(ZERO))
+
+    def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Tensor `name` in `dtype`, dequantized if it is the weight of a quantized linear. `shape` is what must come out."""
+        linear = name.removesuffix(".weight")
+        if name not in self and self.is_quantized(linear):
+            tensor = self.packed(linear).dequantize(self.bits_of(linear), shape[1], dtype)
+        else:
+            tensor = self.get(name).to(dtype)
+        if tensor.shape != torch.Size(shape):
+            raise InputError(f"tensor {name} is {list(tensor.shape)} where the config wants {list(shape)}: wrong base model?")
+        return tensor
+
+
+def _shards_of(index: Path) -> list[Path]:
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError):
+        raise InputError(f"{index} is not a readable index: download it again") from None
+    shards = [index.parent / name for name in names]
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise InputError(f"{index.parent} lacks {', '.join(missing)}, named in its index: download the missing shard")
+    return shards
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def merge_files(parts: Iterable[Path], out: Path, settings: dict | None) -> None:
+    """Join safetensors files into one, streaming: memory stays at one copy buffer. Complete or absent, never partial.
+
+    The order is safetensors' own (widest dtype first, then by name), so that the bytes equal those of its save_file.
+    """
+    entries = []  # (width, name, header entry, file, begin, length)
+    for part in parts:
+        header, data_start = _raw_header(part)
+        for name, entry in header.items():
+            if name != "__metadata__":
+                begin, end = entry["data_offsets"]
+                entries.append((-_WIDTH[entry["dtype"]], name, entry, part, data_start + begin, end - begin))
+    entries.sort(key=lambda e: e[:2])
+    header, offset = {}, 0
+    if settings is not None:
+        header["__metadata__"] = {"leanquant": json.dumps(settings, sort_keys=True)}
+    for _, name, entry, _, _, length in entries:
+        header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [offset, offset + length]}
+        offset += length
+    blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    blob += b" " * (-len(blob) % 8)
+    partial = out.with_name(out.name + ".tmp")
+    with open(partial, "wb") as target:
+        target.write(struct.pack("<Q", len(blob)) + blob)
+        for _, _, _, part, begin, length in entries:
+            _copy_bytes(part, begin, length, target)
+        target.flush()
+        os.fsync(target.fileno())
+    os.replace(partial, out)
+    sync_folder(out.parent)
+
+
+_WIDTH = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+_WIDTH |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+
+
+def _raw_header(file: Path) -> tuple[dict, int]:
+    with open(file, "rb") as f:
+        length = struct.unpack("<Q", f.read(8))[0]
+        return json.loads(f.read(length)), 8 + length
+
+
+def _copy_bytes(source: Path, begin: int, length: int, target, buffer: int = 2**24) -> None:
+    with open(source, "rb") as f:
+        f.seek(begin)
+        while length:
+            piece = f.read(min(buffer, length))
+            target.write(piece)
+            length -= len(piece)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

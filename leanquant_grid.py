@@ -1,0 +1,292 @@
+"""Grids: weights and their sensitivity in, quantization levels out.
+
+Three grids, all learned for every row (or every group of a row) at once, on any device:
+
+* `kmeans_levels`   non-uniform, 2**bits free levels a row: weighted 1-D k-means (paper, section 3.2.1);
+* `affine_search`   a scale and an integer zero point that minimise the weighted error over the paper's
+                    (T/2)^2 shrunken ranges (section 3.2.2);
+* `minmax_affine`   the scale and zero point of GPTQ and of round-to-nearest.
+
+This file knows tensors and numbers only: no model, no settings object, no file format.
+Legend: O rows, I columns, n points of a row or group, K = 2**bits levels, m bins, T partitions.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+# Smallest positive number that fp16, the stored dtype of scales, can hold.
+MIN_SCALE = 2.0**-24
+# Differences of float64 prefix sums below this share of their total are rounding noise.
+NOISE = 1e-14
+
+
+def sensitivity(U: torch.Tensor, exponent: float) -> torch.Tensor:
+    """How much the loss minds an error in each column: a_i = U_ii^-exponent, geometric mean 1.
+
+    `U` [I, I] is the upper Cholesky factor of the inverse damped Hessian in the solver's order, as in the
+    published code; the paper (section 3.2) writes diag(H^-1)^-p. Returns float64 [I]. Computed through
+    logarithms, because 1e-10 ** -4 overflows float32, and limited to e^+-60.
+    """
+    log_diagonal = U.diagonal().double().log()
+    return ((log_diagonal.mean() - log_diagonal) * exponent).clamp(-60, 60).exp()
+
+
+# --- non-uniform -----------------------------------------------------------------------------------------------
+
+
+def kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, bins: int = 128) -> torch.Tensor:
+    """Levels that minimise sum_i a_i (w_i - nearest level)^2, for each row of `W` [O, I]; `a` [I] or [O, I] > 0.
+
+    Returns ascending float32 [O, K]. Exact dynamic program on `bins` adaptive bins, then Lloyd's iteration on
+    the points themselves: within 0.1 % of the global optimum on average at 128 bins, exact where I <= bins.
+    Constant rows and rows with fewer than K distinct values get repeated levels.
+    """
+    K, bins = 2**bits, min(bins, W.shape[1])
+    chunk = max(1, 2**25 // W.shape[1])
+    return torch.cat([_kmeans_rows(rows, a_rows, K, bins) for rows, a_rows in _row_chunks(W, a, chunk)])
+
+
+def _row_chunks(W: torch.Tensor, a: torch.Tensor, chunk: int):
+    a = a.expand_as(W)
+    for start in range(0, len(W), chunk):
+        yield W[start : start + chunk].float(), a[start : start + chunk]
+
+
+class _Sorted(NamedTuple):
+    """Rows sorted ascending, with float64 prefix sums from which any run [i, j) of points is judged.
+
+    w [R, n]; A [R, n+1] sums of a; B [R, n+1] sums of a (w - center); center [R, 1], the weighted mean:
+    centering keeps the differences of B exact enough.
+    """
+
+    w: torch.Tensor
+    A: torch.Tensor
+    B: torch.Tensor
+    a: torch.Tensor
+    center: torch.Tensor
+
+
+def _sort_rows(W: torch.Tensor, a: torch.Tensor, centered: bool) -> _Sorted:
+    w, order = W.sort(dim=1)
+    a = a.gather(1, order).double()
+    A = torch.nn.functional.pad(a.cumsum(1), (1, 0))
+    center = (a * w).sum(1, keepdim=True) / A[:, -1:] if centered else torch.zeros_like(A[:, :1])
+    B = torch.nn.functional.pad((a * (w - center)).cumsum(1), (1, 0))
+    return _Sorted(w, A, B, a, center)
+
+
+def _kmeans_rows(W: torch.Tensor, a: torch.Tensor, K: int, bins: int) -> torch.Tensor:
+    s = _sort_rows(W, a, centered=True)
+    borders = _best_borders(s, _candidate_borders(s, bins), K)
+    return _lloyd(s, borders).float()
+
+
+def _candidate_borders(s: _Sorted, m: int) -> torch.Tensor:
+    """Where clusters may begin: positions [R, m+1] in the sorted row, first 0, last n.
+
+    Equal quantiles of a measure that is large where neighbouring points are heavy and far apart:
+    (sqrt(h) gap)^(2/3), h = a_i a_{i+1} / (a_i + a_{i+1}), plus a floor of 1 % of its mean.
+    """
+    n = s.w.shape[1]
+    if n <= m:
+        return torch.arange(n + 1, device=s.w.device).expand(len(s.w), -1)
+    left, right = s.a[:, :-1], s.a[:, 1:]
+    gap = s.w.diff(dim=1).double()
+    measure = (left * right / (left + right) * gap.square()).float().pow(1 / 3)
+    measure = measure.cumsum(1, dtype=torch.float64)
+    measure += 0.01 * measure[:, -1:] * torch.linspace(1 / (n - 1), 1, n - 1, device=s.w.device, dtype=torch.float64)
+    quantiles = measure[:, -1:] * torch.linspace(0, 1, m + 1, device=s.w.device, dtype=torch.float64)[1:-1]
+    inner = torch.searchsorted(measure, quantiles).clamp_(max=n - 2) + 1  # a border lies after its gap
+    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0), value=0), (0, 1), value=n)
+
+
+def _best_borders(s: _Sorted, candidates: torch.Tensor, K: int) -> torch.Tensor:
+    """The K - 1 candidates that minimise the k-means cost exactly: positions [R, K+1] with both ends.
+
+    F_t[j] = max_i F_{t-1}[i] + (B_j - B_i)^2 / (A_j - A_i). The argmax is recomputed on the way back for
+    one j a row, which is cheaper than an argmax over everything on the way there.
+    """
+    A, B = s.A.gather(1, candidates), s.B.gather(1, candidates)
+    m1 = A.shape[1]
+    # The table [rows, m+1, m+1] of gains is read K times: it should stay in the cache of a core. Its memory is
+    # allocated once, because fresh pages cost more than the arithmetic.
+    rows = max(1, (2**18 if A.device.type == "cpu" else 2**27) // m1**2)
+    wide = torch.empty(2, min(rows, len(A)), m1, m1, dtype=torch.float64, device=A.device)
+    narrow = torch.empty_like(wide, dtype=torch.float32)
+    backward = torch.ones(m1, m1, dtype=torch.bool, device=A.device).tril(-1)
+    paths = []
+    for A_rows, B_rows in zip(A.split(rows), B.split(rows), strict=True):
+        gains, table = _run_gains(A_rows, B_rows, wide[:, : len(A_rows)], narrow[:, : len(A_rows)])
+        paths.append(_best_path(gains.masked_fill_(backward, -math.inf), table, K))
+    return candidates.gather(1, torch.cat(paths))
+
+
+def _run_gains(A: torch.Tensor, B: torch.Tensor, wide: torch.Tensor, narrow: torch.Tensor) -> torch.Tensor:
+    """What the run i..j saves when one level at its mean replaces the overall mean: dB^2 / dA, float32 [R, m+1, m+1].
+
+    The differences are taken in float64. A floor of rounding size on dA makes runs without weight save nothing.
+    Returns `narrow`, overwritten: the gains and a scratch table.
+    """
+    torch.sub((A + NOISE * A[:, -1:])[:, None, :], A[:, :, None], out=wide[0])
+    torch.sub(B[:, None, :], B[:, :, None], out=wide[1])
+    narrow.copy_(wide)
+    narrow[1].square_()
+    torch.div(narrow[1], narrow[0], out=narrow[0])
+    return narrow
+
+
+def _best_path(gains: torch.Tensor, table: torch.Tensor, K: int) -> torch.Tensor:
+    """Indices [R, K+1] of the K - 1 inner borders that `gains` [R, m+1, m+1] make best, with 0 and m at the ends."""
+    F = [gains[:, 0]]
+    for _ in range(K - 2):
+        F.append(torch.add(F[-1].unsqueeze(2), gains, out=table).amax(1))
+    j = torch.full((len(gains), 1), gains.shape[1] - 1, device=gains.device)
+    path = [j]
+    for best_to in reversed(F):
+        to_j = gains.gather(2, j.unsqueeze(1).expand(-1, gains.shape[1], -1)).squeeze(2)
+        j = (best_to + to_j).argmax(1, keepdim=True)
+        path.append(j)
+    path.append(torch.zeros_like(j))
+    return torch.cat(path[::-1], 1)
+
+
+def _cluster_means(s: _Sorted, borders: torch.Tensor) -> torch.Tensor:
+    """Weighted mean of each run [R, K], kept inside its run so that levels ascend; an empty run takes its border."""
+    n = s.w.shape[1]
+    A, B = s.A.gather(1, borders), s.B.gather(1, borders)
+    means = B.diff(dim=1) / A.diff(dim=1).clamp(min=1e-300) + s.center
+    low = s.w.gather(1, borders[:, :-1].clamp(max=n - 1)).double()
+    high = s.w.gather(1, (borders[:, 1:] - 1).clamp(min=0)).double()
+    return torch.minimum(torch.maximum(means, low), torch.maximum(low, high))
+
+
+def _lloyd(s: _Sorted, borders: torch.Tensor, max_steps: int = 100) -> torch.Tensor:
+    """Lloyd's iteration from `borders` until no point changes its level. Returns levels [R, K] in float64."""
+    levels = _cluster_means(s, borders)
+    active = torch.arange(len(s.w), device=s.w.device)
+    for _ in range(max_steps):
+        live = _Sorted(*(t[active] for t in s)) if len(active) < len(s.w) else s
+        now = levels[active]
+        inner = torch.searchsorted(live.w, ((now[:, 1:] + now[:, :-1]) / 2).float(), right=True)
+        moved_borders = torch.cat([borders[active][:, :1], inner, borders[active][:, -1:]], 1)
+        moved = (moved_borders != borders[active]).any(1)
+        active = active[moved]
+        if not len(active):
+            break
+        borders = borders.index_copy(0, active, moved_borders[moved])
+        levels[active] = _cluster_means(_Sorted(*(t[moved] for t in live)), moved_borders[moved])
+    return levels
+
+
+# --- affine ----------------------------------------------------------------------------------------------------
+
+
+class Affine(NamedTuple):
+    """w ~ scale * (code - zero): scale float32 [...] that fp16 holds exactly, integer zero uint8 [...] in 0..K-1."""
+
+    scale: torch.Tensor
+    zero: torch.Tensor
+
+
+def affine_levels(affine: Affine, bits: int) -> torch.Tensor:
+    """The K equally spaced levels of each (scale, zero), ascending float32 [..., K]."""
+    codes = torch.arange(2**bits, device=affine.scale.device, dtype=torch.float32)
+    return affine.scale.unsqueeze(-1) * (codes - affine.zero.unsqueeze(-1).float())
+
+
+def stored_scale(scale: torch.Tensor) -> torch.Tensor:
+    """`scale` as the file will hold it (fp16, positive, finite), in its own dtype."""
+    return scale.clamp(MIN_SCALE, 65504).half().to(scale.dtype)
+
+
+def minmax_affine(W: torch.Tensor, bits: int, sym: bool = False) -> Affine:
+    """Scale and zero from each row's range, as in GPTQ: `W` [O, n] -> [O]. The range is widened to include 0."""
+    maxq = 2**bits - 1
+    low, high = W.amin(1).clamp(max=0).float(), W.amax(1).clamp(min=0).float()
+    if sym:
+        high = torch.maximum(low.abs(), high)
+        low = torch.where(low < 0, -high, low)
+    empty = (low == 0) & (high == 0)
+    low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
+    scale = stored_scale((high - low) / maxq)
+    zero = torch.full_like(scale, (maxq + 1) // 2) if sym else (-low / scale).round().clamp(0, maxq)
+    return Affine(scale, zero.to(torch.uint8))
+
+
+def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int = 2048, exhaustive: bool = False) -> Affine:
+    """The (scale, zero) of least sum_i a_i (w_i - q(w_i))^2 for each row of `W` [O, n]; `a` [n] or [O, n] > 0.
+
+    Candidates (paper, section 3.2.2): the row's range, widened to include 0, loses t_min R/T at its low end and
+    t_max R/T at its high end, 0 <= t_min, t_max < T/2 with T = `partitions`; scale S = fp16(rest / (K-1)), zero
+    Z = round(-low/S) clamped to 0..K-1. S depends on t = t_min + t_max alone, and all Z of an S are judged
+    together from prefix sums. `exhaustive` judges every distinct candidate: the exact minimum of the whole set.
+    Otherwise coarse to fine: every 16th t, then all within 15 of the 4 best. Ties go to the smallest t, then Z.
+    """
+    if partitions < 2 or partitions % 2:
+        raise ValueError(f"partitions must be even and at least 2, not {partitions}")
+    per_row = 16 * W.shape[1] + 40 * 2**bits * (partitions if exhaustive else 264)
+    chunk = max(1, (2**24 if W.device.type == "cpu" else 2**30) // per_row)
+    found = [_affine_rows(rows, a_rows, 2**bits, partitions, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)]
+    return Affine(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _affine_rows(W: torch.Tensor, a: torch.Tensor, K: int, T: int, exhaustive: bool) -> Affine:
+    s = _sort_rows(W, a, centered=False)
+    low, high = s.w[:, :1].double().clamp(max=0), s.w[:, -1:].double().clamp(min=0)
+    t = torch.arange(T - 1, device=W.device).expand(len(W), -1)
+    if not exhaustive and T > 64:
+        coarse = t[:, ::16]
+        gain, _ = _best_zero(s, low, high, coarse, K, T)
+        best = coarse.gather(1, gain.topk(4, dim=1).indices)
+        t = (best.unsqueeze(2) + torch.arange(-15, 16, device=W.device)).flatten(1).clamp(0, T - 2).sort(1).values
+    gain, zero = _best_zero(s, low, high, t, K, T)
+    # argmax promises nothing about ties: take the first of the largest.
+    first = torch.where(gain == gain.amax(1, keepdim=True), torch.arange(t.shape[1], device=W.device), t.shape[1])
+    first = first.amin(1, keepdim=True)
+    scale = _scales(low, high, t.gather(1, first), K, T)
+    return Affine(scale.squeeze(1).float(), zero.gather(1, first).squeeze(1).to(torch.uint8))
+
+
+def _scales(low, high, t, K: int, T: int) -> torch.Tensor:
+    return stored_scale((high - low) * (1 - t / T) / (K - 1))
+
+
+def _best_zero(s: _Sorted, low, high, t: torch.Tensor, K: int, T: int):
+    """For each t [R, N]: the largest gain (sum a w^2 minus the cost) over the reachable zeros, and that zero; [R, N].
+
+    With r = code - Z and borders S (r + 1/2), the run of points below border r has prefix sums PA_r, PB_r. Summing
+    by parts, gain(Z) = 2S (r_t B - sum PB_r) - S^2 (r_t^2 A - sum (2r+1) PA_r), r_t = K-1-Z, r from -Z to r_t - 1:
+    windows of one cumulative sum over r = -(K-1) .. K-2, so each Z costs O(1).
+    """
+    S = _scales(low, high, t, K, T)
+    r = torch.arange(1 - K, K - 1, device=t.device, dtype=torch.float64)
+    borders = (S.unsqueeze(2) * (r + 0.5)).float().flatten(1)
+    position = torch.searchsorted(s.w, borders)
+    PA = s.A.gather(1, position).view(*t.shape, -1)
+    PB = s.B.gather(1, position).view(*t.shape, -1)
+    S = S.unsqueeze(2)
+    sums = torch.nn.functional.pad((2 * PB - S * (2 * r + 1) * PA).cumsum(2), (1, 0))
+    windows = sums[..., K - 1 :] - sums[..., :K]  # [R, N, K], window k begins at r = k - (K-1), that is Z = K-1-k
+    top = torch.arange(K, device=t.device, dtype=torch.float64)  # r_t = k
+    A, B = s.A[:, -1].view(-1, 1, 1), s.B[:, -1].view(-1, 1, 1)
+    gain = S * (top * (2 * B - S * top * A) - windows)
+    gain = gain.flip(2).masked_fill(~_reachable_zeros(S, low, high, t, K, T), -math.inf)
+    best = gain.amax(2)
+    zeros = torch.arange(K, device=t.device)
+    return best, torch.where(gain == best.unsqueeze(2), zeros, K - 1).amin(2)
+
+
+def _reachable_zeros(S, low, high, t: torch.Tensor, K: int, T: int) -> torch.Tensor:
+    """Which zeros Z some split t = t_min + t_max leads to: bool [R, N, K].
+
+    Z falls as t_min grows, so Z is reached if it is by the t_min that brings -low/S nearest to it.
+    """
+    first, last = (t - T // 2 + 1).clamp(min=0), t.clamp(max=T // 2 - 1)
+    step = ((high - low) / T).unsqueeze(2)
+    Z = torch.arange(K, device=t.device, dtype=torch.float64)
+    low = low.unsqueeze(2)
+    t_min = ((-Z * S - low) / step.clamp(min=1e-300)).round()
+    t_min = torch.minimum(torch.maximum(t_min, first.unsqueeze(2)), last.unsqueeze(2))
+    return (-(low + t_min * step) / S).round().clamp(0, K - 1) == Z
