@@ -190,12 +190,6 @@ class Affine(NamedTuple):
     zero: torch.Tensor
 
 
-def affine_levels(affine: Affine, bits: int) -> torch.Tensor:
-    """The K equally spaced levels of each (scale, zero), ascending float32 [..., K]."""
-    codes = torch.arange(2**bits, device=affine.scale.device, dtype=torch.float32)
-    return affine.scale.unsqueeze(-1) * (codes - affine.zero.unsqueeze(-1).float())
-
-
 def stored_scale(scale: torch.Tensor) -> torch.Tensor:
     """`scale` as the file will hold it (fp16, positive, finite), in its own dtype."""
     return scale.clamp(MIN_SCALE, 65504).half().to(scale.dtype)

@@ -20,6 +20,9 @@ from .errors import InputError
 
 FORMAT_VERSION = 1
 CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
+# Bytes an element of each safetensors dtype takes.
+ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
+ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 
 
 # --- codes -----------------------------------------------------------------------------------------------------
@@ -72,6 +75,12 @@ def _padded(rows: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % multiple))
 
 
+def affine_levels(scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
+    """The equally spaced levels scale (k - zero), k = 0..K-1, ascending float32 [..., K]."""
+    steps = torch.arange(2**bits, device=scale.device, dtype=torch.float32)
+    return scale.float().unsqueeze(-1) * (steps - zero.float().unsqueeze(-1))
+
+
 # --- one linear ------------------------------------------------------------------------------------------------
 
 
@@ -92,8 +101,7 @@ class PackedLinear(NamedTuple):
         """Float32 levels [O, G, K] (G = 1 for a grid)."""
         if self.grid is not None:
             return self.grid.float().unsqueeze(1)
-        steps = torch.arange(2**bits, device=self.scale.device, dtype=torch.float32)
-        return self.scale.float().unsqueeze(2) * (steps - self.zero.float().unsqueeze(2))
+        return affine_levels(self.scale, self.zero, bits)
 
     def dequantize(self, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight [O, columns] in `dtype`: levels[codes]."""
@@ -230,7 +238,7 @@ def merge_files(parts: Iterable[Path], out: Path, settings: dict | None) -> None
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                entries.append((-_WIDTH[entry["dtype"]], name, entry, part, data_start + begin, end - begin))
+                entries.append((-ITEM_BYTES[entry["dtype"]], name, entry, part, data_start + begin, end - begin))
     entries.sort(key=lambda e: e[:2])
     header, offset = {}, 0
     if settings is not None:
@@ -249,10 +257,6 @@ def merge_files(parts: Iterable[Path], out: Path, settings: dict | None) -> None
         os.fsync(target.fileno())
     os.replace(partial, out)
     sync_folder(out.parent)
-
-
-_WIDTH = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-_WIDTH |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 
 
 def _raw_header(file: Path) -> tuple[dict, int]:

@@ -1,0 +1,304 @@
+"""Run a causal language model one decoder layer at a time, straight from its checkpoint.
+
+The model is built on the meta device from its config; a layer gets real weights only while it runs. Which linears
+a layer has, which of them read the same input, and what a layer is called with are found by watching, not by name.
+No Hessians and no quantization here: the caller passes a callback. Not for encoder-decoder or vision models.
+Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
+"""
+
+import contextlib
+from pathlib import Path
+from typing import Callable, Iterator
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from leanquant.errors import InputError
+from leanquant.packing import Checkpoint
+
+HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
+NOT_HUB_FILES = ["original/*", "consolidated*"]
+
+
+def resolve_model(name_or_path: str) -> Path:
+    """The local folder of a model: the path itself, or the hub's files in the local cache."""
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise InputError(f"{path} has no config.json: give the folder that holds the model's config and weights")
+        return path
+    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
+        raise InputError(f"{name_or_path} is neither a model folder nor a hub name: check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, allow_patterns=HUB_FILES, ignore_patterns=NOT_HUB_FILES))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"cannot get {name_or_path} from the hub ({reason}): check the name, the network and your access") from None
+
+
+def load_tokenizer(folder: Path):
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): copy its tokenizer files there") from None
+
+
+class _Stop(Exception):
+    """Ends a forward pass as soon as what it was run for has been seen."""
+
+
+class StreamedModel:
+    """A causal LM whose weights stay in the checkpoint. `dtype` is that of weights and activations while running."""
+
+    def __init__(self, folder: Path, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device):
+        self.folder, self.checkpoint, self.dtype, self.device = folder, checkpoint, dtype, device
+        self.config = read_config(folder)
+        try:
+            with init_empty_weights(include_buffers=False):
+                self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
+        except ValueError as error:
+            raise InputError(f"{folder} is not a causal language model that transformers knows ({str(error).splitlines()[0]})") from None
+        self.layers_name, self.layers = find_layers(self.model)
+        self.embedding_name = _weight_name(self.model, self.model.get_input_embeddings())
+        self.head_name = _weight_name(self.model, self.model.get_output_embeddings())
+        for buffer_owner in self.model.modules():
+            for name, buffer in buffer_owner._buffers.items():
+                buffer_owner._buffers[name] = None if buffer is None else buffer.to(device)
+        self._calls: dict[int, list] = {}  # batch size -> (args, kwargs) of each layer
+        self._returns_tuple = False
+        self.check()
+
+    # --- what there is ---
+
+    def layer_prefix(self, index: int) -> str:
+        return f"{self.layers_name}.{index}."
+
+    def outside_names(self) -> list[str]:
+        """Parameters outside the decoder layers: embeddings, last norm, head."""
+        names = (n for n, _ in self.model.named_parameters(remove_duplicate=False))
+        return [n for n in names if not n.startswith(self.layers_name + ".")]
+
+    def _source(self, name: str) -> str:
+        """The tensor of the checkpoint that parameter `name` is read from: a tied head reads the embeddings."""
+        tied = self.config.get_text_config().tie_word_embeddings and name == self.head_name and name not in self.checkpoint
+        return self.embedding_name if tied else name
+
+    def check(self) -> None:
+        """Every tensor the config asks for is in the checkpoint with its shape, and every layer is one we can quantize."""
+        for index, layer in enumerate(self.layers):
+            for module_name, module in layer.named_modules():
+                for name, parameter in module.named_parameters(recurse=False):
+                    if parameter.ndim > 1 and not isinstance(module, nn.Linear):
+                        raise InputError(
+                            f"layer {index} holds {module_name}.{name} {list(parameter.shape)} in a {type(module).__name__}: only "
+                            "stacks of nn.Linear can be quantized, so this model is not supported"
+                        )
+            for name, parameter in layer.named_parameters():
+                self._check_tensor(self.layer_prefix(index) + name, parameter)
+        for name in self.outside_names():
+            self._check_tensor(self._source(name), self.model.get_parameter(name))
+
+    def _check_tensor(self, name: str, parameter: torch.Tensor) -> None:
+        if name not in self.checkpoint:
+            if not self.checkpoint.is_quantized(name.removesuffix(".weight")):
+                raise InputError(f"the checkpoint has no tensor {name}: it does not match its config.json")
+        elif self.checkpoint.shapes[name] != tuple(parameter.shape):
+            found = list(self.checkpoint.shapes[name])
+            raise InputError(f"tensor {name} is {found} where config.json wants {list(parameter.shape)}: do they belong together?")
+
+    # --- weights in and out ---
+
+    def _fill(self, names: list[str]) -> None:
+        """Give the named parameters their values on the device."""
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            value = self.checkpoint.weight(self._source(name), tuple(module._parameters[leaf].shape), self.dtype).to(self.device)
+            module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+    def _empty(self, names: list[str]) -> None:
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            module._parameters[leaf] = nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
+
+    @contextlib.contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights on the device, for as long as the block lasts."""
+        names = [self.layer_prefix(index) + name for name, _ in self.layers[index].named_parameters()]
+        self._fill(names)
+        try:
+            yield self.layers[index]
+        finally:
+            self._empty(names)
+
+    # --- running ---
+
+    def _forward(self, on_layer: Callable, **inputs):
+        """The model's own forward with `on_layer(index, hidden, args, kwargs)` in place of each layer."""
+        first_ndim = []
+
+        def replacement(index: int):
+            def forward(hidden, *args, **kwargs):
+                first_ndim.append(hidden.ndim)
+                if hidden.ndim != first_ndim[0]:  # the model unpacked a tuple: it is of the older convention
+                    self._returns_tuple = True
+                    raise _Restart
+                out = on_layer(index, hidden, args, kwargs)
+                return (out,) if self._returns_tuple else out
+
+            return forward
+
+        for index, layer in enumerate(self.layers):
+            layer.forward = replacement(index)
+        try:
+            return self.model(use_cache=False, **inputs)
+        except _Restart:
+            return self._forward(on_layer, **inputs)
+        finally:
+            for layer in self.layers:
+                del layer.forward
+
+    @torch.no_grad()
+    def embed(self, windows: torch.Tensor, batch_size: int) -> torch.Tensor:
+        """Hidden states [n, T, D] that enter the first layer, for token `windows` [n, T]; notes each layer's call."""
+        names = [n for n in self.outside_names() if n != self.head_name]
+        self._fill(names)
+        hidden = []
+        for batch in windows.split(batch_size):
+            calls = []
+
+            def record(index, states, args, kwargs, calls=calls):
+                if index == 0:
+                    hidden.append(states.cpu())
+                calls.append((args, kwargs))
+                if index == len(self.layers) - 1:
+                    raise _Stop
+                return states
+
+            with contextlib.suppress(_Stop):
+                self._forward(record, input_ids=batch.to(self.device))
+            self._calls.setdefault(len(batch), calls)
+        self._empty(names)
+        return torch.cat(hidden)
+
+    def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
+        """One batch [B, T, D] through layer `index`, which must hold its weights."""
+        args, kwargs = self._calls[len(hidden)][index]
+        out = self.layers[index](hidden.to(self.device, self.dtype), *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def advance(self, index: int, hidden: torch.Tensor, batch_size: int) -> None:
+        """All of `hidden` [n, T, D] through layer `index`, in place."""
+        for batch in hidden.split(batch_size):
+            batch.copy_(self.run_layer(index, batch))
+
+    @torch.no_grad()
+    def watch(self, index: int, hidden: torch.Tensor, batch_size: int, groups: list[list[str]], see: Callable) -> None:
+        """Run layer `index` only as far as the inputs of `groups`, calling see(group number, X [B, T, I]) for each batch."""
+
+        def hook(number: int):
+            def before(_module, inputs):
+                see(number, inputs[0])
+                if number == len(groups) - 1:
+                    raise _Stop
+
+            return before
+
+        layer = self.layers[index]
+        handles = [layer.get_submodule(g[0]).register_forward_pre_hook(hook(i)) for i, g in enumerate(groups)]
+        try:
+            for batch in hidden.split(batch_size):
+                with contextlib.suppress(_Stop):
+                    self.run_layer(index, batch)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @torch.no_grad()
+    def groups(self, index: int, hidden: torch.Tensor) -> list[list[str]]:
+        """The linears of layer `index`, those that read the very same input together, in the order they are called.
+
+        `hidden` [B, T, D] is one batch to watch.
+        """
+        layer = self.layers[index]
+        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        seen: list[tuple[torch.Tensor, list[str]]] = []
+        called = set()
+
+        def hook(name: str):
+            def before(_module, inputs):
+                if name in called:
+                    raise InputError(f"layer {index} calls {name} more than once: models that share linears are not supported")
+                called.add(name)
+                group = next((names for tensor, names in seen if tensor is inputs[0]), None)
+                if group is None:
+                    seen.append((inputs[0], group := []))
+                group.append(name)
+
+            return before
+
+        handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
+        try:
+            self.run_layer(index, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if missing := sorted(set(linears) - called) or (not linears and ["any linear"]):
+            raise InputError(f"layer {index} never calls {', '.join(missing)}: models with such layers are not supported")
+        return [names for _, names in seen]
+
+    @contextlib.contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """For the block: a function from last hidden states [B, T, D] to logits [B, T, vocabulary]."""
+        names = [n for n in self.outside_names() if n != self.embedding_name]
+        self._fill(names)
+        last = len(self.layers) - 1
+
+        @torch.no_grad()
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            hidden = hidden.to(self.device, self.dtype)
+            on_layer = lambda index, states, *_: hidden if index == last else states  # noqa: E731
+            return self._forward(on_layer, inputs_embeds=hidden).logits
+
+        try:
+            yield logits
+        finally:
+            self._empty(names)
+
+
+class _Restart(Exception):
+    """The forward pass must be run again with the other return convention."""
+
+
+def read_config(folder: Path):
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}/config.json cannot be used ({str(error).splitlines()[0]})") from None
+    # A folder of ours reads as a plain model here: its weights are dequantized on the way in.
+    if getattr(config, "quantization_config", None) is not None:
+        method = dict(config.quantization_config).get("quant_method")
+        if method != "leanquant":
+            raise InputError(f"{folder} is already quantized ({method}): give the original, unquantized model")
+        del config.quantization_config
+    return config
+
+
+def _weight_name(model: nn.Module, owner: nn.Module) -> str:
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is owner)
+
+
+def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The stack of decoder layers: the ModuleList as long as the config says."""
+    count = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return name, module
+    raise InputError(f"{type(model).__name__} has no list of {count} decoder layers: this model type is not supported")

@@ -1,0 +1,232 @@
+"""One group of linear layers that read the same input: its Hessian, the inverse Cholesky factor, the column solver.
+
+Free functions on tensors; the caller owns the Hessian and the weights. No model, no files.
+Legend: O rows (out_features, of one linear or of a group stacked), I columns (in_features), K = 2**bits levels,
+G groups of columns, N tokens. "Solver order": columns permuted by act-order.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from leanquant.packing import affine_levels
+from leanquant_grid import Affine, affine_search, kmeans_levels, minmax_affine, sensitivity
+
+GRIDS = ("nonuniform", "affine", "minmax")
+
+
+@dataclass(frozen=True)
+class QuantConfig:
+    """What decides the codes of a linear, given its weight and its inputs."""
+
+    bits: int  # 2, 3 or 4
+    grid: str = "nonuniform"  # one of GRIDS
+    exponent: float = 4.0  # of the sensitivity; minmax has none
+    groupsize: int = -1  # columns that share a scale and zero; -1 = the whole row; not for nonuniform
+    sym: bool = False  # minmax only
+    nearest: bool = False  # round to nearest: no error compensation
+    percdamp: float = 0.01  # damping, as a share of the Hessian's mean diagonal
+    act_order: bool = False  # columns in the order of descending Hessian diagonal
+    block_size: int = 128  # columns whose errors are propagated together
+    grid_partitions: int = 2048  # T of the affine search
+    exhaustive: bool = False  # affine search over every distinct candidate
+    kmeans_bins: int = 128  # m of the non-uniform grid
+    levels_dtype: torch.dtype = torch.float16  # of stored non-uniform levels; the solver sees them rounded to it
+
+
+class Factor(NamedTuple):
+    """What the solver needs of a Hessian. `U` [I, I] is upper, U^T U = inv(H + damping), in solver order.
+
+    order [I]: the original column at each solver position. dead [I]: original columns whose input is always 0.
+    """
+
+    U: torch.Tensor
+    order: torch.Tensor
+    dead: torch.Tensor
+    percdamp: float
+
+
+class Grid(NamedTuple):
+    """Levels [O, G, K], ascending float32, and the (scale, zero) [O, G] that gave them if they are affine."""
+
+    levels: torch.Tensor
+    affine: Affine | None
+
+
+class Quantized(NamedTuple):
+    """codes uint8 [O, I] in original column order; its grid; loss [O], tr(E H E^T) per token with the damped H."""
+
+    codes: torch.Tensor
+    grid: Grid
+    loss: torch.Tensor
+
+
+class NotPositiveDefinite(ArithmeticError):
+    """The Hessian could not be factorized, however much it was damped."""
+
+
+# --- Hessian ---------------------------------------------------------------------------------------------------
+
+
+def accumulate_hessian(H: torch.Tensor, X: torch.Tensor) -> None:
+    """Add X^T X to `H` [I, I] in place, its upper triangle only; `X` [N, I].
+
+    By column panels: four products that stop at the diagonal do 5/8 of the work of one full product.
+    """
+    I = H.shape[0]  # noqa: E741
+    X = X.to(H)
+    panel = I if I < 1024 else -(-I // 4)
+    for start in range(0, I, panel):
+        stop = min(start + panel, I)
+        H[:stop, start:stop].addmm_(X[:, :stop].T, X[:, start:stop])
+
+
+def factorize(H: torch.Tensor, percdamp: float, act_order: bool) -> Factor:
+    """Damp, order and factorize a Hessian given by its upper triangle, [I, I] float32, mean over tokens; overwrites `H`.
+
+    Damping adds percdamp * mean(diag H). A Hessian that is still not positive definite gets ten times more, up to
+    three times; then NotPositiveDefinite is raised. Columns that saw no input get a unit diagonal.
+    """
+    H.copy_(H.triu() + H.triu(1).T)
+    diagonal = H.diagonal().clone()
+    dead = diagonal == 0
+    H.diagonal()[dead] = 1
+    order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
+    H = H[order][:, order]
+    mean = diagonal.mean().clamp(min=torch.finfo(H.dtype).tiny)
+    undamped = H.diagonal().clone()
+    for _ in range(4):
+        H.diagonal().copy_(undamped + percdamp * mean)
+        U = inverse_cholesky(H)
+        if U is not None:
+            return Factor(U, order, dead, percdamp)
+        percdamp = 10 * max(percdamp, 1e-3)
+    raise NotPositiveDefinite
+
+
+def inverse_cholesky(H: torch.Tensor) -> torch.Tensor | None:
+    """U [I, I] upper with U^T U = inv(H), or None where H is not positive definite.
+
+    H reversed in rows and columns has the factor L; then U = inv(L) reversed. One factorization and one
+    triangular inverse instead of cholesky, cholesky_inverse, cholesky: half the work, one matrix less.
+    """
+    L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
+    if failed or not torch.isfinite(L.diagonal()).all():
+        return None
+    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
+    return torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1).contiguous()
+
+
+# --- grids -----------------------------------------------------------------------------------------------------
+
+
+def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> Grid:
+    """The levels of each row or group of `W` [O, I] (original column order), rounded as they will be stored.
+
+    Groups are static: learned from the original weights, for consecutive original columns. Without a factor every
+    column counts the same.
+    """
+    O, I = W.shape  # noqa: E741
+    a = torch.ones(I, dtype=torch.float64, device=W.device)
+    if factor is not None and config.grid != "minmax":
+        a[factor.order] = sensitivity(factor.U, config.exponent).to(W.device)
+    if config.grid == "nonuniform":
+        levels = kmeans_levels(W, a, config.bits, config.kmeans_bins)
+        return Grid(levels.to(config.levels_dtype).float().unsqueeze(1), None)
+    size = I if config.groupsize == -1 else config.groupsize
+    groups = W.reshape(-1, size)
+    if config.grid == "minmax":
+        found = minmax_affine(groups, config.bits, config.sym)
+    else:
+        a = a.view(1, -1, size).expand(O, -1, -1).reshape(-1, size)
+        found = affine_search(groups, a, config.bits, config.grid_partitions, config.exhaustive)
+    affine = Affine(*(t.view(O, -1) for t in found))
+    return Grid(affine_levels(affine.scale, affine.zero, config.bits), affine)
+
+
+def nearest_codes(w: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Index of the nearest of the ascending `levels` [O, K] for each of `w` [O, n]; a tie goes to the lower level."""
+    return torch.searchsorted(((levels[:, 1:] + levels[:, :-1]) / 2).contiguous(), w.contiguous())
+
+
+# --- solver ----------------------------------------------------------------------------------------------------
+
+
+def quantize(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> Quantized:
+    """Codes and grid of `W` [O, I] float32. Without a factor: the unweighted grid and the nearest level, loss NaN."""
+    if factor is not None:
+        W = W.masked_fill(factor.dead.to(W.device), 0)
+    grid = learn_grid(W, factor, config)
+    if config.nearest or factor is None:
+        codes = round_to_nearest(W, grid.levels)
+        return Quantized(codes, grid, _damped_loss(W - dequantize(codes, grid.levels), factor))
+    order = factor.order.to(W.device)
+    group_of = order // (W.shape[1] // grid.levels.shape[1])
+    solved, loss = solve_columns(W[:, order], factor.U, grid.levels, group_of, config.block_size)
+    codes = torch.empty_like(solved)
+    codes[:, order] = solved
+    return Quantized(codes, grid, loss)
+
+
+def dequantize(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """levels[codes]: codes [O, I], levels [O, G, K] -> [O, I]."""
+    O, G, _ = levels.shape
+    return levels.gather(2, codes.view(O, G, -1).long()).view(O, -1)
+
+
+def round_to_nearest(W: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Codes uint8 [O, I] of the level nearest to each weight; `levels` [O, G, K]."""
+    O, G, K = levels.shape
+    return nearest_codes(W.reshape(O * G, -1), levels.reshape(O * G, K)).to(torch.uint8).view(O, -1)
+
+
+def _damped_loss(E: torch.Tensor, factor: Factor | None) -> torch.Tensor:
+    """tr(E H E^T) by rows, from inv(H) = U^T U: the squared norm of E U^-1."""
+    if factor is None:
+        return torch.full_like(E[:, 0], float("nan"))
+    scaled = torch.linalg.solve_triangular(factor.U.to(E.device), E[:, factor.order.to(E.device)], upper=True, left=False)
+    return scaled.square().sum(1)
+
+
+def solve_columns(W: torch.Tensor, U: torch.Tensor, levels: torch.Tensor, group_of: torch.Tensor, block_size: int = 128):
+    """GPTQ's loop (paper, algorithm 1): quantize column by column, push each error onto the columns not yet done.
+
+    For i = 0..I-1: c_i = nearest level(w_i), e = (w_i - level[c_i]) / U_ii, w_j -= e U_ij for j > i.
+    `W` [O, I] in solver order; `U` [I, I], may lie on another device; `levels` [O, G, K] ascending; `group_of` [I]
+    the group of each column. Returns codes uint8 [O, I] in solver order and loss [O] = sum_i e_i^2 = tr(E H E^T).
+    """
+    columns = W.T.contiguous()  # [I, O]: a column is a vector
+    levels = levels.transpose(0, 1).contiguous()  # [G, O, K]
+    midpoints = (levels[..., 1:] + levels[..., :-1]) / 2
+    codes = torch.empty(columns.shape, dtype=torch.uint8, device=W.device)
+    loss = torch.zeros(W.shape[0], device=W.device)
+    group_of = group_of.tolist()
+    for start in range(0, len(columns), block_size):
+        stop = min(start + block_size, len(columns))
+        U_rows = U[start:stop, start:].to(W.device)
+        errors = _solve_block(columns[start:stop], U_rows, levels, midpoints, group_of[start:stop], codes[start:stop])
+        loss += errors.square().sum(0)
+        columns[stop:].addmm_(U_rows[:, stop - start :].T, errors, alpha=-1)
+    return codes.T.contiguous(), loss
+
+
+def _solve_block(w, U, levels, midpoints, group_of: list[int], codes: torch.Tensor, sub: int = 32) -> torch.Tensor:
+    """The loop within one block, `w` [B, O]: writes `codes` [B, O], returns errors e [B, O].
+
+    Each column first collects what the columns before it left: from earlier sub-blocks in one product, within its
+    sub-block by a matrix-vector product. Nothing is written back to columns not yet reached.
+    """
+    errors = torch.empty_like(w)
+    scales = U.diagonal().tolist()
+    for start in range(0, len(w), sub):
+        stop = min(start + sub, len(w))
+        if start:
+            w[start:stop].addmm_(U[:start, start:stop].T, errors[:start], alpha=-1)
+        for j in range(start, stop):
+            column = torch.addmv(w[j], errors[start:j].T, U[start:j, j], alpha=-1) if j > start else w[j]
+            code = torch.searchsorted(midpoints[group_of[j]], column.unsqueeze(1))
+            level = levels[group_of[j]].gather(1, code).squeeze(1)
+            torch.div(column.sub_(level), scales[j], out=errors[j])
+            codes[j] = code.squeeze(1)
+    return errors
