@@ -53,12 +53,19 @@ class Grid(NamedTuple):
     levels: torch.Tensor
     affine: Affine | None
 
+    def split(self, rows: list[int]) -> list["Grid"]:
+        """One grid for each of the matrices that were stacked."""
+        levels = self.levels.split(rows)
+        if self.affine is None:
+            return [Grid(part, None) for part in levels]
+        pairs = zip(*(t.split(rows) for t in self.affine), strict=True)
+        return [Grid(part, Affine(*pair)) for part, pair in zip(levels, pairs, strict=True)]
+
 
 class Quantized(NamedTuple):
-    """codes uint8 [O, I] in original column order; its grid; loss [O], tr(E H E^T) per token with the damped H."""
+    """codes uint8 [O, I] in original column order; loss [O], tr(E H E^T) per token with the damped H."""
 
     codes: torch.Tensor
-    grid: Grid
     loss: torch.Tensor
 
 
@@ -153,20 +160,18 @@ def nearest_codes(w: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
 # --- solver ----------------------------------------------------------------------------------------------------
 
 
-def quantize(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> Quantized:
-    """Codes and grid of `W` [O, I] float32. Without a factor: the unweighted grid and the nearest level, loss NaN."""
-    if factor is not None:
-        W = W.masked_fill(factor.dead.to(W.device), 0)
-    grid = learn_grid(W, factor, config)
+def quantize(W: torch.Tensor, grid: Grid, factor: Factor | None, config: QuantConfig) -> Quantized:
+    """Codes of `W` [O, I] float32 on `grid`. Without a factor: the nearest level, loss NaN."""
     if config.nearest or factor is None:
         codes = round_to_nearest(W, grid.levels)
-        return Quantized(codes, grid, _damped_loss(W - dequantize(codes, grid.levels), factor))
+        return Quantized(codes, _damped_loss(W - dequantize(codes, grid.levels), factor))
+    W = W.masked_fill(factor.dead.to(W.device), 0)
     order = factor.order.to(W.device)
     group_of = order // (W.shape[1] // grid.levels.shape[1])
     solved, loss = solve_columns(W[:, order], factor.U, grid.levels, group_of, config.block_size)
     codes = torch.empty_like(solved)
     codes[:, order] = solved
-    return Quantized(codes, grid, loss)
+    return Quantized(codes, loss)
 
 
 def dequantize(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

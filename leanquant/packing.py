@@ -9,12 +9,15 @@ Legend: O rows, I columns, K = 2**bits levels, G groups.
 
 import json
 import os
+import shutil
 import struct
+import tempfile
 from pathlib import Path
 from typing import Iterable, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from .errors import InputError
 
@@ -281,3 +284,141 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class ModelWriter:
+    """Writes a model part by part, then as one .safetensors file or a Hugging Face folder, whichever `save_path` names.
+
+    The parts wait in `<save_path>.partial`; the result appears under its own name only when it is complete and
+    synced. Without a `save_path` the parts lie in a temporary folder until `close`.
+    """
+
+    def __init__(self, save_path: Path | None, overwrite: bool, bytes_needed: int):
+        self.save_path = save_path
+        self.parts: list[Path] = []
+        self._temporary = None
+        if save_path is None:
+            self._temporary = tempfile.TemporaryDirectory(prefix="leanquant-")
+            self.folder = Path(self._temporary.name)
+        else:
+            _check_output(save_path, overwrite)
+            self.folder = save_path.with_name(save_path.name + ".partial")
+            _make_empty_folder(self.folder)
+        self._check_room(bytes_needed * (1 if save_path is None else 2))  # the parts, and the result made of them
+
+    def _check_room(self, needed: int) -> None:
+        free = shutil.disk_usage(self.folder).free
+        if free < needed:
+            where = self.folder.parent
+            self.close()
+            raise InputError(f"{where} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB: free some or save elsewhere")
+
+    def add(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Write one part, durably."""
+        part = self.folder / f"part-{len(self.parts):05d}.safetensors"
+        save_file(tensors, part)
+        with open(part, "rb") as f:
+            os.fsync(f.fileno())
+        self.parts.append(part)
+
+    def finish(self, settings: dict, base: Path, max_shard_bytes: int = 5 * 10**9) -> Checkpoint:
+        """Turn the parts into the result and return a reader of it. `base` is the unquantized model's folder."""
+        if self.save_path is None:
+            return Checkpoint(self.parts)
+        if self.save_path.suffix == ".safetensors":
+            merge_files(self.parts, self.save_path, settings)
+        else:
+            folder = self.folder / "folder"
+            folder.mkdir()
+            _write_shards(self.parts, folder, settings, max_shard_bytes)
+            _write_config_files(base, folder, settings)
+            _replace_folder(folder, self.save_path)
+        self.close()
+        return Checkpoint.open(self.save_path)
+
+    def close(self) -> None:
+        """Remove the parts."""
+        if self._temporary:
+            self._temporary.cleanup()
+        else:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _check_output(save_path: Path, overwrite: bool) -> None:
+    one_file = save_path.suffix == ".safetensors"
+    if not save_path.exists():
+        return
+    if save_path.is_dir() == one_file:
+        raise InputError(f"{save_path} is a {'folder' if one_file else 'file'}: give another --save_path")
+    if not overwrite:
+        raise InputError(f"{save_path} exists: give another --save_path, or --overwrite to replace it")
+    if save_path.is_dir() and any(save_path.iterdir()) and not _is_our_folder(save_path):
+        raise InputError(f"{save_path} is a folder with other things in it, which --overwrite will not delete: give another --save_path")
+
+
+def _is_our_folder(folder: Path) -> bool:
+    try:
+        return json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "leanquant"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _make_empty_folder(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir(parents=True)
+        (folder / "writable").touch()
+        (folder / "writable").unlink()
+    except OSError as error:
+        raise InputError(f"cannot write to {folder.parent} ({error.strerror}): give another --save_path") from None
+
+
+def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: int) -> None:
+    """Merge `parts` into as few shards as `max_bytes` allows, in transformers' naming, with an index if several."""
+    batches, size = [[]], 0
+    for part in parts:
+        if batches[-1] and size + part.stat().st_size > max_bytes:
+            batches.append([])
+            size = 0
+        batches[-1].append(part)
+        size += part.stat().st_size
+    weight_map = {}
+    for number, batch in enumerate(batches, 1):
+        name = "model.safetensors" if len(batches) == 1 else f"model-{number:05d}-of-{len(batches):05d}.safetensors"
+        merge_files(batch, folder / name, settings)
+        weight_map |= dict.fromkeys(Checkpoint([folder / name]).shapes, name)
+    if len(batches) > 1:
+        total = sum(part.stat().st_size for part in parts)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        _write_synced(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _write_config_files(base: Path, folder: Path, settings: dict) -> None:
+    """config.json with our quantization_config, and the base's tokenizer, template and generation files."""
+    config = json.loads((base / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "leanquant", **settings}
+    _write_synced(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    for file in sorted(base.iterdir()):
+        other = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json")
+        if file.is_file() and other and file.name != "config.json":
+            shutil.copyfile(file, folder / file.name)
+
+
+def _write_synced(file: Path, text: str) -> None:
+    with open(file, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _replace_folder(new: Path, target: Path) -> None:
+    """Move `new` to `target`; an older `target` goes only after the new one is in place."""
+    old = None
+    if target.exists():
+        old = target.with_name(target.name + ".old")
+        shutil.rmtree(old, ignore_errors=True)
+        os.replace(target, old)
+    os.replace(new, target)
+    sync_folder(target.parent)
+    if old:
+        shutil.rmtree(old, ignore_errors=True)

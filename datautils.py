@@ -1,0 +1,218 @@
+"""Token windows for calibration and evaluation, from the six published corpora or from a local file.
+
+A corpus is a row of `CORPORA`; sampling is in two functions. Local files: .txt, .jsonl (`text` field), .parquet
+(`text` column). Windows come back as int64 [n, seqlen]. Nothing is downloaded or imported before it is asked for.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Callable, Sequence
+
+import torch
+
+from leanquant.errors import InputError
+
+C4_TRAIN = {"train": "en/c4-train.00000-of-01024.json.gz"}
+C4_VALIDATION = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
+PARQUET = "refs/convert/parquet"  # ptb's own branch is a loading script, which datasets 4 and later refuse
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Where a corpus lies on the hub, and how its documents become windows.
+
+    train, test: arguments of datasets.load_dataset, besides the repository. joiner: put between documents.
+    calibrate: "stream" (random windows of the joined training text), "documents" (random documents, one random
+    window each) or "permutation" (a seeded permutation of the documents, the first window of each).
+    evaluate: "stream" (consecutive windows of the joined test documents) or "documents". test_documents,
+    test_windows: how many of them are used (None: all).
+    """
+
+    repository: str
+    field: str
+    train: dict
+    test: dict
+    joiner: str
+    calibrate: str = "stream"
+    evaluate: str = "stream"
+    test_documents: int | None = None
+    test_windows: int | None = None
+
+
+_wikitext = partial(Corpus, "Salesforce/wikitext", "text", {"name": "wikitext-2-raw-v1", "split": "train"})
+_ptb = partial(Corpus, "ptb-text-only/ptb_text_only", "sentence", {"name": "penn_treebank", "revision": PARQUET, "split": "train"})
+_c4 = partial(
+    Corpus, "allenai/c4", "text", {"data_files": C4_TRAIN, "split": "train"}, {"data_files": C4_VALIDATION, "split": "validation"}, " "
+)
+
+CORPORA = {
+    "wikitext2": _wikitext({"name": "wikitext-2-raw-v1", "split": "test"}, "\n\n"),
+    "ptb": _ptb({"name": "penn_treebank", "revision": PARQUET, "split": "validation"}, "\n\n"),
+    "ptb-new": _ptb({"name": "penn_treebank", "revision": PARQUET, "split": "test"}, " "),
+    "c4": _c4("documents", "documents", test_windows=256),
+    "c4-new": _c4("documents", test_documents=1100, test_windows=256),
+    "c4-full": _c4("permutation", test_documents=1100, test_windows=256),
+}
+TEST_SETS = ("wikitext2", "ptb", "c4")
+NEW_TEST_SETS = ("wikitext2", "ptb-new", "c4-new")
+LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def check_source(source: str) -> None:
+    """Raise InputError unless `source` is a published name or an existing local file of a known kind."""
+    if source in CORPORA:
+        return
+    path = Path(source)
+    if path.suffix not in LOCAL_SUFFIXES:
+        raise InputError(f"unknown dataset {source}: give one of {', '.join(CORPORA)}, or a {', '.join(LOCAL_SUFFIXES)} file")
+    if not path.is_file():
+        raise InputError(f"{source} does not exist: check the path of the text file")
+
+
+def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
+    """`nsamples` windows of `seqlen` tokens [nsamples, seqlen], the same for the same seed."""
+    check_source(source)
+    if source not in CORPORA:
+        return _random_windows(_tokens("\n\n".join(_local_documents(source)), tokenizer), nsamples, seqlen, seed, source)
+    corpus = CORPORA[source]
+    documents = _hub_documents(corpus, corpus.train)
+    if corpus.calibrate == "stream":
+        return _random_windows(_tokens(corpus.joiner.join(documents[:]), tokenizer), nsamples, seqlen, seed, source)
+    pick = _permuted_documents if corpus.calibrate == "permutation" else _random_documents
+    return pick(documents, tokenizer, nsamples, seqlen, seed, source)
+
+
+def evaluation_windows(source: str, tokenizer, seqlen: int) -> torch.Tensor:
+    """The windows [n, seqlen] on which the field measures perplexity for `source`."""
+    check_source(source)
+    if source not in CORPORA:
+        return _all_windows(_tokens("\n\n".join(_local_documents(source)), tokenizer), seqlen, None, source)
+    corpus = CORPORA[source]
+    documents = _hub_documents(corpus, corpus.test)
+    if corpus.evaluate == "documents":
+        return _random_documents(documents, tokenizer, corpus.test_windows, seqlen, 0, source)
+    text = corpus.joiner.join(documents[: corpus.test_documents])
+    return _all_windows(_tokens(text, tokenizer), seqlen, corpus.test_windows, source)
+
+
+# --- sampling --------------------------------------------------------------------------------------------------
+
+
+def _tokens(text: str, tokenizer) -> torch.Tensor:
+    """Token ids [N] of a text, with the special tokens that the tokenizer adds (a BOS in front, for most Llamas)."""
+    return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
+
+
+def _check_length(tokens: torch.Tensor, seqlen: int, source: str) -> None:
+    if len(tokens) < seqlen:
+        raise InputError(
+            f"{source} has {len(tokens)} tokens and one window needs {seqlen}: give a longer text or a smaller --seqlen"
+        )
+
+
+def _random_windows(tokens: torch.Tensor, count: int, seqlen: int, seed: int, source: str) -> torch.Tensor:
+    _check_length(tokens, seqlen, source)
+    rng = random.Random(seed)
+    starts = [rng.randint(0, max(0, len(tokens) - seqlen - 1)) for _ in range(count)]
+    return torch.stack([tokens[start : start + seqlen] for start in starts])
+
+
+def _all_windows(tokens: torch.Tensor, seqlen: int, limit: int | None, source: str) -> torch.Tensor:
+    _check_length(tokens, seqlen, source)
+    count = min(len(tokens) // seqlen, limit or len(tokens))
+    return tokens[: count * seqlen].view(count, seqlen)
+
+
+def _random_documents(documents: Sequence[str], tokenizer, count: int, seqlen: int, seed: int, source: str) -> torch.Tensor:
+    """Documents drawn at random until one has `seqlen` tokens, then one random window of it; `count` times."""
+    rng = random.Random(seed)
+    windows, longest, misses = [], 0, 0
+    while len(windows) < count:
+        tokens = _tokens(documents[rng.randint(0, len(documents) - 1)], tokenizer)
+        if len(tokens) >= seqlen:
+            start = rng.randint(0, max(0, len(tokens) - seqlen - 1))
+            windows.append(tokens[start : start + seqlen])
+            misses = 0
+        else:
+            longest, misses = max(longest, len(tokens)), misses + 1
+        if misses > 10 * len(documents) + 1000:
+            _no_document(source, seqlen, longest)
+    return torch.stack(windows)
+
+
+def _permuted_documents(documents: Sequence[str], tokenizer, count: int, seqlen: int, seed: int, source: str) -> torch.Tensor:
+    import numpy as np
+
+    windows, longest = [], 0
+    for index in np.random.RandomState(seed).permutation(len(documents)).tolist():
+        tokens = _tokens(documents[index], tokenizer)
+        longest = max(longest, len(tokens))
+        if len(tokens) >= seqlen:
+            windows.append(tokens[:seqlen])
+        if len(windows) == count:
+            return torch.stack(windows)
+    raise InputError(
+        f"{source} has {len(windows)} documents of {seqlen} tokens (the longest has {longest}) and --nsamples wants {count}: "
+        "ask for fewer or a smaller --seqlen"
+    )
+
+
+def _no_document(source: str, seqlen: int, longest: int):
+    raise InputError(f"no document of {source} has {seqlen} tokens (the longest seen has {longest}): give a smaller --seqlen")
+
+
+# --- reading ---------------------------------------------------------------------------------------------------
+
+
+def _local_documents(source: str) -> list[str]:
+    path, readers = Path(source), {".txt": _read_text, ".jsonl": _read_jsonl, ".parquet": _read_parquet}
+    documents = readers[path.suffix](path)
+    if not any(document.strip() for document in documents):
+        raise InputError(f"{source} holds no text: give another file")
+    return documents
+
+
+def _read_text(path: Path) -> list[str]:
+    try:
+        return [path.read_text(encoding="utf-8")]
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from None
+
+
+def _read_jsonl(path: Path) -> list[str]:
+    documents = []
+    with open(path, encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                try:
+                    documents.append(str(json.loads(line)["text"]))
+                except (json.JSONDecodeError, KeyError, TypeError):
+                    raise InputError(f'{path}, line {number}: not a JSON object with a "text" field') from None
+    return documents
+
+
+def _read_parquet(path: Path) -> list[str]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return [str(text) for text in pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()]
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise InputError(f"{path} is not a parquet file with a text column ({str(error).splitlines()[0]})") from None
+
+
+def _hub_documents(corpus: Corpus, selection: dict) -> Callable | Sequence[str]:
+    """The documents of one split, as a column read on demand."""
+    import datasets
+
+    try:
+        return datasets.load_dataset(corpus.repository, **selection)[corpus.field]
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"cannot get {corpus.repository} from the hub ({reason}): check the network, or give a local "
+            f"{', '.join(LOCAL_SUFFIXES)} file instead"
+        ) from None

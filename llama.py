@@ -1,0 +1,437 @@
+"""Quantize a causal language model layer by layer and write it as safetensors.
+
+    python llama.py MODEL DATASET --wbits 4 --exponent 4 --true-sequential --act-order --percdamp 0.1 --save_path OUT.safetensors
+
+MODEL is a hub name or a local folder, DATASET a published corpus or a local text file. This file owns the command
+line and the loop; the maths is in quant.py and leanquant_grid.py, the model in modelutils.py.
+"""
+
+import argparse
+import contextlib
+import json
+import platform
+import sys
+import time
+import warnings
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Iterator
+
+import torch
+from tqdm import tqdm
+
+import datautils
+import eval_quantized
+import modelutils
+import quant
+from leanquant import packing
+from leanquant.errors import InputError
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything the command line decides, besides how a linear is quantized."""
+
+    model: str
+    dataset: str
+    nsamples: int
+    seqlen: int
+    seed: int
+    batch_size: int
+    true_sequential: bool
+    n_layers: int | None
+    offload_threshold: int
+    packing: str
+    device: torch.device
+    save_path: Path | None
+    overwrite: bool
+    report: Path | None
+    eval: tuple[str, ...]
+
+
+class Phases:
+    """Seconds spent in each named phase; an inner phase's time is not counted for the outer one."""
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = {}
+        self._device, self._open, self._mark = device, [], 0.0
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        self._book()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._book()
+            self._open.pop()
+
+    def _book(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._mark
+        self._mark = now
+
+
+# --- the loop --------------------------------------------------------------------------------------------------
+
+
+def quantize_model(model: modelutils.StreamedModel, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, phases: Phases):
+    """Quantize the layers one after the other, handing each one's tensors to `writer`. Returns a row per linear."""
+    with phases("forward"):
+        hidden = model.embed(ids, run.batch_size)
+    count = len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
+    rows = []
+    for index in tqdm(range(count), desc="quantizing", unit="layer", ncols=80):
+        start = time.perf_counter()
+        tensors, linears = quantize_layer(model, index, hidden, run, config, phases)
+        with phases("pack"):
+            writer.add(tensors)
+        rows += linears
+        loss, seconds = sum(row["loss"] for row in linears), time.perf_counter() - start
+        tqdm.write(f"layer {index + 1}/{count}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
+    with phases("pack"):
+        for tensors in untouched_tensors(model, count):
+            writer.add(tensors)
+    return rows
+
+
+def quantize_layer(model, index: int, hidden: torch.Tensor, run: Run, config: quant.QuantConfig, phases: Phases):
+    """Quantize layer `index` and move `hidden` through it, in place. Returns its tensors as stored, and a row per linear."""
+    tensors, rows = {}, []
+    with contextlib.ExitStack() as stack:
+        with phases("load"):
+            layer = stack.enter_context(model.layer(index))
+        with phases("forward"):
+            groups = model.groups(index, hidden[: run.batch_size])
+        for stage in [[group] for group in groups] if run.true_sequential else [groups]:
+            hessians = collect_hessians(model, index, hidden, stage, run, phases)
+            for group in stage:
+                for name, packed, row in quantize_group(model, index, group, hessians.pop(group[0]), run, config, phases):
+                    tensors |= packed.named(model.layer_prefix(index) + name)
+                    rows.append(row)
+                    weight = layer.get_submodule(name).weight
+                    weight.copy_(packed.dequantize(config.bits, weight.shape[1], torch.float32))
+        with phases("forward"):
+            model.advance(index, hidden, run.batch_size)
+    with phases("pack"):
+        quantized = {model.layer_prefix(index) + row["linear"] + ".weight" for row in rows}
+        tensors |= {n: model.checkpoint.get(n) for n in layer_tensors(model, index) if n not in quantized}
+    for row in rows:
+        row["layer"] = index
+    return tensors, rows
+
+
+def collect_hessians(model, index: int, hidden: torch.Tensor, groups: list[list[str]], run: Run, phases: Phases) -> dict:
+    """One pass through layer `index` as far as `groups` need: mean x x^T of each group's input, by first linear."""
+    layer = model.layers[index]
+    widths = [layer.get_submodule(group[0]).in_features for group in groups]
+    hessians = [torch.zeros(width, width, device=hessian_device(width, run)) for width in widths]
+    with phases("forward"):
+
+        def see(number: int, X: torch.Tensor) -> None:
+            with phases("hessian"):
+                quant.accumulate_hessian(hessians[number], X.flatten(0, -2))
+
+        model.watch(index, hidden, run.batch_size, groups, see)
+    tokens = hidden.shape[0] * hidden.shape[1]
+    for group, H in zip(groups, hessians, strict=True):
+        if not torch.isfinite(H.diagonal()).all():
+            raise InputError(f"layer {index}: the input of {', '.join(group)} is not finite: try --dtype float32 or bfloat16")
+        H /= tokens
+    return {group[0]: H for group, H in zip(groups, hessians, strict=True)}
+
+
+def hessian_device(width: int, run: Run) -> torch.device:
+    """Where a Hessian of this width lives: beyond --offload_threshold on the second GPU, or the CPU where there is none."""
+    if run.device.type == "cpu" or width < run.offload_threshold:
+        return run.device
+    return torch.device("cuda:1" if torch.cuda.device_count() > 1 else "cpu")
+
+
+def quantize_group(model, index: int, group: list[str], H: torch.Tensor, run: Run, config: quant.QuantConfig, phases: Phases):
+    """Quantize the linears that share the Hessian `H` (overwritten). Yields (name, PackedLinear, report row) for each."""
+    try:
+        with phases("factorization"):
+            factor = quant.factorize(H, config.percdamp, config.act_order)
+    except quant.NotPositiveDefinite:
+        warnings.warn(f"layer {index}: the Hessian of {', '.join(group)} cannot be factorized: rounding to nearest", stacklevel=2)
+        factor = None
+    for names in stacks(model, index, group):
+        start = time.perf_counter()
+        weights = [model.checkpoint.get(f"{model.layer_prefix(index)}{name}.weight").to(run.device, torch.float32) for name in names]
+        W = torch.cat(weights)
+        with phases("grid"):
+            grid = quant.learn_grid(W, factor, config)
+        with phases("solve"):
+            solved = quant.quantize(W, grid, factor, config)
+        seconds = (time.perf_counter() - start) / len(W)
+        sizes = [len(weight) for weight in weights]
+        parts = zip(names, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
+        for name, codes, loss, its_grid in parts:
+            with phases("pack"):
+                packed = pack_linear(codes, its_grid, config, run.packing)
+            row = {"linear": name, "loss": loss.sum().item(), "seconds": seconds * len(codes)}
+            if factor is None or factor.percdamp != config.percdamp:
+                row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
+            yield name, packed, row
+
+
+def stacks(model, index: int, group: list[str], most: int = 2**27) -> list[list[str]]:
+    """Rows are independent given the Hessian: a group's linears are solved as one matrix, unless that grows too large."""
+    total = sum(model.layers[index].get_submodule(name).weight.numel() for name in group)
+    return [group] if total <= most else [[name] for name in group]
+
+
+def pack_linear(codes: torch.Tensor, grid: quant.Grid, config: quant.QuantConfig, layout: str) -> packing.PackedLinear:
+    packed = packing.pack_codes(codes, config.bits, layout).cpu()
+    if grid.affine is None:
+        return packing.PackedLinear(packed, grid=grid.levels.squeeze(1).to(config.levels_dtype).cpu())
+    return packing.PackedLinear(packed, scale=grid.affine.scale.half().cpu(), zero=grid.affine.zero.cpu())
+
+
+def layer_tensors(model, index: int) -> list[str]:
+    return [name for name in model.checkpoint.shapes if name.startswith(model.layer_prefix(index))]
+
+
+def untouched_tensors(model, first: int) -> Iterator[dict[str, torch.Tensor]]:
+    """What is copied as it is: the layers from `first` on, then everything outside the layers, one tensor at a time."""
+    for index in range(first, len(model.layers)):
+        yield {name: model.checkpoint.get(name) for name in layer_tensors(model, index)}
+    for name in model.checkpoint.shapes:
+        if not name.startswith(model.layers_name + "."):
+            yield {name: model.checkpoint.get(name)}
+
+
+# --- the report ------------------------------------------------------------------------------------------------
+
+
+def peak_host_bytes() -> int:
+    """Peak resident memory of this process."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB"
+    return f"{peak_host_bytes() / 1e9:.1f} GB"
+
+
+def settings_of(run: Run, config: quant.QuantConfig) -> dict:
+    """What the written file says about itself. Nothing in it varies from run to run."""
+    method = "rtn" if config.nearest else "gptq" if config.grid == "minmax" else "leanquant"
+    return {
+        "format_version": packing.FORMAT_VERSION,
+        "method": method,
+        **{k: v for k, v in asdict(config).items() if k != "levels_dtype"},
+        "exponent": config.exponent if method == "leanquant" else None,
+        "true_sequential": run.true_sequential,
+        "n_layers": run.n_layers,
+        "packing": run.packing,
+        "calibration": run.dataset,
+        "nsamples": run.nsamples,
+        "seqlen": run.seqlen,
+        "seed": run.seed,
+        "base_model": run.model,
+        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")} | {"leanquant": _own_version()},
+    }
+
+
+def _own_version() -> str:
+    import leanquant
+
+    return leanquant.__version__
+
+
+def write_report(run: Run, contents: dict) -> None:
+    if run.report:
+        device = {"device": str(run.device)}
+        if run.device.type == "cuda":
+            device |= {"gpu": torch.cuda.get_device_name(run.device), "peak_device_bytes": torch.cuda.max_memory_allocated(run.device)}
+        machine = {"python": platform.python_version(), "threads": torch.get_num_threads(), **device, "peak_host_bytes": peak_host_bytes()}
+        run.report.write_text(json.dumps(contents | {"machine": machine}, indent=2) + "\n")
+
+
+# --- the command line ------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("model", help="hub name or local folder of the model (safetensors)")
+    add("dataset", help=f"calibration text: {', '.join(datautils.CORPORA)}, or a local .txt, .jsonl (text field) or .parquet file")
+    add("--wbits", type=int, default=16, help="bits a weight: 2, 3 or 4; 16 evaluates the unquantized model")
+    add("--grid", choices=quant.GRIDS, help="nonuniform (2**bits free levels a row), affine (searched scale and zero) or minmax (GPTQ's); unset: nonuniform if --exponent is given, else minmax")
+    add("--exponent", type=float, help="how strongly the grid favours sensitive weights; 3 or 4 is recommended, and 4 is used if --grid asks for a learned grid without it")
+    add("--groupsize", type=int, default=-1, help="columns that share a scale and zero point (affine and minmax); -1: the whole row")
+    add("--sym", action="store_true", help="symmetric min-max grid")
+    add("--nearest", action="store_true", help="baseline: round to the nearest level of a min-max grid")
+    add("--nsamples", type=int, default=128, help="calibration windows")
+    add("--seqlen", type=int, default=2048, help="tokens a window, for calibration and evaluation")
+    add("--seed", type=int, default=0, help="seed of the calibration windows")
+    add("--percdamp", type=float, default=0.01, help="damping of the Hessian, as a share of its mean diagonal; 0.1 suits learned grids")
+    add("--act-order", action="store_true", help="quantize columns with large inputs first (costs nothing at inference)")
+    add("--true-sequential", action="store_true", help="within a layer, let each group of linears see the quantized ones before it")
+    add("--static-groups", action="store_true", help="accepted for compatibility: groups here are always learned up front, from the original weights")
+    add("--block_size", type=int, default=128, help="columns whose errors are propagated together")
+    add("--n_layers", type=int, help="quantize only the first N decoder layers")
+    add("--kmeans_bins", type=int, default=128, help="bins of the k-means program: 128, or 256 for the last 0.1 %% of the grid's objective")
+    add("--kmeans_seed", type=int, default=0, help="accepted for compatibility: the grid here is the global optimum and needs no random start")
+    add("--grid_partitions", type=int, default=2048, help="T of the affine search: range ends move in steps of range / T")
+    add("--grid_search", choices=["fast", "exhaustive"], default="fast", help="affine search coarse to fine, or over every distinct candidate (about 10 times slower)")
+    add("--offload_threshold", type=int, default=53248, help="Hessians at least this wide are handled on the second GPU, or on the CPU where there is none")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"], help="type of weights and activations in forward passes; auto: float32 on a CPU, the checkpoint's on a GPU")
+    add("--batch_size", type=int, help="sequences per forward pass (unset: as many as make 2048 tokens)")
+    add("--save_path", type=Path, help="where the quantized model goes: a file ending in .safetensors, or a Hugging Face folder")
+    add("--packing", choices=["dense", "nibble"], default="dense", help="codes of 2 and 3 bits: dense, or one nibble each as the published reader wants")
+    add("--overwrite", action="store_true", help="replace what --save_path names")
+    add("--eval", nargs="+", metavar="NAME|PATH", help="texts to measure perplexity on afterwards, or none (unset: wikitext2 ptb c4)")
+    add("--new-eval", action="store_true", help="with --eval unset, use wikitext2 ptb-new c4-new")
+    add("--report", type=Path, metavar="FILE.json", help="write settings, losses, times, peak memory and perplexities to this file")
+    return parser.parse_args(argv)
+
+
+def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.QuantConfig:
+    """The algorithm's settings. Raises InputError for contradictions."""
+    grid = args.grid or ("minmax" if args.exponent is None or args.nearest else "nonuniform")
+    if args.nearest and (args.exponent is not None or grid != "minmax"):
+        raise InputError("--nearest is the round-to-nearest baseline on a min-max grid: leave out --exponent and --grid")
+    if grid == "minmax" and args.exponent is not None:
+        raise InputError("--grid minmax has no exponent: leave out --exponent, or choose --grid nonuniform or affine")
+    if args.sym and grid != "minmax":
+        raise InputError(f"--sym belongs to --grid minmax, not to {grid}: leave it out")
+    if grid == "nonuniform" and args.groupsize != -1:
+        raise InputError("non-uniform grids are learned for whole rows: leave out --groupsize, or choose --grid affine")
+    for name, least in {"percdamp": 0, "exponent": 0, "block_size": 1, "kmeans_bins": 2**args.wbits, "grid_partitions": 2}.items():
+        if (value := getattr(args, name)) is not None and not value >= least:
+            raise InputError(f"--{name} is {value}: give at least {least}")
+    if args.grid_partitions % 2:
+        raise InputError(f"--grid_partitions is {args.grid_partitions}: give an even number")
+    return quant.QuantConfig(
+        bits=args.wbits,
+        grid=grid,
+        exponent=4.0 if args.exponent is None else args.exponent,
+        groupsize=args.groupsize,
+        sym=args.sym,
+        nearest=args.nearest,
+        percdamp=args.percdamp,
+        act_order=args.act_order,
+        block_size=args.block_size,
+        grid_partitions=args.grid_partitions,
+        exhaustive=args.grid_search == "exhaustive",
+        kmeans_bins=args.kmeans_bins,
+        levels_dtype=levels_dtype,
+    )
+
+
+def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
+    """Where, how much and onto what. Raises InputError for what can be seen to be wrong at once."""
+    if args.wbits not in (2, 3, 4, 16):
+        raise InputError(f"--wbits is {args.wbits}: give 2, 3 or 4, or 16 to evaluate the unquantized model")
+    for name, least in {"nsamples": 1, "seqlen": 2, "batch_size": 1, "n_layers": 1}.items():
+        if (value := getattr(args, name)) is not None and value < least:
+            raise InputError(f"--{name} is {value}: give at least {least}")
+    sources = tuple(args.eval or (datautils.NEW_TEST_SETS if args.new_eval else datautils.TEST_SETS))
+    sources = () if sources == ("none",) else sources
+    for source in (args.dataset, *sources):
+        datautils.check_source(source)
+    if args.wbits == 16 and (args.save_path or not sources):
+        raise InputError("--wbits 16 only evaluates the unquantized model: give --wbits 2, 3 or 4 to quantize it")
+    if args.report and not args.report.resolve().parent.is_dir():
+        raise InputError(f"--report: the folder {args.report.resolve().parent} does not exist: make it first")
+    return Run(
+        model=args.model,
+        dataset=args.dataset,
+        nsamples=args.nsamples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        batch_size=args.batch_size or eval_quantized.default_batch_size(args.seqlen),
+        true_sequential=args.true_sequential,
+        n_layers=args.n_layers,
+        offload_threshold=args.offload_threshold,
+        packing=args.packing,
+        device=device,
+        save_path=args.save_path,
+        overwrite=args.overwrite,
+        report=args.report,
+        eval=sources,
+    )
+
+
+def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig) -> int:
+    """What only the model can tell: does it fit the settings? Returns the bytes the quantized model will take."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and run.seqlen > limit:
+        raise InputError(f"--seqlen is {run.seqlen} and the model's context is {limit}: give a smaller one")
+    size = 0
+    for layer in model.layers:
+        for name, module in layer.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                O, I = module.weight.shape  # noqa: E741
+                if config.groupsize != -1 and (config.groupsize < 1 or I % config.groupsize):
+                    raise InputError(f"--groupsize {config.groupsize} does not divide the {I} inputs of {name}: give a divisor, or -1")
+                grid = 2 * 2**config.bits if config.grid == "nonuniform" else 3 * (1 if config.groupsize == -1 else I // config.groupsize)
+                size += O * (packing.packed_width(I, config.bits, run.packing) + grid)
+        size += sum(p.numel() * 4 for p in layer.parameters() if p.ndim == 1)
+    return size + sum(4 * model.model.get_parameter(n).numel() for n in model.outside_names() if n in model.checkpoint)
+
+
+def run_command(args: argparse.Namespace) -> None:
+    device = eval_quantized.pick_device(args.device)
+    run = run_settings(args, device)
+    folder = modelutils.resolve_model(args.model)
+    checkpoint = packing.Checkpoint.open(folder)
+    config = None if args.wbits == 16 else quant_config(args, eval_quantized.stored_dtype(checkpoint))
+    dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
+    model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
+    writer = packing.ModelWriter(run.save_path, run.overwrite, check_model(model, run, config)) if config else None
+    contents = {"settings": settings_of(run, config) if config else {"method": "none", "base_model": run.model}}
+    try:
+        checkpoint.check_finite()
+        tokenizer = modelutils.load_tokenizer(folder)
+        tests = {source: datautils.evaluation_windows(source, tokenizer, run.seqlen) for source in run.eval}
+        if config:
+            ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
+            phases, start = Phases(device), time.perf_counter()
+            rows = quantize_model(model, ids, run, config, writer, phases)
+            with phases("pack"):
+                model.checkpoint = writer.finish(contents["settings"], folder)
+            contents |= {"quantization_seconds": time.perf_counter() - start, "phase_seconds": phases.seconds, "linears": rows}
+            print_summary(contents, run)
+            write_report(run, contents)
+        contents["perplexity"] = []
+        for source, windows in tests.items():
+            result = eval_quantized.perplexity(model, source, windows, run.batch_size)
+            contents["perplexity"].append(result._asdict())
+            print(result, flush=True)
+        write_report(run, contents)
+    finally:
+        if writer:
+            writer.close()
+
+
+def print_summary(contents: dict, run: Run) -> None:
+    phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in contents["phase_seconds"].items())
+    where = f"; saved {run.save_path}" if run.save_path else ""
+    print(f"quantized in {contents['quantization_seconds']:.1f} s ({phases}), peak {peak_memory(run.device)}{where}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    try:
+        with torch.no_grad():
+            run_command(parse(argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
