@@ -37,7 +37,7 @@ class Perplexity(NamedTuple):
 def perplexity(model: modelutils.StreamedModel, source: str, windows: torch.Tensor, batch_size: int) -> Perplexity:
     """exp(mean over windows of the mean next-token loss) of token `windows` [n, T]."""
     hidden = model.embed(windows, batch_size)
-    for index in tqdm(range(len(model.layers)), desc=f"eval {source}", unit="layer", leave=False):
+    for index in tqdm(range(len(model.layers)), desc=f"eval {source}", unit="layer", ncols=80, leave=False, disable=None):
         with model.layer(index):
             model.advance(index, hidden, batch_size)
     losses = []

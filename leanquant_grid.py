@@ -44,7 +44,7 @@ def kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, bins: int = 128) 
     Constant rows and rows with fewer than K distinct values get repeated levels.
     """
     K, bins = 2**bits, min(bins, W.shape[1])
-    chunk = max(1, 2**25 // W.shape[1])
+    chunk = max(1, (2**20 if W.device.type == "cpu" else 2**25) // W.shape[1])  # about 60 bytes an element
     return torch.cat([_kmeans_rows(rows, a_rows, K, bins) for rows, a_rows in _row_chunks(W, a, chunk)])
 
 

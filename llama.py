@@ -85,7 +85,7 @@ def quantize_model(model: modelutils.StreamedModel, ids: torch.Tensor, run: Run,
         hidden = model.embed(ids, run.batch_size)
     count = len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
     rows = []
-    for index in tqdm(range(count), desc="quantizing", unit="layer", ncols=80):
+    for index in tqdm(range(count), desc="quantizing", unit="layer", ncols=80, disable=None):
         start = time.perf_counter()
         tensors, linears = quantize_layer(model, index, hidden, run, config, phases)
         with phases("pack"):
@@ -399,6 +399,7 @@ def run_command(args: argparse.Namespace) -> None:
         tests = {source: datautils.evaluation_windows(source, tokenizer, run.seqlen) for source in run.eval}
         if config:
             ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
+            modelutils.release_memory()  # tokenizing a long text leaves much behind
             phases, start = Phases(device), time.perf_counter()
             rows = quantize_model(model, ids, run, config, writer, phases)
             with phases("pack"):

@@ -7,6 +7,7 @@ Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 """
 
 import contextlib
+import ctypes
 from pathlib import Path
 from typing import Callable, Iterator
 
@@ -46,6 +47,12 @@ def load_tokenizer(folder: Path):
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): copy its tokenizer files there") from None
+
+
+def release_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps it in fragments, and the peak would grow layer by layer."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 class _Stop(Exception):
@@ -136,6 +143,7 @@ class StreamedModel:
             yield self.layers[index]
         finally:
             self._empty(names)
+            release_memory()
 
     # --- running ---
 

