@@ -6,14 +6,17 @@ G groups of columns, N tokens. "Solver order": columns permuted by act-order.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from leanquant import kernels
 from leanquant.packing import affine_levels
 from leanquant_grid import Affine, affine_search, kmeans_levels, minmax_affine, sensitivity
 
 GRIDS = ("nonuniform", "affine", "minmax")
+CUDA_SOURCE = Path(__file__).with_name("fused_kernel.cu")
 
 
 @dataclass(frozen=True)
@@ -203,27 +206,38 @@ def solve_columns(W: torch.Tensor, U: torch.Tensor, levels: torch.Tensor, group_
     """
     columns = W.T.contiguous()  # [I, O]: a column is a vector
     levels = levels.transpose(0, 1).contiguous()  # [G, O, K]
-    midpoints = (levels[..., 1:] + levels[..., :-1]) / 2
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=W.device)
     loss = torch.zeros(W.shape[0], device=W.device)
-    group_of = group_of.tolist()
+    kernel = kernels.load(CUDA_SOURCE, "solve_block", W.device.index) if W.is_cuda else None
+    group_of = group_of.int()
     for start in range(0, len(columns), block_size):
         stop = min(start + block_size, len(columns))
         U_rows = U[start:stop, start:].to(W.device)
-        errors = _solve_block(columns[start:stop], U_rows, levels, midpoints, group_of[start:stop], codes[start:stop])
+        block = (columns[start:stop], U_rows, levels, group_of[start:stop], codes[start:stop])
+        errors = _solve_block_cuda(kernel, *block) if kernel else _solve_block(*block)
         loss += errors.square().sum(0)
         columns[stop:].addmm_(U_rows[:, stop - start :].T, errors, alpha=-1)
     return codes.T.contiguous(), loss
 
 
-def _solve_block(w, U, levels, midpoints, group_of: list[int], codes: torch.Tensor, sub: int = 32) -> torch.Tensor:
+def _solve_block_cuda(kernel, w, U, levels, group_of, codes) -> torch.Tensor:
+    """`_solve_block` in one launch: `solve_block` of fused_kernel.cu, a thread a row."""
+    errors = torch.empty_like(w)
+    U = U.contiguous()
+    B, O = w.shape
+    kernels.launch(kernel, 128, O, w, U, U.shape[1], levels, group_of, codes, errors, B, O, levels.shape[2])
+    return errors
+
+
+def _solve_block(w, U, levels, group_of, codes: torch.Tensor, sub: int = 32) -> torch.Tensor:
     """The loop within one block, `w` [B, O]: writes `codes` [B, O], returns errors e [B, O].
 
-    Each column first collects what the columns before it left: from earlier sub-blocks in one product, within its
-    sub-block by a matrix-vector product. Nothing is written back to columns not yet reached.
+    U [B, >= B], levels [G, O, K], group_of [B] int32. Each column first collects what the columns before it left: from
+    earlier sub-blocks in one product, within its sub-block by a matrix-vector product; nothing is written ahead.
     """
     errors = torch.empty_like(w)
-    scales = U.diagonal().tolist()
+    scales, group_of = U.diagonal().tolist(), group_of.tolist()
+    midpoints = {g: ((levels[g, :, 1:] + levels[g, :, :-1]) / 2) for g in set(group_of)}
     for start in range(0, len(w), sub):
         stop = min(start + sub, len(w))
         if start:
