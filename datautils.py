@@ -108,9 +108,7 @@ def _tokens(text: str, tokenizer) -> torch.Tensor:
 
 def _check_length(tokens: torch.Tensor, seqlen: int, source: str) -> None:
     if len(tokens) < seqlen:
-        raise InputError(
-            f"{source} has {len(tokens)} tokens and one window needs {seqlen}: give a longer text or a smaller --seqlen"
-        )
+        raise InputError(f"{source} has {len(tokens)} tokens and one window needs {seqlen}: give a longer text or a smaller --seqlen")
 
 
 def _random_windows(tokens: torch.Tensor, count: int, seqlen: int, seed: int, source: str) -> torch.Tensor:

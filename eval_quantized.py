@@ -89,19 +89,39 @@ def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
     return torch.bfloat16 if kinds.count("BF16") > kinds.count("F16") + kinds.count("F32") else torch.float16
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds each flag's default to its sentence; a sentence with "unset:" says it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        if action.default is None or isinstance(action, argparse._HelpAction) or action.required:
+            return action.help
+        return action.help + " (off by default)" if action.default is False else super()._get_help_string(action)
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpWithDefaults, allow_abbrev=False)
     add = parser.add_argument
     add("--base_model_name_or_path", required=True, help="hub name or folder of the unquantized model (its config and tokenizer are used)")
-    add("--leanquant_path", help="quantized .safetensors file or folder; without it the base model is evaluated")
-    add("--bits", type=int, help="bits of the quantized file, checked if given; the file itself says them")
-    add("--perplexity", nargs="+", required=True, metavar="NAME|PATH", help="test sets: wikitext2, ptb, c4, ptb-new, c4-new or local text files")
+    add("--leanquant_path", help="quantized .safetensors file or folder (unset: the base model is evaluated)")
+    add("--bits", type=int, help="bits of the quantized file, checked if given (unset: read from the file)")
+    add(
+        "--perplexity",
+        nargs="+",
+        required=True,
+        metavar="NAME|PATH",
+        help="test sets: wikitext2, ptb, c4, ptb-new, c4-new or local text files",
+    )
     add("--seqlen", type=int, default=2048, help="tokens a window")
     add("--eval_batch_size", type=int, help="sequences per forward pass (unset: as many as make 2048 tokens)")
     add("--use_bf16", action="store_true", help="compute in bfloat16, same as --dtype bfloat16")
-    add("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"], help="type of weights and activations; auto: float32 on a CPU, the checkpoint's on a GPU")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float16", "bfloat16", "float32"],
+        help="type of weights and activations; auto: float32 on a CPU, the checkpoint's on a GPU",
+    )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--output", type=Path, help="write the results to this JSON file")
+    add("--output", type=Path, help="write the results to this JSON file (unset: only print them)")
     return parser.parse_args(argv)
 
 

@@ -253,7 +253,7 @@ def write_report(run: Run, contents: dict) -> None:
         if run.device.type == "cuda":
             device |= {"gpu": torch.cuda.get_device_name(run.device), "peak_device_bytes": torch.cuda.max_memory_allocated(run.device)}
         machine = {"python": platform.python_version(), "threads": torch.get_num_threads(), **device, "peak_host_bytes": peak_host_bytes()}
-        run.report.write_text(json.dumps(contents | {"machine": machine}, indent=2) + "\n")
+        run.report.write_text(json.dumps(contents | {"machine": machine}, indent=2, default=str) + "\n")
 
 
 # --- the command line ------------------------------------------------------------------------------------------
@@ -261,14 +261,22 @@ def write_report(run: Run, contents: dict) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        description=__doc__.split("\n\n")[0], formatter_class=eval_quantized.HelpWithDefaults, allow_abbrev=False
     )
     add = parser.add_argument
     add("model", help="hub name or local folder of the model (safetensors)")
     add("dataset", help=f"calibration text: {', '.join(datautils.CORPORA)}, or a local .txt, .jsonl (text field) or .parquet file")
     add("--wbits", type=int, default=16, help="bits a weight: 2, 3 or 4; 16 evaluates the unquantized model")
-    add("--grid", choices=quant.GRIDS, help="nonuniform (2**bits free levels a row), affine (searched scale and zero) or minmax (GPTQ's); unset: nonuniform if --exponent is given, else minmax")
-    add("--exponent", type=float, help="how strongly the grid favours sensitive weights; 3 or 4 is recommended, and 4 is used if --grid asks for a learned grid without it")
+    add(
+        "--grid",
+        choices=quant.GRIDS,
+        help="nonuniform (2**bits free levels a row), affine (searched scale and zero) or minmax (GPTQ's); unset: nonuniform if --exponent is given, else minmax",
+    )
+    add(
+        "--exponent",
+        type=float,
+        help="how strongly the grid favours sensitive weights; 3 or 4 is recommended (unset: 4 if --grid asks for a learned grid)",
+    )
     add("--groupsize", type=int, default=-1, help="columns that share a scale and zero point (affine and minmax); -1: the whole row")
     add("--sym", action="store_true", help="symmetric min-max grid")
     add("--nearest", action="store_true", help="baseline: round to the nearest level of a min-max grid")
@@ -278,23 +286,61 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--percdamp", type=float, default=0.01, help="damping of the Hessian, as a share of its mean diagonal; 0.1 suits learned grids")
     add("--act-order", action="store_true", help="quantize columns with large inputs first (costs nothing at inference)")
     add("--true-sequential", action="store_true", help="within a layer, let each group of linears see the quantized ones before it")
-    add("--static-groups", action="store_true", help="accepted for compatibility: groups here are always learned up front, from the original weights")
+    add(
+        "--static-groups",
+        action="store_true",
+        help="accepted for compatibility: groups here are always learned up front, from the original weights",
+    )
     add("--block_size", type=int, default=128, help="columns whose errors are propagated together")
-    add("--n_layers", type=int, help="quantize only the first N decoder layers")
+    add("--n_layers", type=int, help="quantize only the first N decoder layers (unset: all)")
     add("--kmeans_bins", type=int, default=128, help="bins of the k-means program: 128, or 256 for the last 0.1 %% of the grid's objective")
-    add("--kmeans_seed", type=int, default=0, help="accepted for compatibility: the grid here is the global optimum and needs no random start")
+    add(
+        "--kmeans_seed",
+        type=int,
+        default=0,
+        help="accepted for compatibility: the grid here is the global optimum and needs no random start",
+    )
     add("--grid_partitions", type=int, default=2048, help="T of the affine search: range ends move in steps of range / T")
-    add("--grid_search", choices=["fast", "exhaustive"], default="fast", help="affine search coarse to fine, or over every distinct candidate (about 10 times slower)")
-    add("--offload_threshold", type=int, default=53248, help="Hessians at least this wide are handled on the second GPU, or on the CPU where there is none")
+    add(
+        "--grid_search",
+        choices=["fast", "exhaustive"],
+        default="fast",
+        help="affine search coarse to fine, or over every distinct candidate (about 10 times slower)",
+    )
+    add(
+        "--offload_threshold",
+        type=int,
+        default=53248,
+        help="Hessians at least this wide are handled on the second GPU, or on the CPU where there is none",
+    )
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
-    add("--dtype", default="auto", choices=["auto", "float16", "bfloat16", "float32"], help="type of weights and activations in forward passes; auto: float32 on a CPU, the checkpoint's on a GPU")
+    add(
+        "--dtype",
+        default="auto",
+        choices=["auto", "float16", "bfloat16", "float32"],
+        help="type of weights and activations in forward passes; auto: float32 on a CPU, the checkpoint's on a GPU",
+    )
     add("--batch_size", type=int, help="sequences per forward pass (unset: as many as make 2048 tokens)")
-    add("--save_path", type=Path, help="where the quantized model goes: a file ending in .safetensors, or a Hugging Face folder")
-    add("--packing", choices=["dense", "nibble"], default="dense", help="codes of 2 and 3 bits: dense, or one nibble each as the published reader wants")
+    add(
+        "--save_path",
+        type=Path,
+        help="where the quantized model goes: a file ending in .safetensors, or a Hugging Face folder (unset: nothing is kept)",
+    )
+    add(
+        "--packing",
+        choices=["dense", "nibble"],
+        default="dense",
+        help="codes of 2 and 3 bits: dense, or one nibble each as the published reader wants",
+    )
     add("--overwrite", action="store_true", help="replace what --save_path names")
     add("--eval", nargs="+", metavar="NAME|PATH", help="texts to measure perplexity on afterwards, or none (unset: wikitext2 ptb c4)")
     add("--new-eval", action="store_true", help="with --eval unset, use wikitext2 ptb-new c4-new")
-    add("--report", type=Path, metavar="FILE.json", help="write settings, losses, times, peak memory and perplexities to this file")
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE.json",
+        help="write settings, losses, times, peak memory and perplexities to this file (unset: no report)",
+    )
     return parser.parse_args(argv)
 
 
@@ -374,7 +420,7 @@ def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantCo
     for layer in model.layers:
         for name, module in layer.named_modules():
             if isinstance(module, torch.nn.Linear):
-                O, I = module.weight.shape  # noqa: E741
+                O, I = module.weight.shape
                 if config.groupsize != -1 and (config.groupsize < 1 or I % config.groupsize):
                     raise InputError(f"--groupsize {config.groupsize} does not divide the {I} inputs of {name}: give a divisor, or -1")
                 grid = 2 * 2**config.bits if config.grid == "nonuniform" else 3 * (1 if config.groupsize == -1 else I // config.groupsize)
@@ -392,7 +438,8 @@ def run_command(args: argparse.Namespace) -> None:
     dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
     model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
     writer = packing.ModelWriter(run.save_path, run.overwrite, check_model(model, run, config)) if config else None
-    contents = {"settings": settings_of(run, config) if config else {"method": "none", "base_model": run.model}}
+    settings = settings_of(run, config) if config else {"method": "none", "base_model": run.model}
+    contents = {"settings": settings, "run": asdict(run), "dtype": str(dtype).removeprefix("torch.")}
     try:
         checkpoint.check_finite()
         tokenizer = modelutils.load_tokenizer(folder)
@@ -403,8 +450,9 @@ def run_command(args: argparse.Namespace) -> None:
             phases, start = Phases(device), time.perf_counter()
             rows = quantize_model(model, ids, run, config, writer, phases)
             with phases("pack"):
-                model.checkpoint = writer.finish(contents["settings"], folder)
+                model.checkpoint = writer.finish(settings, folder)
             contents |= {"quantization_seconds": time.perf_counter() - start, "phase_seconds": phases.seconds, "linears": rows}
+            contents["peak_host_bytes_quantizing"] = peak_host_bytes()
             print_summary(contents, run)
             write_report(run, contents)
         contents["perplexity"] = []

@@ -125,7 +125,7 @@ class StreamedModel:
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            value = self.checkpoint.weight(self._source(name), tuple(module._parameters[leaf].shape), self.dtype).to(self.device)
+            value = self.checkpoint.weight(self._source(name), tuple(module._parameters[leaf].shape), self.dtype, self.device)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _empty(self, names: list[str]) -> None:

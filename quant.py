@@ -84,7 +84,7 @@ def accumulate_hessian(H: torch.Tensor, X: torch.Tensor) -> None:
 
     By column panels: four products that stop at the diagonal do 5/8 of the work of one full product.
     """
-    I = H.shape[0]  # noqa: E741
+    I = H.shape[0]
     X = X.to(H)
     panel = I if I < 1024 else -(-I // 4)
     for start in range(0, I, panel):
@@ -137,7 +137,7 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
     Groups are static: learned from the original weights, for consecutive original columns. Without a factor every
     column counts the same.
     """
-    O, I = W.shape  # noqa: E741
+    O, I = W.shape
     a = torch.ones(I, dtype=torch.float64, device=W.device)
     if factor is not None and config.grid != "minmax":
         a[factor.order] = sensitivity(factor.U, config.exponent).to(W.device)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .errors import InputError
 from .linear import QuantizedLinear
-from .packing import Checkpoint, PackedLinear
+from .packing import Checkpoint
 
 
 class LeanQuantModelForCausalLM:
@@ -105,7 +105,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{name}.{leaf}" if name else leaf
             if parameter.is_meta and not _is_tied_head(model, module, full_name, checkpoint):
-                value = checkpoint.weight(full_name, tuple(parameter.shape), dtype).to(_device_of(name, devices))
+                value = checkpoint.weight(full_name, tuple(parameter.shape), dtype, _device_of(name, devices))
                 setattr(module, leaf, nn.Parameter(value, requires_grad=False))
     unknown = [linear for linear in checkpoint.quantized if linear not in dict(model.named_modules())]
     if unknown:
@@ -119,14 +119,13 @@ def _is_tied_head(model: nn.Module, module: nn.Module, name: str, checkpoint: Ch
 def _quantized_linear(name: str, linear: nn.Linear, checkpoint: Checkpoint, device, dtype, dequantize: str) -> nn.Module:
     """`linear` with its weight set, or a QuantizedLinear in its place; its bias is still to be filled in the former."""
     if dequantize == "always" or (dequantize == "auto" and torch.device(device).type == "cpu"):
-        weight = checkpoint.weight(f"{name}.weight", tuple(linear.weight.shape), dtype)
-        linear.weight = nn.Parameter(weight.to(device), requires_grad=False)
+        weight = checkpoint.weight(f"{name}.weight", tuple(linear.weight.shape), dtype, device)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
         return linear
-    packed = PackedLinear(*(None if t is None else t.to(device) for t in checkpoint.packed(name)))
     bias = None
     if linear.bias is not None:
-        bias = checkpoint.weight(f"{name}.bias", tuple(linear.bias.shape), dtype).to(device)
-    return QuantizedLinear(packed, checkpoint.bits_of(name), linear.in_features, bias)
+        bias = checkpoint.weight(f"{name}.bias", tuple(linear.bias.shape), dtype, device)
+    return QuantizedLinear(checkpoint.packed(name).to(device), checkpoint.bits_of(name), linear.in_features, bias)
 
 
 def _load_generation_config(model: nn.Module, base) -> None:

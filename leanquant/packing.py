@@ -100,6 +100,9 @@ class PackedLinear(NamedTuple):
         tensors = {CODES: self.codes, GRID: self.grid, SCALE: self.scale, ZERO: self.zero}
         return {linear + suffix: t.contiguous() for suffix, t in tensors.items() if t is not None}
 
+    def to(self, device) -> "PackedLinear":
+        return PackedLinear(*(None if t is None else t.to(device) for t in self))
+
     def levels(self, bits: int) -> torch.Tensor:
         """Float32 levels [O, G, K] (G = 1 for a grid)."""
         if self.grid is not None:
@@ -204,13 +207,13 @@ class Checkpoint:
         get = lambda suffix: self.get(linear + suffix) if linear + suffix in self else None  # noqa: E731
         return PackedLinear(self.get(linear + CODES), get(GRID), get(SCALE), get(ZERO))
 
-    def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Tensor `name` in `dtype`, dequantized if it is the weight of a quantized linear. `shape` is what must come out."""
+    def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's. `shape` is what must come out."""
         linear = name.removesuffix(".weight")
         if name not in self and self.is_quantized(linear):
-            tensor = self.packed(linear).dequantize(self.bits_of(linear), shape[1], dtype)
+            tensor = self.packed(linear).to(device).dequantize(self.bits_of(linear), shape[1], dtype)
         else:
-            tensor = self.get(name).to(dtype)
+            tensor = self.get(name).to(device, dtype)
         if tensor.shape != torch.Size(shape):
             raise InputError(f"tensor {name} is {list(tensor.shape)} where the config wants {list(shape)}: wrong base model?")
         return tensor
@@ -325,7 +328,9 @@ class ModelWriter:
     def finish(self, settings: dict, base: Path, max_shard_bytes: int = 5 * 10**9) -> Checkpoint:
         """Turn the parts into the result and return a reader of it. `base` is the unquantized model's folder."""
         if self.save_path is None:
-            return Checkpoint(self.parts)
+            checkpoint = Checkpoint(self.parts)
+            checkpoint.settings = settings
+            return checkpoint
         if self.save_path.suffix == ".safetensors":
             merge_files(self.parts, self.save_path, settings)
         else:

@@ -131,11 +131,6 @@ def published_evaluation(tokenizer, text, seqlen, limit=None):
     return [ids[i * seqlen : (i + 1) * seqlen] for i in range(len(ids) // seqlen)]
 
 
-def without_length(tokenizer, documents, seqlen):
-    """`documents`, those of exactly `seqlen` tokens replaced by shorter ones."""
-    return [d[:-1] if len(tokenizer(d).input_ids) == seqlen else d for d in documents]
-
-
 def assert_windows(found: torch.Tensor, expected: list[list[int]]) -> None:
     assert found.dtype == torch.int64
     assert found.tolist() == expected
@@ -336,7 +331,9 @@ def test_file_that_is_not_parquet_is_refused(tmp_path, tokenizer):
     assert str(path) in both_refusals(path, tokenizer)
 
 
-@pytest.mark.parametrize("name, content", [("empty.txt", ""), ("blank.txt", " \n\n "), ("empty.jsonl", ""), ("blank.jsonl", '{"text": " "}')])
+@pytest.mark.parametrize(
+    "name, content", [("empty.txt", ""), ("blank.txt", " \n\n "), ("empty.jsonl", ""), ("blank.jsonl", '{"text": " "}')]
+)
 def test_file_without_text_is_refused(tmp_path, tokenizer, name, content):
     (tmp_path / name).write_text(content)
     message = both_refusals(tmp_path / name, tokenizer)
@@ -349,7 +346,9 @@ def test_empty_parquet_file_is_refused(tmp_path, tokenizer):
     assert "no text" in both_refusals(path, tokenizer)
 
 
-@pytest.mark.parametrize("name, content", [("latin.txt", "Größe".encode("latin-1")), ("latin.jsonl", '{"text": "Größe"}'.encode("latin-1"))])
+@pytest.mark.parametrize(
+    "name, content", [("latin.txt", "Größe".encode("latin-1")), ("latin.jsonl", '{"text": "Größe"}'.encode("latin-1"))]
+)
 def test_text_that_is_not_utf8_is_refused(tmp_path, tokenizer, name, content):
     (tmp_path / name).write_bytes(content)
     message = both_refusals(tmp_path / name, tokenizer)

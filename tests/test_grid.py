@@ -45,20 +45,25 @@ def total_energy(W: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
 
 
 def run_costs(w: np.ndarray, a: np.ndarray) -> np.ndarray:
-    """cost[i, j] of the points i..j-1 of a sorted row around their own weighted mean; in long double, whose 64 bits
-    of mantissa make the difference of prefix sums exact enough."""
-    w, a = w.astype(np.longdouble), a.astype(np.longdouble)
-    w = w - np.dot(a, w) / a.sum()
-    A, B, C = (np.concatenate([[0], np.cumsum(x)]) for x in (a, a * w, a * w * w))
-    dA, dB, dC = (x[None, :] - x[:, None] for x in (A, B, C))
-    runs = np.triu(np.ones(dA.shape, dtype=bool), 1)
-    return np.where(runs, np.maximum(dC - dB**2 / np.where(runs, dA, 1), 0), np.inf).astype(np.float64)
+    """cost[i, j] of the points i..j-1 of a sorted row around their own weighted mean. No prefix sums: every run grows by
+    one point at a time (West's update), which adds positive numbers only and loses nothing at any spread of `a`."""
+    n = len(w)
+    cost = np.full((n + 1, n + 1), np.inf)
+    weight, mean, spread = np.zeros(n), np.zeros(n), np.zeros(n)
+    for length in range(1, n + 1):
+        starts = n - length + 1
+        w_new, a_new, weight, mean, spread = w[length - 1 :], a[length - 1 :], weight[:starts], mean[:starts], spread[:starts]
+        step, total = w_new - mean, weight + a_new
+        spread = spread + weight * a_new / total * step**2
+        mean, weight = mean + a_new / total * step, total
+        cost[np.arange(starts), np.arange(starts) + length] = spread
+    return cost
 
 
 def optimal_costs(w: torch.Tensor, a: torch.Tensor, most: int) -> list[float]:
     """The least k-means cost with 1, 2, ..., `most` levels: the textbook O(n^2 K) dynamic program."""
     order = np.argsort(w.numpy(), kind="stable")
-    cost = run_costs(w.numpy()[order], a.numpy()[order])
+    cost = run_costs(w.double().numpy()[order], a.double().numpy()[order])
     best, found = cost[0], []
     for _ in range(most):
         found.append(best[-1])

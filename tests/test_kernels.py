@@ -55,7 +55,20 @@ def run_on_host(run, w, U, levels, group_of):
     codes, errors = torch.empty(w.shape, dtype=torch.uint8), torch.empty_like(w)
     pointer = lambda t: ctypes.c_void_p(t.data_ptr())  # noqa: E731
     B, O = w.shape
-    run(128, O, pointer(w), pointer(U), U.shape[1], pointer(levels), pointer(group_of), pointer(codes), pointer(errors), B, O, levels.shape[2])
+    run(
+        128,
+        O,
+        pointer(w),
+        pointer(U),
+        U.shape[1],
+        pointer(levels),
+        pointer(group_of),
+        pointer(codes),
+        pointer(errors),
+        B,
+        O,
+        levels.shape[2],
+    )
     return codes, errors
 
 
