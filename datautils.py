@@ -6,10 +6,10 @@ A corpus is a row of `CORPORA`; sampling is in two functions. Local files: .txt,
 
 import json
 import random
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Callable, Sequence
 
 import torch
 

@@ -13,10 +13,10 @@ import platform
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Iterator
 
 import torch
 from tqdm import tqdm

@@ -8,8 +8,8 @@ Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 
 import contextlib
 import ctypes
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Callable, Iterator
 
 import torch
 from accelerate import init_empty_weights

@@ -12,8 +12,9 @@ import os
 import shutil
 import struct
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Iterable, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
