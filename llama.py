@@ -252,7 +252,7 @@ def write_report(run: Run, contents: dict) -> None:
         device = {"device": str(run.device)}
         if run.device.type == "cuda":
             device |= {"gpu": torch.cuda.get_device_name(run.device), "peak_device_bytes": torch.cuda.max_memory_allocated(run.device)}
-        machine = {"python": platform.python_version(), "threads": torch.get_num_threads(), **device, "peak_host_bytes": peak_host_bytes()}
+        machine = {"python": platform.python_version(), "threads": torch.get_num_threads(), "peak_host_bytes": peak_host_bytes(), **device}
         run.report.write_text(json.dumps(contents | {"machine": machine}, indent=2, default=str) + "\n")
 
 
