@@ -93,7 +93,7 @@ def _candidate_borders(s: _Sorted, m: int) -> torch.Tensor:
     if n <= m:
         return torch.arange(n + 1, device=s.w.device).expand(len(s.w), -1)
     left, right = s.a[:, :-1], s.a[:, 1:]
-    gap = s.w.diff(dim=1).double()
+    gap = s.w.diff(dim=1).double() / (s.w[:, -1:] - s.w[:, :1]).double().clamp(min=1e-300)
     measure = (left * right / (left + right) * gap.square()).float().pow(1 / 3)
     measure = measure.cumsum(1, dtype=torch.float64)
     measure += 0.01 * measure[:, -1:] * torch.linspace(1 / (n - 1), 1, n - 1, device=s.w.device, dtype=torch.float64)
@@ -109,6 +109,8 @@ def _best_borders(s: _Sorted, candidates: torch.Tensor, K: int) -> torch.Tensor:
     one j a row, which is cheaper than an argmax over everything on the way there.
     """
     A, B = s.A.gather(1, candidates), s.B.gather(1, candidates)
+    # In units of the row's own totals, so that their squares fit float32 whatever the units of the weights.
+    A, B = A / A[:, -1:], B / B.abs().amax(1, keepdim=True).clamp(min=1e-300)
     m1 = A.shape[1]
     # The table [rows, m+1, m+1] of gains is read K times: it should stay in the cache of a core. Its memory is
     # allocated once, because fresh pages cost more than the arithmetic.
@@ -129,7 +131,7 @@ def _run_gains(A: torch.Tensor, B: torch.Tensor, wide: torch.Tensor, narrow: tor
     The differences are taken in float64. A floor of rounding size on dA makes runs without weight save nothing.
     Returns `narrow`, overwritten: the gains and a scratch table.
     """
-    torch.sub((A + NOISE * A[:, -1:])[:, None, :], A[:, :, None], out=wide[0])
+    torch.sub((A + NOISE)[:, None, :], A[:, :, None], out=wide[0])
     torch.sub(B[:, None, :], B[:, :, None], out=wide[1])
     narrow.copy_(wide)
     narrow[1].square_()
@@ -275,12 +277,14 @@ def _best_zero(s: _Sorted, low, high, t: torch.Tensor, K: int, T: int):
 def _reachable_zeros(S, low, high, t: torch.Tensor, K: int, T: int) -> torch.Tensor:
     """Which zeros Z some split t = t_min + t_max leads to: bool [R, N, K].
 
-    Z falls as t_min grows, so Z is reached if it is by the t_min that brings -low/S nearest to it.
+    Z falls as t_min grows, so an inner Z is reached if it is by the t_min that brings -low/S nearest to it; 0 and K-1,
+    onto which the rest is clamped, also by either end of the range of t_min.
     """
-    first, last = (t - T // 2 + 1).clamp(min=0), t.clamp(max=T // 2 - 1)
+    first, last = (t - T // 2 + 1).clamp(min=0).unsqueeze(2), t.clamp(max=T // 2 - 1).unsqueeze(2)
     step = ((high - low) / T).unsqueeze(2)
     Z = torch.arange(K, device=t.device, dtype=torch.float64)
     low = low.unsqueeze(2)
-    t_min = ((-Z * S - low) / step.clamp(min=1e-300)).round()
-    t_min = torch.minimum(torch.maximum(t_min, first.unsqueeze(2)), last.unsqueeze(2))
-    return (-(low + t_min * step) / S).round().clamp(0, K - 1) == Z
+    zero_of = lambda t_min: (-(low + t_min * step) / S).round().clamp(0, K - 1)  # noqa: E731
+    nearest = ((-Z * S - low) / step.clamp(min=1e-300)).round()
+    nearest = torch.minimum(torch.maximum(nearest, first), last)
+    return (zero_of(nearest) == Z) | (zero_of(first) == Z) | (zero_of(last) == Z)

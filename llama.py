@@ -405,7 +405,7 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         offload_threshold=args.offload_threshold,
         packing=args.packing,
         device=device,
-        save_path=args.save_path,
+        save_path=args.save_path and args.save_path.absolute(),
         overwrite=args.overwrite,
         report=args.report,
         eval=sources,

@@ -204,7 +204,7 @@ def solve_columns(W: torch.Tensor, U: torch.Tensor, levels: torch.Tensor, group_
     `W` [O, I] in solver order; `U` [I, I], may lie on another device; `levels` [O, G, K] ascending; `group_of` [I]
     the group of each column. Returns codes uint8 [O, I] in solver order and loss [O] = sum_i e_i^2 = tr(E H E^T).
     """
-    columns = W.T.contiguous()  # [I, O]: a column is a vector
+    columns = W.T.clone(memory_format=torch.contiguous_format)  # [I, O]: a column is a vector
     levels = levels.transpose(0, 1).contiguous()  # [G, O, K]
     codes = torch.empty(columns.shape, dtype=torch.uint8, device=W.device)
     loss = torch.zeros(W.shape[0], device=W.device)

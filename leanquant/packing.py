@@ -9,6 +9,7 @@ Legend: O rows, I columns, K = 2**bits levels, G groups.
 
 import json
 import os
+import re
 import shutil
 import struct
 import tempfile
@@ -24,9 +25,12 @@ from .errors import InputError
 
 FORMAT_VERSION = 1
 CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
-# Bytes an element of each safetensors dtype takes.
-ITEM_BYTES = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, "BF16": 2, "I16": 2, "U16": 2}
-ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
+# The order in which safetensors writes dtypes; within one, tensors are in the order of their names.
+DTYPE_ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
+# What a run keeps in its own folder while it works.
+WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|writable")
+# What a folder written here can hold: anything else in it is the user's.
+RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 # --- codes -----------------------------------------------------------------------------------------------------
@@ -35,17 +39,19 @@ ITEM_BYTES |= dict.fromkeys(("I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2"), 1)
 def pack_codes(codes: torch.Tensor, bits: int, layout: str = "dense") -> torch.Tensor:
     """Pack uint8 codes [O, I] of 0..2**bits-1 into bytes.
 
-    `dense`: [O, ceil(I bits / 8)], a bit stream, first code in the lowest bits; at 4 bits the same as `nibble`:
-    [O, ceil(I / 2)], byte j = code[2j] << 4 | code[2j+1], whatever the bits (the published layout).
+    `dense`: [O, ceil(I bits / 8)], a bit stream, first code in the lowest bits. `nibble`, the published layout:
+    [O, ceil(I / 2)], byte j = code[2j] << 4 | code[2j+1], whatever the bits. Where both take the same room (4 bits, or
+    rows of a few columns) it is `nibble`, because readers tell them apart by their width.
     """
-    if layout == "nibble" or bits == 4:
+    columns = codes.shape[1]
+    if layout == "nibble" or packed_width(columns, bits) == packed_width(columns, bits, "nibble"):
         high, low = _padded(codes, 2).view(len(codes), -1, 2).unbind(2)
         return high << 4 | low
     # 8 codes make `bits` whole bytes.
     groups = _padded(codes, 8).view(len(codes), -1, 8).int()
     words = (groups << (bits * torch.arange(8, dtype=torch.int32, device=codes.device))).sum(2, dtype=torch.int32)
     stream = words.unsqueeze(2) >> (8 * torch.arange(bits, dtype=torch.int32, device=codes.device))
-    return (stream & 255).to(torch.uint8).flatten(1)[:, : packed_width(codes.shape[1], bits)].contiguous()
+    return (stream & 255).to(torch.uint8).flatten(1)[:, : packed_width(columns, bits)].contiguous()
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
@@ -183,6 +189,8 @@ class Checkpoint:
         """Read everything once. Raises InputError with the name of a tensor that holds NaN or infinity."""
         for name in self.files:
             tensor = self.get(name)
+            if tensor.itemsize == 1 and tensor.is_floating_point():
+                tensor = tensor.float()  # torch cannot ask a float8 for NaN
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 raise InputError(f"{self.files[name].name}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
 
@@ -223,9 +231,9 @@ class Checkpoint:
 def _shards_of(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError):
+        shards = [index.parent / name for name in names]
+    except (ValueError, KeyError, AttributeError, TypeError):
         raise InputError(f"{index} is not a readable index: download it again") from None
-    shards = [index.parent / name for name in names]
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise InputError(f"{index.parent} lacks {', '.join(missing)}, named in its index: download the missing shard")
@@ -238,15 +246,15 @@ def _shards_of(index: Path) -> list[Path]:
 def merge_files(parts: Iterable[Path], out: Path, settings: dict | None) -> None:
     """Join safetensors files into one, streaming: memory stays at one copy buffer. Complete or absent, never partial.
 
-    The order is safetensors' own (widest dtype first, then by name), so that the bytes equal those of its save_file.
+    The order is safetensors' own (by dtype, then by name), so that the bytes equal those of its save_file.
     """
-    entries = []  # (width, name, header entry, file, begin, length)
+    entries = []  # (rank of the dtype, name, header entry, file, begin, length)
     for part in parts:
         header, data_start = _raw_header(part)
         for name, entry in header.items():
             if name != "__metadata__":
                 begin, end = entry["data_offsets"]
-                entries.append((-ITEM_BYTES[entry["dtype"]], name, entry, part, data_start + begin, end - begin))
+                entries.append((DTYPE_ORDER.index(entry["dtype"]), name, entry, part, data_start + begin, end - begin))
     entries.sort(key=lambda e: e[:2])
     header, offset = {}, 0
     if settings is not None:
@@ -273,11 +281,16 @@ def _raw_header(file: Path) -> tuple[dict, int]:
         return json.loads(f.read(length)), 8 + length
 
 
+def _extents(file: Path) -> list[tuple[int, int]]:
+    return [entry["data_offsets"] for name, entry in _raw_header(file)[0].items() if name != "__metadata__"]
+
+
 def _copy_bytes(source: Path, begin: int, length: int, target, buffer: int = 2**24) -> None:
     with open(source, "rb") as f:
         f.seek(begin)
         while length:
-            piece = f.read(min(buffer, length))
+            if not (piece := f.read(min(buffer, length))):
+                raise OSError(f"{source} ends too early: it was changed while it was read")
             target.write(piece)
             length -= len(piece)
 
@@ -364,13 +377,18 @@ def _check_output(save_path: Path, overwrite: bool) -> None:
 
 
 def _is_our_folder(folder: Path) -> bool:
+    """Whether all of `folder` was written here."""
     try:
-        return json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "leanquant"
+        ours = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "leanquant"
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    return ours and all(entry.is_file() and entry.suffix in RESULT_SUFFIXES for entry in folder.iterdir())
 
 
 def _make_empty_folder(folder: Path) -> None:
+    """Make the folder of the parts; one that a killed run left is emptied, anything else is not touched."""
+    if folder.exists() and not all(WORK_FILE.fullmatch(entry.name) for entry in folder.iterdir()):
+        raise InputError(f"{folder}, where this run would work, holds other things: move it or give another --save_path")
     shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.mkdir(parents=True)
@@ -395,7 +413,7 @@ def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: in
         merge_files(batch, folder / name, settings)
         weight_map |= dict.fromkeys(Checkpoint([folder / name]).shapes, name)
     if len(batches) > 1:
-        total = sum(part.stat().st_size for part in parts)
+        total = sum(end - begin for part in parts for begin, end in _extents(part))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         _write_synced(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
@@ -406,8 +424,8 @@ def _write_config_files(base: Path, folder: Path, settings: dict) -> None:
     config["quantization_config"] = {"quant_method": "leanquant", **settings}
     _write_synced(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     for file in sorted(base.iterdir()):
-        other = file.suffix in (".json", ".jinja", ".model", ".txt") and not file.name.endswith(".index.json")
-        if file.is_file() and other and file.name != "config.json":
+        weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
+        if file.is_file() and file.suffix in RESULT_SUFFIXES and not weights and file.name != "config.json":
             shutil.copyfile(file, folder / file.name)
 
 
@@ -420,12 +438,14 @@ def _write_synced(file: Path, text: str) -> None:
 
 def _replace_folder(new: Path, target: Path) -> None:
     """Move `new` to `target`; an older `target` goes only after the new one is in place."""
-    old = None
-    if target.exists():
-        old = target.with_name(target.name + ".old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(target, old)
-    os.replace(new, target)
+    if not target.exists():
+        os.replace(new, target)
+    else:
+        with tempfile.TemporaryDirectory(prefix=target.name + ".old-", dir=target.parent) as old:
+            os.replace(target, Path(old) / "folder")
+            try:
+                os.replace(new, target)
+            except OSError:
+                os.replace(Path(old) / "folder", target)
+                raise
     sync_folder(target.parent)
-    if old:
-        shutil.rmtree(old, ignore_errors=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from demo_data import make_model, make_texts
+from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "What is a telescope? Answer in one sentence."
@@ -53,7 +54,8 @@ def main() -> None:
     parser.add_argument("--fast", action="store_true", help="6 layers and fewer tokens: under 3 minutes on 2 cores")
     size = FAST if parser.parse_args().fast else FULL
     size.folder.mkdir(parents=True, exist_ok=True)
-    print("preparing the model and the text", flush=True)
+    disable_progress_bar()
+    print("preparing the model and the text (a minute the first time)", flush=True)
     make_model(FULL.folder / "SmolLM2-135M-Instruct")
     calibration, heldout = make_texts(FULL.folder)
     test = cut_text(heldout, size)
@@ -137,7 +139,7 @@ def plot(reports: dict, out: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 4.5))
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for method in METHODS[1:]:
         losses: dict[int, float] = {}
         for linear in reports[method.name]["linears"]:
@@ -147,9 +149,8 @@ def plot(reports: dict, out: Path) -> None:
     original = reports["fp16"]["perplexity"][0]["perplexity"]
     axes.set(xlabel="decoder layer", ylabel="loss: squared output error per token", yscale="log")
     axes.set_title(f"SmolLM2-135M-Instruct at 4 bits (fp16 perplexity {original:.2f})")
-    axes.legend()
     axes.grid(alpha=0.3)
-    figure.tight_layout()
+    figure.legend(loc="outside lower center", ncols=2)
     figure.savefig(out, dpi=120)
     plt.close(figure)
 
@@ -158,11 +159,9 @@ def write_sentences(size: Size) -> None:
     """One greedy answer of the original and one of the quantized model."""
     sys.path.insert(0, str(ROOT))
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils.logging import disable_progress_bar
 
     from leanquant import LeanQuantModelForCausalLM
 
-    disable_progress_bar()
     base = FULL.folder / "SmolLM2-135M-Instruct"
     tokenizer = AutoTokenizer.from_pretrained(base)
     original = AutoModelForCausalLM.from_pretrained(base, dtype="float32")

@@ -238,6 +238,17 @@ def test_exhaustive_affine_search_finds_the_brute_force_minimum(name, partitions
             assert cost >= best * (1 - 1e-9) - noise, "the winner is not one of the candidates"
 
 
+@pytest.mark.parametrize("partitions", [4, 8, 16])
+def test_exhaustive_affine_search_misses_no_clamped_zero(partitions):
+    """A few heavy points far from 0 and coarse steps: ranges that exclude 0 on one side, so that clamping decides the zero."""
+    W = torch.randn(160, 10, generator=generator(22)) ** 3 + torch.randn(160, 1, generator=generator(23))
+    a = heavy(160, 10, seed=24) ** 3
+    for bits in BITS:
+        costs = rows_of_cost(W, a, affine_search(W, a, bits, partitions, exhaustive=True), 2**bits)
+        best = [brute_force(w, a_row, 2**bits, partitions) for w, a_row in zip(W, a, strict=True)]
+        np.testing.assert_allclose(costs, best, rtol=1e-9, atol=1e-13 * float((a * W.double().square()).sum(1).max()))
+
+
 @pytest.mark.parametrize("bits", BITS)
 def test_exhaustive_affine_search_finds_the_minimum_of_the_million_candidates(bits):
     W, a = torch.cat([gaussian(1, 64, seed=15), laplace(1, 64, seed=16)]), heavy(2, 64, seed=17)
