@@ -1,0 +1,116 @@
+"""LeanQuantModelForCausalLM reads the published files exactly, and ours, packed or rebuilt; what it loads generates."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import eval_quantized
+import llama
+import modelutils
+from leanquant import InputError, LeanQuantModelForCausalLM
+from leanquant.linear import QuantizedLinear
+from leanquant.packing import Checkpoint
+
+FIXTURES = Path(__file__).with_name("fixtures")
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def quantized_file(model: Path, text: Path, out: Path, *flags: str) -> Path:
+    command = [str(model), str(text), "--nsamples", "4", "--seqlen", "64", "--eval", "none", "--save_path", str(out), *flags]
+    assert llama.main(command) == 0
+    return out
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("dequantize", ["always", "never"])
+def test_published_files_give_the_published_logits(bits, dequantize):
+    expected = load_file(FIXTURES / f"llama_{bits}bit_expected.safetensors")
+    model = LeanQuantModelForCausalLM.from_pretrained(
+        FIXTURES / "llama_base", FIXTURES / f"llama_{bits}bit.safetensors", bits=bits, torch_dtype=torch.float32, dequantize=dequantize
+    )
+    torch.testing.assert_close(logits(model, expected["test_ids"]), expected["logits"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_published_files_stream_to_the_published_logits(bits):
+    expected = load_file(FIXTURES / f"llama_{bits}bit_expected.safetensors")
+    checkpoint = Checkpoint.open(FIXTURES / f"llama_{bits}bit.safetensors")
+    model = modelutils.StreamedModel(FIXTURES / "llama_base", checkpoint, torch.float32, torch.device("cpu"))
+    hidden = model.embed(expected["test_ids"], 1)
+    for index in range(len(model.layers)):
+        with model.layer(index):
+            model.advance(index, hidden, 1)
+    with model.head() as head:
+        torch.testing.assert_close(head(hidden), expected["logits"], atol=1e-4, rtol=0)
+
+
+METHODS = [("--exponent", "4"), ("--grid", "affine"), ("--grid", "minmax", "--groupsize", "32"), ("--exponent", "4", "--packing", "nibble")]
+
+
+@pytest.mark.parametrize("bits", ["4", "3", "2"])
+@pytest.mark.parametrize("flags", METHODS)
+def test_packed_and_rebuilt_models_agree(tiny_model, text_file, tmp_path, bits, flags):
+    base = tiny_model(tied=True)
+    out = quantized_file(base, text_file, tmp_path / "q.safetensors", "--wbits", bits, *flags)
+    packed = LeanQuantModelForCausalLM.from_pretrained(base, out, dequantize="never")
+    rebuilt = LeanQuantModelForCausalLM.from_pretrained(base, out, bits=int(bits))
+    assert sum(isinstance(m, QuantizedLinear) for m in packed.modules()) == 14
+    assert not any(isinstance(m, QuantizedLinear) for m in rebuilt.modules())
+    ids = torch.arange(40).view(1, -1) + 5
+    torch.testing.assert_close(logits(packed, ids), logits(rebuilt, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_folder_of_ours_needs_no_base_and_keeps_the_tokenizer(tiny_model, text_file, tmp_path):
+    out = quantized_file(tiny_model(), text_file, tmp_path / "folder", "--wbits", "3", "--exponent", "4")
+    ids = torch.arange(30).view(1, -1) + 5
+    with_base = logits(LeanQuantModelForCausalLM.from_pretrained(tiny_model(), out), ids)
+    torch.testing.assert_close(logits(LeanQuantModelForCausalLM.from_pretrained(out), ids), with_base, atol=0, rtol=0)
+    assert AutoTokenizer.from_pretrained(out)("river")["input_ids"]
+
+
+def test_generates_the_same_text_twice(tiny_model, text_file, tmp_path):
+    out = quantized_file(tiny_model(), text_file, tmp_path / "q.safetensors", "--wbits", "4", "--exponent", "4")
+    model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), out)
+    ids = torch.tensor([[5, 6, 7]])
+    texts = [model.generate(ids, max_new_tokens=8, min_new_tokens=8, do_sample=False) for _ in range(2)]
+    assert texts[0].shape == (1, 11)
+    assert torch.equal(*texts)
+
+
+def test_wrong_bits_say_what_the_file_holds():
+    with pytest.raises(InputError, match=r"\[4\] bits, not 3"):
+        LeanQuantModelForCausalLM.from_pretrained(FIXTURES / "llama_base", FIXTURES / "llama_4bit.safetensors", bits=3)
+
+
+def test_wrong_base_model_is_named(tiny_model):
+    with pytest.raises(InputError, match="base model|config"):
+        LeanQuantModelForCausalLM.from_pretrained(tiny_model(), FIXTURES / "llama_4bit.safetensors")
+
+
+def test_plain_model_is_refused_with_a_remedy(tiny_model):
+    with pytest.raises(InputError, match="AutoModelForCausalLM"):
+        LeanQuantModelForCausalLM.from_pretrained(tiny_model(), tiny_model() / "model.safetensors")
+
+
+def test_eval_quantized_refuses_wrong_bits(tiny_model, text_file, capsys):
+    arguments = ["--base_model_name_or_path", str(FIXTURES / "llama_base"), "--leanquant_path", str(FIXTURES / "llama_4bit.safetensors")]
+    assert eval_quantized.main([*arguments, "--bits", "2", "--perplexity", str(text_file)]) == 2
+    assert "holds [4] bits, not 2" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dequantize", ["always", "never"])
+def test_published_file_on_a_gpu(dequantize):
+    expected = load_file(FIXTURES / "llama_4bit_expected.safetensors")
+    model = LeanQuantModelForCausalLM.from_pretrained(
+        FIXTURES / "llama_base", FIXTURES / "llama_4bit.safetensors", torch_dtype=torch.float32, device="cuda", dequantize=dequantize
+    )
+    torch.testing.assert_close(logits(model, expected["test_ids"].cuda()).cpu(), expected["logits"], atol=1e-3, rtol=0)

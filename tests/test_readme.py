@@ -1,0 +1,60 @@
+"""The README's commands parse, its Python compiles, and the files that it names exist."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import eval_quantized
+import llama
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_every_command_parses():
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python ")]
+    parsers = {"llama.py": llama.parse, "eval_quantized.py": eval_quantized.parse}
+    assert len(lines) >= 4
+    for line in lines:
+        _, script, *arguments = shlex.split(line, comments=True)
+        parsed = parsers[script](arguments)
+        if script == "llama.py":
+            assert llama.quant_config(parsed, None).bits == parsed.wbits
+
+
+def test_first_screen_has_the_two_commands_and_they_exist():
+    first = blocks("bash")[0]
+    scripts = re.findall(r"bash (\S+)", first)
+    assert scripts == ["scripts/quickstart.sh", "scripts/test.sh"]
+    assert all((ROOT / script).is_file() for script in scripts)
+    assert README.index(first) < 1200
+
+
+def test_python_compiles():
+    assert blocks("python")
+    for block in blocks("python"):
+        compile(block, "README.md", "exec")
+
+
+def test_named_files_exist():
+    layout = re.findall(r"^\| `([^`]+)` \|", README[README.index("## Layout") :], re.MULTILINE)
+    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    assert len(layout) >= 10
+    for name in [*layout, *linked]:
+        assert (ROOT / name).exists(), name
+
+
+def test_options_that_the_readme_names_exist(capsys):
+    for parse in (llama.parse, eval_quantized.parse):
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README))
+    assert named
+    assert named <= known
