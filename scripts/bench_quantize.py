@@ -21,7 +21,8 @@ TOKENS, SEQLEN = 16384, 512
 FLAGS = {
     "fp16": ["--wbits", "16"],
     "nonuniform": ["--exponent", "4"],
-    "affine": ["--grid", "affine", "--exponent", "4"],
+    "affine": ["--grid", "affine"],
+    "affine, exponent 4": ["--grid", "affine", "--exponent", "4"],
     "gptq": ["--grid", "minmax"],
     "rtn": ["--nearest"],
 }

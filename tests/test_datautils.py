@@ -240,6 +240,14 @@ def test_windows_start_with_the_tokenizers_bos(tmp_path, tokenizer):
     assert (windows[1:, 0] != tokenizer.bos_token_id).all()
 
 
+def test_the_last_possible_window_is_left_out_as_in_the_published_code(tmp_path, tokenizer):
+    path, text = tmp_path / "short.txt", "one two three four"  # 19 tokens: starts 0, 1 and 2 are drawn, 3 never is
+    path.write_text(text)
+    expected = published_random_windows(tokenizer, text, 60, 16, 0)
+    assert len({tuple(window) for window in expected}) == 3
+    assert_windows(datautils.calibration_windows(str(path), tokenizer, 60, 16, 0), expected)
+
+
 def test_text_of_exactly_one_window_is_enough(tmp_path, tokenizer):
     path = tmp_path / "short.txt"
     path.write_text("seven c")  # and the BOS
