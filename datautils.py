@@ -43,15 +43,15 @@ class Corpus:
 
 
 _wikitext = partial(Corpus, "Salesforce/wikitext", "text", {"name": "wikitext-2-raw-v1", "split": "train"})
-_ptb = partial(Corpus, "ptb-text-only/ptb_text_only", "sentence", {"name": "penn_treebank", "revision": PARQUET, "split": "train"})
+_ptb = partial(Corpus, "ptb-text-only/ptb_text_only", "sentence", {"data_dir": "penn_treebank", "revision": PARQUET, "split": "train"})
 _c4 = partial(
     Corpus, "allenai/c4", "text", {"data_files": C4_TRAIN, "split": "train"}, {"data_files": C4_VALIDATION, "split": "validation"}, " "
 )
 
 CORPORA = {
     "wikitext2": _wikitext({"name": "wikitext-2-raw-v1", "split": "test"}, "\n\n"),
-    "ptb": _ptb({"name": "penn_treebank", "revision": PARQUET, "split": "validation"}, "\n\n"),
-    "ptb-new": _ptb({"name": "penn_treebank", "revision": PARQUET, "split": "test"}, " "),
+    "ptb": _ptb({"data_dir": "penn_treebank", "revision": PARQUET, "split": "validation"}, "\n\n"),
+    "ptb-new": _ptb({"data_dir": "penn_treebank", "revision": PARQUET, "split": "test"}, " "),
     "c4": _c4("documents", "documents", test_windows=256),
     "c4-new": _c4("documents", test_documents=1100, test_windows=256),
     "c4-full": _c4("permutation", test_documents=1100, test_windows=256),
@@ -182,13 +182,12 @@ def _read_text(path: Path) -> list[str]:
 
 def _read_jsonl(path: Path) -> list[str]:
     documents = []
-    with open(path, encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                try:
-                    documents.append(str(json.loads(line)["text"]))
-                except (json.JSONDecodeError, KeyError, TypeError):
-                    raise InputError(f'{path}, line {number}: not a JSON object with a "text" field') from None
+    for number, line in enumerate(_read_text(path)[0].split("\n"), 1):
+        if line.strip():
+            try:
+                documents.append(json.loads(line)["text"] + "")  # TypeError unless it is a string
+            except (json.JSONDecodeError, KeyError, TypeError):
+                raise InputError(f'{path}, line {number}: not a JSON object with a "text" field') from None
     return documents
 
 
@@ -197,7 +196,7 @@ def _read_parquet(path: Path) -> list[str]:
     import pyarrow.parquet
 
     try:
-        return [str(text) for text in pyarrow.parquet.read_table(path, columns=["text"])["text"].to_pylist()]
+        return [str(text) for text in pyarrow.parquet.read_table(path, columns=["text"])["text"].drop_null().to_pylist()]
     except (pyarrow.ArrowException, KeyError, OSError) as error:
         raise InputError(f"{path} is not a parquet file with a text column ({str(error).splitlines()[0]})") from None
 

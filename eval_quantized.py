@@ -59,6 +59,12 @@ def default_batch_size(seqlen: int) -> int:
     return max(1, 2048 // seqlen)
 
 
+def check_json_path(flag: str, path: Path | None) -> None:
+    """Raise InputError unless results can be written later to the `path` that `flag` gave."""
+    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+        raise InputError(f"{flag}: {path} cannot be written: give a file name in a folder that exists")
+
+
 def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU, or the CPU where there is none. Raises InputError for a device that is not there."""
     if name == "auto":
@@ -140,6 +146,7 @@ def run(args: argparse.Namespace) -> None:
         datautils.check_source(source)
     if args.seqlen < 2 or (args.eval_batch_size or 1) < 1:
         raise InputError("--seqlen must be at least 2 and --eval_batch_size at least 1")
+    check_json_path("--output", args.output)
     device = pick_device(args.device)
     folder = modelutils.resolve_model(args.base_model_name_or_path)
     checkpoint = open_quantized(args.leanquant_path, args.bits) if args.leanquant_path else Checkpoint.open(folder)

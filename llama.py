@@ -28,7 +28,6 @@ import quant
 from leanquant import packing
 from leanquant.errors import InputError
 
-
 # An equally spaced grid cannot serve a few very sensitive columns and all others too: 2, the weight that an error has in
 # the solver's own loss, serves it better than the 4 of free levels (README, Numbers).
 DEFAULT_EXPONENT = {"nonuniform": 4.0, "affine": 2.0}
@@ -96,7 +95,7 @@ def quantize_model(model: modelutils.StreamedModel, ids: torch.Tensor, run: Run,
         with phases("pack"):
             writer.add(tensors)
         rows += linears
-        loss, seconds = sum(row["loss"] for row in linears), time.perf_counter() - start
+        loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
         tqdm.write(f"layer {index + 1}/{count}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
     with phases("pack"):
         for tensors in untouched_tensors(model, count):
@@ -179,7 +178,7 @@ def quantize_group(model, index: int, group: list[str], H: torch.Tensor, run: Ru
         for name, codes, loss, its_grid in parts:
             with phases("pack"):
                 packed = pack_linear(codes, its_grid, config, run.packing)
-            row = {"linear": name, "loss": loss.sum().item(), "seconds": seconds * len(codes)}
+            row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(codes)}
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
             yield name, packed, row
@@ -362,7 +361,7 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
     if grid == "nonuniform" and args.groupsize != -1:
         raise InputError("non-uniform grids are learned for whole rows: leave out --groupsize, or choose --grid affine")
     for name, least in {"percdamp": 0, "exponent": 0, "block_size": 1, "kmeans_bins": 2**args.wbits, "grid_partitions": 2}.items():
-        if (value := getattr(args, name)) is not None and not value >= least:
+        if (value := getattr(args, name)) is not None and not least <= value < float("inf"):
             raise InputError(f"--{name} is {value}: give at least {least}")
     if args.grid_partitions % 2:
         raise InputError(f"--grid_partitions is {args.grid_partitions}: give an even number")
@@ -396,8 +395,7 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         datautils.check_source(source)
     if args.wbits == 16 and (args.save_path or not sources):
         raise InputError("--wbits 16 only evaluates the unquantized model: give --wbits 2, 3 or 4 to quantize it")
-    if args.report and not args.report.resolve().parent.is_dir():
-        raise InputError(f"--report: the folder {args.report.resolve().parent} does not exist: make it first")
+    eval_quantized.check_json_path("--report", args.report)
     return Run(
         model=args.model,
         dataset=args.dataset,
@@ -443,6 +441,8 @@ def run_command(args: argparse.Namespace) -> None:
     config = None if args.wbits == 16 else quant_config(args, eval_quantized.stored_dtype(checkpoint))
     dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
     model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
+    if config and checkpoint.quantized:
+        raise InputError(f"{args.model} is already quantized: give the original model")
     writer = packing.ModelWriter(run.save_path, run.overwrite, check_model(model, run, config)) if config else None
     settings = settings_of(run, config) if config else {"method": "none", "base_model": run.model}
     contents = {"settings": settings, "run": asdict(run), "dtype": str(dtype).removeprefix("torch.")}

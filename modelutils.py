@@ -167,10 +167,11 @@ class StreamedModel:
         try:
             return self.model(use_cache=False, **inputs)
         except _Restart:
-            return self._forward(on_layer, **inputs)
+            pass
         finally:
             for layer in self.layers:
                 del layer.forward
+        return self._forward(on_layer, **inputs)
 
     @torch.no_grad()
     def embed(self, windows: torch.Tensor, batch_size: int) -> torch.Tensor:
@@ -179,11 +180,12 @@ class StreamedModel:
         self._fill(names)
         hidden = []
         for batch in windows.split(batch_size):
-            calls = []
+            calls, entering = [], []
 
-            def record(index, states, args, kwargs, calls=calls):
-                if index == 0:
-                    hidden.append(states.cpu())
+            def record(index, states, args, kwargs, calls=calls, entering=entering):
+                if index == 0:  # also after a restart
+                    calls.clear()
+                    entering[:] = [states.cpu()]
                 calls.append((args, kwargs))
                 if index == len(self.layers) - 1:
                     raise _Stop
@@ -191,6 +193,7 @@ class StreamedModel:
 
             with contextlib.suppress(_Stop):
                 self._forward(record, input_ids=batch.to(self.device))
+            hidden += entering
             self._calls.setdefault(len(batch), calls)
         self._empty(names)
         return torch.cat(hidden)
@@ -199,7 +202,8 @@ class StreamedModel:
         """One batch [B, T, D] through layer `index`, which must hold its weights."""
         args, kwargs = self._calls[len(hidden)][index]
         out = self.layers[index](hidden.to(self.device, self.dtype), *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        self._returns_tuple = isinstance(out, tuple)
+        return out[0] if self._returns_tuple else out
 
     @torch.no_grad()
     def advance(self, index: int, hidden: torch.Tensor, batch_size: int) -> None:
@@ -273,7 +277,8 @@ class StreamedModel:
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.to(self.device, self.dtype)
             on_layer = lambda index, states, *_: hidden if index == last else states  # noqa: E731
-            return self._forward(on_layer, inputs_embeds=hidden).logits
+            unread = hidden.new_zeros(*hidden.shape[:2], self.model.get_input_embeddings().embedding_dim)
+            return self._forward(on_layer, inputs_embeds=unread).logits
 
         try:
             yield logits

@@ -143,7 +143,7 @@ def plot(reports: dict, out: Path) -> None:
     for method in METHODS[1:]:
         losses: dict[int, float] = {}
         for linear in reports[method.name]["linears"]:
-            losses[linear["layer"]] = losses.get(linear["layer"], 0.0) + linear["loss"]
+            losses[linear["layer"]] = losses.get(linear["layer"], 0.0) + (linear["loss"] or 0)
         perplexity = reports[method.name]["perplexity"][0]["perplexity"]
         axes.plot([layer + 1 for layer in losses], list(losses.values()), marker=".", label=f"{method.label} (perplexity {perplexity:.2f})")
     original = reports["fp16"]["perplexity"][0]["perplexity"]
