@@ -479,6 +479,7 @@ def print_summary(contents: dict, run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         with torch.no_grad():
             run_command(parse(argv))

@@ -140,7 +140,7 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
     O, I = W.shape
     a = torch.ones(I, dtype=torch.float64, device=W.device)
     if factor is not None and config.grid != "minmax":
-        a[factor.order] = sensitivity(factor.U, config.exponent).to(W.device)
+        a[factor.order.to(W.device)] = sensitivity(factor.U, config.exponent).to(W.device)
     if config.grid == "nonuniform":
         levels = kmeans_levels(W, a, config.bits, config.kmeans_bins)
         return Grid(levels.to(config.levels_dtype).float().unsqueeze(1), None)
