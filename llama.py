@@ -408,7 +408,7 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         offload_threshold=args.offload_threshold,
         packing=args.packing,
         device=device,
-        save_path=args.save_path and args.save_path.absolute(),
+        save_path=args.save_path,
         overwrite=args.overwrite,
         report=args.report,
         eval=sources,
@@ -486,6 +486,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: an unfinished result is not kept", file=sys.stderr)
+        return 130
     return 0
 
 

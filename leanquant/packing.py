@@ -312,7 +312,7 @@ class ModelWriter:
     """
 
     def __init__(self, save_path: Path | None, overwrite: bool, bytes_needed: int):
-        self.save_path = save_path
+        self.save_path = save_path = save_path and save_path.absolute()
         self.parts: list[Path] = []
         self._temporary = None
         if save_path is None:
