@@ -8,6 +8,7 @@ of a window averaged over windows. Benchmark tasks (lm-eval) are not here yet.
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -61,7 +62,7 @@ def default_batch_size(seqlen: int) -> int:
 
 def check_json_path(flag: str, path: Path | None) -> None:
     """Raise InputError unless results can be written later to the `path` that `flag` gave."""
-    if path and (path.is_dir() or not path.absolute().parent.is_dir()):
+    if path and (path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise InputError(f"{flag}: {path} cannot be written: give a file name in a folder that exists")
 
 
@@ -84,15 +85,7 @@ def pick_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch
     """`auto` is float32 on a CPU (it is the fastest there) and the checkpoint's 16-bit type on a GPU."""
     if name != "auto":
         return getattr(torch, name)
-    if device.type == "cpu":
-        return torch.float32
-    return stored_dtype(checkpoint)
-
-
-def stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The 16-bit type of what is written: bfloat16 if most of the checkpoint's tensors are, else float16."""
-    kinds = list(checkpoint.dtypes.values())
-    return torch.bfloat16 if kinds.count("BF16") > kinds.count("F16") + kinds.count("F32") else torch.float16
+    return torch.float32 if device.type == "cpu" else checkpoint.stored_dtype
 
 
 class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
@@ -124,21 +117,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype",
         default="auto",
         choices=["auto", "float16", "bfloat16", "float32"],
-        help="type of weights and activations; auto: float32 on a CPU, the checkpoint's on a GPU",
+        help="type of weights and activations; auto: float32 on a CPU, the model's 16-bit type on a GPU",
     )
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--output", type=Path, help="write the results to this JSON file (unset: only print them)")
     return parser.parse_args(argv)
-
-
-def open_quantized(path: str, bits: int | None) -> Checkpoint:
-    checkpoint = Checkpoint.open(path)
-    if not checkpoint.quantized:
-        raise InputError(f"{path} holds no quantized weights: leave out --leanquant_path to evaluate a plain model")
-    held = sorted({checkpoint.bits_of(linear) for linear in checkpoint.quantized})
-    if bits is not None and held != [bits]:
-        raise InputError(f"{path} holds {held} bits, not {bits}: correct --bits or leave it out")
-    return checkpoint
 
 
 def run(args: argparse.Namespace) -> None:
@@ -149,9 +132,12 @@ def run(args: argparse.Namespace) -> None:
     check_json_path("--output", args.output)
     device = pick_device(args.device)
     folder = modelutils.resolve_model(args.base_model_name_or_path)
-    checkpoint = open_quantized(args.leanquant_path, args.bits) if args.leanquant_path else Checkpoint.open(folder)
+    checkpoint = Checkpoint.open(args.leanquant_path or folder)
+    if args.leanquant_path:
+        checkpoint.check_bits(args.bits, args.leanquant_path)
     dtype = torch.bfloat16 if args.use_bf16 else pick_dtype(args.dtype, checkpoint, device)
     model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
+    model.check_seqlen(args.seqlen)
     tokenizer = modelutils.load_tokenizer(folder)
     windows = {source: datautils.evaluation_windows(source, tokenizer, args.seqlen) for source in args.perplexity}
     results = []

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import platform
+import resource
 import sys
 import time
 import warnings
@@ -23,6 +24,7 @@ from tqdm import tqdm
 
 import datautils
 import eval_quantized
+import leanquant
 import modelutils
 import quant
 from leanquant import packing
@@ -114,11 +116,10 @@ def quantize_layer(model, index: int, hidden: torch.Tensor, run: Run, config: qu
         for stage in [[group] for group in groups] if run.true_sequential else [groups]:
             hessians = collect_hessians(model, index, hidden, stage, run, phases)
             for group in stage:
-                for name, packed, row in quantize_group(model, index, group, hessians.pop(group[0]), run, config, phases):
+                for name, weight, packed, row in quantize_group(model, index, group, hessians.pop(group[0]), run, config, phases):
+                    layer.get_submodule(name).weight.copy_(weight)
                     tensors |= packed.named(model.layer_prefix(index) + name)
                     rows.append(row)
-                    weight = layer.get_submodule(name).weight
-                    weight.copy_(packed.dequantize(config.bits, weight.shape[1], torch.float32))
         with phases("forward"):
             model.advance(index, hidden, run.batch_size)
     with phases("pack"):
@@ -153,11 +154,12 @@ def hessian_device(width: int, run: Run) -> torch.device:
     """Where a Hessian of this width lives: beyond --offload_threshold on the second GPU, or the CPU where there is none."""
     if run.device.type == "cpu" or width < run.offload_threshold:
         return run.device
-    return torch.device("cuda:1" if torch.cuda.device_count() > 1 else "cpu")
+    others = [i for i in range(torch.cuda.device_count()) if i != (run.device.index or 0)]
+    return torch.device("cuda", others[0]) if others else torch.device("cpu")
 
 
 def quantize_group(model, index: int, group: list[str], H: torch.Tensor, run: Run, config: quant.QuantConfig, phases: Phases):
-    """Quantize the linears that share the Hessian `H` (overwritten). Yields (name, PackedLinear, report row) for each."""
+    """Quantize the linears that share the Hessian `H` (overwritten). Yields (name, new weight, PackedLinear, report row)."""
     try:
         with phases("factorization"):
             factor = quant.factorize(H, config.percdamp, config.act_order)
@@ -166,22 +168,28 @@ def quantize_group(model, index: int, group: list[str], H: torch.Tensor, run: Ru
         factor = None
     for names in stacks(model, index, group):
         start = time.perf_counter()
-        weights = [model.checkpoint.get(f"{model.layer_prefix(index)}{name}.weight").to(run.device, torch.float32) for name in names]
-        W = torch.cat(weights)
+        with phases("load"):
+            W, sizes = read_weights(model, index, names)
         with phases("grid"):
             grid = quant.learn_grid(W, factor, config)
         with phases("solve"):
             solved = quant.quantize(W, grid, factor, config)
+            weights = quant.dequantize(solved.codes, grid.levels).split(sizes)
         seconds = (time.perf_counter() - start) / len(W)
-        sizes = [len(weight) for weight in weights]
-        parts = zip(names, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
-        for name, codes, loss, its_grid in parts:
+        parts = zip(names, weights, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
+        for name, weight, codes, loss, its_grid in parts:
             with phases("pack"):
                 packed = pack_linear(codes, its_grid, config, run.packing)
             row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(codes)}
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
-            yield name, packed, row
+            yield name, weight, packed, row
+
+
+def read_weights(model, index: int, names: list[str]) -> tuple[torch.Tensor, list[int]]:
+    """The original weights of the linears `names`, stacked by rows in float32 on the model's device, and the rows of each."""
+    weights = [model.checkpoint.get(f"{model.layer_prefix(index)}{name}.weight").to(model.device, torch.float32) for name in names]
+    return weights[0] if len(weights) == 1 else torch.cat(weights), [len(weight) for weight in weights]
 
 
 def stacks(model, index: int, group: list[str], most: int = 2**27) -> list[list[str]]:
@@ -215,8 +223,11 @@ def untouched_tensors(model, first: int) -> Iterator[dict[str, torch.Tensor]]:
 
 def peak_host_bytes() -> int:
     """Peak resident memory of this process."""
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def peak_memory(device: torch.device) -> str:
@@ -241,14 +252,12 @@ def settings_of(run: Run, config: quant.QuantConfig) -> dict:
         "seqlen": run.seqlen,
         "seed": run.seed,
         "base_model": run.model,
-        "versions": {name: version(name) for name in ("torch", "transformers", "safetensors")} | {"leanquant": _own_version()},
+        "versions": versions(),
     }
 
 
-def _own_version() -> str:
-    import leanquant
-
-    return leanquant.__version__
+def versions() -> dict[str, str]:
+    return {name: version(name) for name in ("torch", "transformers", "safetensors")} | {"leanquant": leanquant.__version__}
 
 
 def write_report(run: Run, contents: dict) -> None:
@@ -303,7 +312,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--kmeans_seed",
         type=int,
         default=0,
-        help="accepted for compatibility: the grid here is the global optimum and needs no random start",
+        help="accepted for compatibility: the grid here needs no random start",
     )
     add("--grid_partitions", type=int, default=2048, help="T of the affine search: range ends move in steps of range / T")
     add(
@@ -323,7 +332,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--dtype",
         default="auto",
         choices=["auto", "float16", "bfloat16", "float32"],
-        help="type of weights and activations in forward passes; auto: float32 on a CPU, the checkpoint's on a GPU",
+        help="type of weights and activations in forward passes; auto: float32 on a CPU, the model's 16-bit type on a GPU",
     )
     add("--batch_size", type=int, help="sequences per forward pass (unset: as many as make 2048 tokens)")
     add(
@@ -416,21 +425,18 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
 
 
 def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig) -> int:
-    """What only the model can tell: does it fit the settings? Returns the bytes the quantized model will take."""
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and run.seqlen > limit:
-        raise InputError(f"--seqlen is {run.seqlen} and the model's context is {limit}: give a smaller one")
-    size = 0
-    for layer in model.layers:
-        for name, module in layer.named_modules():
+    """What only the model can tell: do the settings fit it? Returns the bytes the quantized model will take, about."""
+    stored = model.checkpoint.file_bytes()
+    for index in range(len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))):
+        for name, module in model.layers[index].named_modules():
             if isinstance(module, torch.nn.Linear):
                 O, I = module.weight.shape
                 if config.groupsize != -1 and (config.groupsize < 1 or I % config.groupsize):
                     raise InputError(f"--groupsize {config.groupsize} does not divide the {I} inputs of {name}: give a divisor, or -1")
                 grid = 2 * 2**config.bits if config.grid == "nonuniform" else 3 * (1 if config.groupsize == -1 else I // config.groupsize)
-                size += O * (packing.packed_width(I, config.bits, run.packing) + grid)
-        size += sum(p.numel() * 4 for p in layer.parameters() if p.ndim == 1)
-    return size + sum(4 * model.model.get_parameter(n).numel() for n in model.outside_names() if n in model.checkpoint)
+                stored += O * (packing.packed_width(I, config.bits, run.packing) + grid)
+                stored -= model.checkpoint.tensor_bytes(f"{model.layer_prefix(index)}{name}.weight")
+    return stored
 
 
 def run_command(args: argparse.Namespace) -> None:
@@ -438,20 +444,22 @@ def run_command(args: argparse.Namespace) -> None:
     run = run_settings(args, device)
     folder = modelutils.resolve_model(args.model)
     checkpoint = packing.Checkpoint.open(folder)
-    config = None if args.wbits == 16 else quant_config(args, eval_quantized.stored_dtype(checkpoint))
+    config = None if args.wbits == 16 else quant_config(args, checkpoint.stored_dtype)
     dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
     model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
     if config and checkpoint.quantized:
         raise InputError(f"{args.model} is already quantized: give the original model")
+    model.check_seqlen(run.seqlen)
     writer = packing.ModelWriter(run.save_path, run.overwrite, check_model(model, run, config)) if config else None
-    settings = settings_of(run, config) if config else {"method": "none", "base_model": run.model}
+    settings = settings_of(run, config) if config else {"method": "none", "base_model": run.model, "versions": versions()}
     contents = {"settings": settings, "run": asdict(run), "dtype": str(dtype).removeprefix("torch.")}
     try:
-        checkpoint.check_finite()
         tokenizer = modelutils.load_tokenizer(folder)
         tests = {source: datautils.evaluation_windows(source, tokenizer, run.seqlen) for source in run.eval}
         if config:
             ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
+        checkpoint.check_finite()  # last: it reads everything
+        if config:
             modelutils.release_memory()  # tokenizing a long text leaves much behind
             phases, start = Phases(device), time.perf_counter()
             rows = quantize_model(model, ids, run, config, writer, phases)

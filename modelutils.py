@@ -76,7 +76,7 @@ class StreamedModel:
         for buffer_owner in self.model.modules():
             for name, buffer in buffer_owner._buffers.items():
                 buffer_owner._buffers[name] = None if buffer is None else buffer.to(device)
-        self._calls: dict[int, list] = {}  # batch size -> (args, kwargs) of each layer
+        self._calls: dict[tuple[int, int], list] = {}  # (B, T) -> (args, kwargs) of each layer
         self._returns_tuple = False
         self.check()
 
@@ -94,6 +94,12 @@ class StreamedModel:
         """The tensor of the checkpoint that parameter `name` is read from: a tied head reads the embeddings."""
         tied = self.config.get_text_config().tie_word_embeddings and name == self.head_name and name not in self.checkpoint
         return self.embedding_name if tied else name
+
+    def check_seqlen(self, seqlen: int) -> None:
+        """Raise InputError if windows of `seqlen` tokens exceed the model's context."""
+        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        if limit and seqlen > limit:
+            raise InputError(f"--seqlen is {seqlen} and the model's context is {limit}: give a smaller one")
 
     def check(self) -> None:
         """Every tensor the config asks for is in the checkpoint with its shape, and every layer is one we can quantize."""
@@ -178,7 +184,7 @@ class StreamedModel:
         """Hidden states [n, T, D] that enter the first layer, for token `windows` [n, T]; notes each layer's call."""
         names = [n for n in self.outside_names() if n != self.head_name]
         self._fill(names)
-        hidden = []
+        hidden, done = None, 0
         for batch in windows.split(batch_size):
             calls, entering = [], []
 
@@ -193,23 +199,29 @@ class StreamedModel:
 
             with contextlib.suppress(_Stop):
                 self._forward(record, input_ids=batch.to(self.device))
-            hidden += entering
-            self._calls.setdefault(len(batch), calls)
+            if hidden is None:
+                hidden = torch.empty(*windows.shape, entering[0].shape[-1], dtype=entering[0].dtype)
+            hidden[done : done + len(batch)] = entering[0]
+            done += len(batch)
+            self._calls.setdefault(tuple(batch.shape), calls)
         self._empty(names)
-        return torch.cat(hidden)
+        return hidden
 
     def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
         """One batch [B, T, D] through layer `index`, which must hold its weights."""
-        args, kwargs = self._calls[len(hidden)][index]
+        args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
         out = self.layers[index](hidden.to(self.device, self.dtype), *args, **kwargs)
         self._returns_tuple = isinstance(out, tuple)
         return out[0] if self._returns_tuple else out
 
     @torch.no_grad()
     def advance(self, index: int, hidden: torch.Tensor, batch_size: int) -> None:
-        """All of `hidden` [n, T, D] through layer `index`, in place."""
+        """All of `hidden` [n, T, D] through layer `index`, in place. Raises InputError if it leaves the finite numbers."""
         for batch in hidden.split(batch_size):
-            batch.copy_(self.run_layer(index, batch))
+            out = self.run_layer(index, batch)
+            if not torch.isfinite(out).all():
+                raise InputError(f"layer {index} gives non-finite activations in {self.dtype}: try --dtype float32 or bfloat16")
+            batch.copy_(out)
 
     @torch.no_grad()
     def watch(self, index: int, hidden: torch.Tensor, batch_size: int, groups: list[list[str]], see: Callable) -> None:

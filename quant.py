@@ -98,21 +98,31 @@ def factorize(H: torch.Tensor, percdamp: float, act_order: bool) -> Factor:
     Damping adds percdamp * mean(diag H). A Hessian that is still not positive definite gets ten times more, up to
     three times; then NotPositiveDefinite is raised. Columns that saw no input get a unit diagonal.
     """
-    H.copy_(H.triu() + H.triu(1).T)
+    _mirror(H)
     diagonal = H.diagonal().clone()
     dead = diagonal == 0
     H.diagonal()[dead] = 1
     order = torch.argsort(H.diagonal(), descending=True, stable=True) if act_order else torch.arange(len(H), device=H.device)
-    H = H[order][:, order]
     mean = diagonal.mean().clamp(min=torch.finfo(H.dtype).tiny)
+    backward = order.flip(0)
+    H.copy_(H[backward[:, None], backward])
     undamped = H.diagonal().clone()
     for _ in range(4):
         H.diagonal().copy_(undamped + percdamp * mean)
-        U = inverse_cholesky(H)
-        if U is not None:
-            return Factor(U, order, dead, percdamp)
+        L = _cholesky(H)
+        if L is not None:
+            return Factor(_reversed_inverse(L, H), order, dead, percdamp)
         percdamp = 10 * max(percdamp, 1e-3)
     raise NotPositiveDefinite
+
+
+def _mirror(H: torch.Tensor, panel: int = 1024) -> None:
+    """Copy the upper triangle of `H` onto the lower one, in place and by panels: a wide Hessian is copied only once."""
+    for start in range(0, len(H), panel):
+        stop = start + panel
+        corner = H[start:stop, start:stop]
+        corner.copy_(corner.triu() + corner.triu(1).T)
+        H[stop:, start:stop] = H[start:stop, stop:].T
 
 
 def inverse_cholesky(H: torch.Tensor) -> torch.Tensor | None:
@@ -121,11 +131,22 @@ def inverse_cholesky(H: torch.Tensor) -> torch.Tensor | None:
     H reversed in rows and columns has the factor L; then U = inv(L) reversed. One factorization and one
     triangular inverse instead of cholesky, cholesky_inverse, cholesky: half the work, one matrix less.
     """
-    L, failed = torch.linalg.cholesky_ex(H.flip(0, 1))
-    if failed or not torch.isfinite(L.diagonal()).all():
-        return None
-    eye = torch.eye(len(H), dtype=H.dtype, device=H.device)
-    return torch.linalg.solve_triangular(L, eye, upper=False).flip(0, 1).contiguous()
+    backward = H.flip(0, 1)
+    L = _cholesky(backward)
+    return None if L is None else _reversed_inverse(L, backward)
+
+
+def _cholesky(H: torch.Tensor) -> torch.Tensor | None:
+    L, failed = torch.linalg.cholesky_ex(H)
+    return None if failed or not torch.isfinite(L.diagonal()).all() else L
+
+
+def _reversed_inverse(L: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
+    """inv(L) reversed in rows and columns, in the memory of `scratch` [I, I]: at most three such matrices are alive."""
+    scratch.zero_().diagonal().fill_(1)
+    inverse = torch.linalg.solve_triangular(L, scratch, upper=False)
+    del L
+    return scratch.copy_(inverse.flip(0, 1))
 
 
 # --- grids -----------------------------------------------------------------------------------------------------
@@ -168,7 +189,8 @@ def quantize(W: torch.Tensor, grid: Grid, factor: Factor | None, config: QuantCo
     if config.nearest or factor is None:
         codes = round_to_nearest(W, grid.levels)
         return Quantized(codes, _damped_loss(W - dequantize(codes, grid.levels), factor))
-    W = W.masked_fill(factor.dead.to(W.device), 0)
+    if factor.dead.any():
+        W = W.masked_fill(factor.dead.to(W.device), 0)
     order = factor.order.to(W.device)
     group_of = order // (W.shape[1] // grid.levels.shape[1])
     solved, loss = solve_columns(W[:, order], factor.U, grid.levels, group_of, config.block_size)

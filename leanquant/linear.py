@@ -19,6 +19,16 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(name, tensor)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
+    @classmethod
+    def on_meta(cls, shapes: PackedLinear, bits: int, linear: nn.Linear) -> "QuantizedLinear":
+        """A stand-in for `linear` that has only shapes: `shapes` holds meta tensors, the bias stays on meta too."""
+        return cls(shapes, bits, linear.in_features, linear.bias)
+
+    def fill(self, packed: PackedLinear) -> None:
+        """Take the stored tensors."""
+        for name, tensor in packed._asdict().items():
+            setattr(self, name, tensor)
+
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
         """The dequantized weight [O, I]."""
         packed = PackedLinear(self.codes, self.grid, self.scale, self.zero)

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .errors import InputError
 from .linear import QuantizedLinear
-from .packing import Checkpoint
+from .packing import CODES, Checkpoint, layout_of
 
 
 class LeanQuantModelForCausalLM:
@@ -42,16 +42,20 @@ class LeanQuantModelForCausalLM:
         if dequantize not in ("auto", "always", "never"):
             raise InputError(f'dequantize is {dequantize!r}: give "auto", "always" or "never"')
         checkpoint = Checkpoint.open(base_model_name_or_path if path is None else path)
-        _check_bits(checkpoint, bits, path or base_model_name_or_path)
+        checkpoint.check_bits(bits, path or base_model_name_or_path)
         config = AutoConfig.from_pretrained(base_model_name_or_path)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
-        on_cpu = torch.device(device).type == "cpu" if device is not None else not torch.cuda.is_available()
-        dtype = torch_dtype or (torch.float32 if on_cpu else _stored_dtype(checkpoint))
+        single = device if device is not None else device_map if device_map != "auto" and not isinstance(device_map, dict) else None
+        on_cpu = torch.device(single).type == "cpu" if single is not None else not torch.cuda.is_available()
+        dtype = torch_dtype or (torch.float32 if on_cpu else checkpoint.stored_dtype)
         with init_empty_weights(include_buffers=False):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        devices = _device_map(model, device, device_map, max_memory, on_cpu)
-        _fill(model, checkpoint, devices, dtype, dequantize)
+        _check_linears(model, checkpoint)
+        if dequantize == "never" or (dequantize == "auto" and not on_cpu):
+            _pack_linears(model, checkpoint)
+        devices = _device_map(model, single, device_map, max_memory, on_cpu)
+        _fill(model, checkpoint, devices, dtype)
         model.tie_weights()
         if len(set(devices.values())) > 1:
             model = dispatch_model(model, devices)
@@ -61,28 +65,32 @@ class LeanQuantModelForCausalLM:
         return model
 
 
-def _check_bits(checkpoint: Checkpoint, bits: int | None, path) -> None:
-    held = sorted({checkpoint.bits_of(linear) for linear in checkpoint.quantized})
-    if not held:
-        raise InputError(f"{path} holds no quantized weights: load it with transformers' AutoModelForCausalLM")
-    if bits is not None and held != [bits]:
-        raise InputError(f"{path} holds weights of {held} bits, not {bits}: correct `bits` or leave it out")
+def _check_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Every quantized linear of the file is one of the model's, of the same size."""
+    modules = dict(model.named_modules())
+    for name in checkpoint.quantized:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"the file has a quantized {name}, which the base model lacks: is it the right base model?")
+        rows, width = checkpoint.shapes[name + CODES]
+        layout_of(width, checkpoint.bits_of(name), linear.in_features)
+        if rows != linear.out_features:
+            raise InputError(f"{name} has {rows} rows in the file and {linear.out_features} in the base model: is it the right one?")
 
 
-def _stored_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    return torch.bfloat16 if "BF16" in checkpoint.dtypes.values() else torch.float16
+def _pack_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a QuantizedLinear, still without values, in the place of each quantized linear."""
+    for name in checkpoint.quantized:
+        linear = model.get_submodule(name)
+        model.set_submodule(name, QuantizedLinear.on_meta(checkpoint.packed_shapes(name), checkpoint.bits_of(name), linear))
 
 
-def _device_map(model: nn.Module, device, device_map, max_memory, on_cpu: bool) -> dict:
-    """Module path -> device; {"": device} for a single one."""
-    if device is not None:
-        return {"": torch.device(device)}
+def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) -> dict:
+    """Module path -> device; {"": device} for a single one. Sizes are those of the packed model."""
+    if single is not None or on_cpu:
+        return {"": torch.device(single if single is not None else "cpu")}
     if isinstance(device_map, dict):
         return device_map
-    if on_cpu:
-        return {"": torch.device("cpu")}
-    if device_map != "auto":
-        return {"": torch.device(device_map or "cuda")}
     devices = infer_auto_device_map(model, max_memory, no_split_module_classes=model._no_split_modules)
     if "disk" in devices.values():
         raise InputError("the model does not fit the GPUs and the host memory: raise max_memory or use a larger machine")
@@ -91,41 +99,26 @@ def _device_map(model: nn.Module, device, device_map, max_memory, on_cpu: bool) 
 
 def _device_of(name: str, devices: dict):
     """The device of the deepest entry of the map that `name` lies under."""
-    while name not in devices:
-        name = name.rpartition(".")[0]
-    return devices[name]
+    parts = name.split(".")
+    for length in range(len(parts), -1, -1):
+        if (prefix := ".".join(parts[:length])) in devices:
+            return devices[prefix]
+    raise InputError(f'device_map has no entry for {name}: add one, or "" for everything else')
 
 
-def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.dtype, dequantize: str) -> None:
-    """Replace every meta parameter by its tensor from the file, and quantized linears by what `dequantize` asks for."""
-    for name, module in list(model.named_modules()):
-        if checkpoint.is_quantized(name):
-            module = _quantized_linear(name, module, checkpoint, _device_of(name, devices), dtype, dequantize)
-            model.set_submodule(name, module)
+def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.dtype) -> None:
+    """Give every parameter and every packed linear its tensors from the file."""
+    head = model.get_output_embeddings()
+    tied = model.config.get_text_config().tie_word_embeddings
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            module.fill(checkpoint.packed(name).to(_device_of(name, devices)))
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            full_name = f"{name}.{leaf}" if name else leaf
-            if parameter.is_meta and not _is_tied_head(model, module, full_name, checkpoint):
-                value = checkpoint.weight(full_name, tuple(parameter.shape), dtype, _device_of(name, devices))
-                setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-    unknown = [linear for linear in checkpoint.quantized if linear not in dict(model.named_modules())]
-    if unknown:
-        raise InputError(f"the file has a quantized {unknown[0]}, which the base model lacks: is it the right base model?")
-
-
-def _is_tied_head(model: nn.Module, module: nn.Module, name: str, checkpoint: Checkpoint) -> bool:
-    return module is model.get_output_embeddings() and name not in checkpoint and model.config.get_text_config().tie_word_embeddings
-
-
-def _quantized_linear(name: str, linear: nn.Linear, checkpoint: Checkpoint, device, dtype, dequantize: str) -> nn.Module:
-    """`linear` with its weight set, or a QuantizedLinear in its place; its bias is still to be filled in the former."""
-    if dequantize == "always" or (dequantize == "auto" and torch.device(device).type == "cpu"):
-        weight = checkpoint.weight(f"{name}.weight", tuple(linear.weight.shape), dtype, device)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        return linear
-    bias = None
-    if linear.bias is not None:
-        bias = checkpoint.weight(f"{name}.bias", tuple(linear.bias.shape), dtype, device)
-    return QuantizedLinear(checkpoint.packed(name).to(device), checkpoint.bits_of(name), linear.in_features, bias)
+            full_name = f"{name}.{leaf}"
+            if module is head and tied and full_name not in checkpoint:
+                continue  # tie_weights gives it the embeddings
+            value = checkpoint.weight(full_name, tuple(parameter.shape), dtype, _device_of(name, devices))
+            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _load_generation_config(model: nn.Module, base) -> None:

@@ -8,6 +8,7 @@ Legend: O rows, I columns, K = 2**bits levels, G groups.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -20,6 +21,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tqdm import tqdm
 
 from .errors import InputError
 
@@ -27,8 +29,10 @@ FORMAT_VERSION = 1
 CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
 # The order in which safetensors writes dtypes; within one, tensors are in the order of their names.
 DTYPE_ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
+ITEM_BYTES = dict.fromkeys(("U64", "I64", "F64"), 8) | dict.fromkeys(("F32", "U32", "I32"), 4)
+ITEM_BYTES |= dict.fromkeys(("BF16", "F16", "U16", "I16"), 2)
 # What a run keeps in its own folder while it works.
-WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|writable")
+WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable")
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
@@ -185,9 +189,17 @@ class Checkpoint:
         with safe_open(self.files[name], "pt") as f:
             return f.get_tensor(name).clone()
 
+    def tensor_bytes(self, name: str) -> int:
+        """Bytes tensor `name` takes in its file."""
+        return math.prod(self.shapes[name]) * ITEM_BYTES.get(self.dtypes[name], 1)
+
+    def file_bytes(self) -> int:
+        """Bytes all tensors take."""
+        return sum(map(self.tensor_bytes, self.shapes))
+
     def check_finite(self) -> None:
-        """Read everything once. Raises InputError with the name of a tensor that holds NaN or infinity."""
-        for name in self.files:
+        """Read everything once, with progress. Raises InputError with the name of a tensor that holds NaN or infinity."""
+        for name in tqdm(self.files, desc="checking weights", unit="tensor", ncols=80, leave=False, disable=None):
             tensor = self.get(name)
             if tensor.itemsize == 1 and tensor.is_floating_point():
                 tensor = tensor.float()  # torch cannot ask a float8 for NaN
@@ -212,9 +224,29 @@ class Checkpoint:
             raise InputError("an affine file without its leanquant metadata does not say its bits: quantize again")
         return self.settings["bits"]
 
+    def check_bits(self, bits: int | None, path) -> None:
+        """Raise InputError unless this holds quantized linears, of `bits` bits if that is given."""
+        held = sorted({self.bits_of(linear) for linear in self.quantized})
+        if not held:
+            raise InputError(f"{path} holds no quantized weights: it is a plain model, for transformers' AutoModelForCausalLM")
+        if bits is not None and held != [bits]:
+            raise InputError(f"{path} holds {held} bits, not {bits}: correct the bits or leave them out")
+
+    @property
+    def stored_dtype(self) -> torch.dtype:
+        """The 16-bit type of the model: bfloat16 if most of its tensors are (codes, scales and zeros aside), else float16."""
+        kinds = [kind for name, kind in self.dtypes.items() if not name.endswith((CODES, SCALE, ZERO))]
+        return torch.bfloat16 if kinds.count("BF16") > len(kinds) / 2 else torch.float16
+
     def packed(self, linear: str) -> PackedLinear:
         get = lambda suffix: self.get(linear + suffix) if linear + suffix in self else None  # noqa: E731
         return PackedLinear(self.get(linear + CODES), get(GRID), get(SCALE), get(ZERO))
+
+    def packed_shapes(self, linear: str) -> PackedLinear:
+        """`packed` on the meta device: shapes and dtypes, nothing read."""
+        kinds = {CODES: torch.uint8, GRID: self.stored_dtype, SCALE: torch.float16, ZERO: torch.uint8}
+        found = {suffix: self.shapes.get(linear + suffix) for suffix in kinds}
+        return PackedLinear(*(s and torch.empty(s, dtype=kinds[suffix], device="meta") for suffix, s in found.items()))
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's. `shape` is what must come out."""
@@ -243,8 +275,10 @@ def _shards_of(index: Path) -> list[Path]:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def merge_files(parts: Iterable[Path], out: Path, settings: dict | None) -> None:
+def merge_files(parts: Iterable[Path], out: Path, settings: dict | None, scratch: Path | None = None) -> None:
     """Join safetensors files into one, streaming: memory stays at one copy buffer. Complete or absent, never partial.
+
+    It grows under the name `scratch`, on the same file system (unset: a new name beside `out`).
 
     The order is safetensors' own (by dtype, then by name), so that the bytes equal those of its save_file.
     """
@@ -264,8 +298,8 @@ def merge_files(parts: Iterable[Path], out: Path, settings: dict | None) -> None
         offset += length
     blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     blob += b" " * (-len(blob) % 8)
-    partial = out.with_name(out.name + ".tmp")
-    with open(partial, "wb") as target:
+    partial = scratch or out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    with open(partial, "xb") as target:
         target.write(struct.pack("<Q", len(blob)) + blob)
         for _, _, _, part, begin, length in entries:
             _copy_bytes(part, begin, length, target)
@@ -346,12 +380,13 @@ class ModelWriter:
             checkpoint.settings = settings
             return checkpoint
         if self.save_path.suffix == ".safetensors":
-            merge_files(self.parts, self.save_path, settings)
+            merge_files(self.parts, self.save_path, settings, self.folder / "merged")
         else:
             folder = self.folder / "folder"
             folder.mkdir()
             _write_shards(self.parts, folder, settings, max_shard_bytes)
             _write_config_files(base, folder, settings)
+            sync_folder(folder)
             _replace_folder(folder, self.save_path)
         self.close()
         return Checkpoint.open(self.save_path)
@@ -387,7 +422,7 @@ def _is_our_folder(folder: Path) -> bool:
 
 def _make_empty_folder(folder: Path) -> None:
     """Make the folder of the parts; one that a killed run left is emptied, anything else is not touched."""
-    if folder.exists() and not all(WORK_FILE.fullmatch(entry.name) for entry in folder.iterdir()):
+    if folder.exists() and not (folder.is_dir() and all(WORK_FILE.fullmatch(entry.name) for entry in folder.iterdir())):
         raise InputError(f"{folder}, where this run would work, holds other things: move it or give another --save_path")
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -415,23 +450,23 @@ def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: in
     if len(batches) > 1:
         total = sum(end - begin for part in parts for begin, end in _extents(part))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_synced(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+        _write_synced(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _write_config_files(base: Path, folder: Path, settings: dict) -> None:
     """config.json with our quantization_config, and the base's tokenizer, template and generation files."""
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "leanquant", **settings}
-    _write_synced(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
+    _write_synced(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     for file in sorted(base.iterdir()):
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in RESULT_SUFFIXES and not weights and file.name != "config.json":
-            shutil.copyfile(file, folder / file.name)
+            _write_synced(folder / file.name, file.read_bytes())
 
 
-def _write_synced(file: Path, text: str) -> None:
-    with open(file, "w") as f:
-        f.write(text)
+def _write_synced(file: Path, contents: bytes) -> None:
+    with open(file, "wb") as f:
+        f.write(contents)
         f.flush()
         os.fsync(f.fileno())
 
@@ -440,12 +475,14 @@ def _replace_folder(new: Path, target: Path) -> None:
     """Move `new` to `target`; an older `target` goes only after the new one is in place."""
     if not target.exists():
         os.replace(new, target)
-    else:
-        with tempfile.TemporaryDirectory(prefix=target.name + ".old-", dir=target.parent) as old:
-            os.replace(target, Path(old) / "folder")
-            try:
-                os.replace(new, target)
-            except OSError:
-                os.replace(Path(old) / "folder", target)
-                raise
+        sync_folder(target.parent)
+        return
+    old = Path(tempfile.mkdtemp(prefix=target.name + ".old-", dir=target.parent))
+    os.replace(target, old)
+    try:
+        os.replace(new, target)
+    except BaseException:
+        os.replace(old, target)
+        raise
     sync_folder(target.parent)
+    shutil.rmtree(old)
