@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from demo_data import articles, make_model
+from demo_data import articles, make_model, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, RESULTS = ROOT / "demo" / "bench", ROOT / "docs" / "results"
@@ -67,9 +67,9 @@ def make_texts() -> None:
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "SmolLM2-135M-Instruct")
     text = "\n\n".join(articles())
     cut = int(0.75 * len(text))
-    (WORK / "calibration.txt").write_text(text[:cut])
+    write_text(WORK / "calibration.txt", text[:cut])
     held = tokenizer(text[cut:], verbose=False)["input_ids"][:TOKENS]
-    (WORK / "heldout.txt").write_text(tokenizer.decode(held))
+    write_text(WORK / "heldout.txt", tokenizer.decode(held))
 
 
 def measure(method: str, bits: int) -> dict:

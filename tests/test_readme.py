@@ -36,6 +36,10 @@ def test_first_screen_has_the_two_commands_and_they_exist():
     assert README.index(first) < 1200
 
 
+def test_no_placeholder_is_left():
+    assert not re.search(r"@[A-Z]+@", README)
+
+
 def test_python_compiles():
     assert blocks("python")
     for block in blocks("python"):
