@@ -24,10 +24,8 @@ def load(source: Path, name: str, device_index: int):
             return cupy.RawModule(code=source.read_text(), options=("--std=c++14",)).get_function(name)
     except Exception as error:  # a missing wheel, driver or compiler each raise their own kind
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        warnings.warn(
-            f"{name} runs in torch, which is slower: no CUDA kernel ({reason}); pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12",
-            stacklevel=2,
-        )
+        remedy = "pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
+        warnings.warn(f"{name} runs in torch, which is slower: no CUDA kernel ({reason}); {remedy}", stacklevel=2)
         return None
 
 
