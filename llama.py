@@ -174,6 +174,11 @@ def quantize_group(model, index: int, group: list[str], H: torch.Tensor, run: Ru
             grid = quant.learn_grid(W, factor, config)
         with phases("solve"):
             solved = quant.quantize(W, grid, factor, config)
+        if config.grid == "nonuniform" and factor is not None:
+            with phases("refit"):
+                for _ in range(config.refits):
+                    grid, solved = quant.refit(W, grid, solved, factor, config)
+        with phases("solve"):
             weights = quant.dequantize(solved.codes, grid.levels).split(sizes)
         seconds = (time.perf_counter() - start) / len(W)
         parts = zip(names, weights, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
@@ -309,6 +314,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--n_layers", type=int, help="quantize only the first N decoder layers (unset: all)")
     add("--kmeans_bins", type=int, default=128, help="bins of the k-means program: 128, or 256 for the last 0.1 %% of the grid's objective")
     add(
+        "--refits",
+        type=int,
+        help="times non-uniform levels are fitted to their codes and the codes solved again; 0 as published (unset: 1 at 2 bits, else 0)",
+    )
+    add(
         "--kmeans_seed",
         type=int,
         default=0,
@@ -369,7 +379,14 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         raise InputError(f"--sym belongs to --grid minmax, not to {grid}: leave it out")
     if grid == "nonuniform" and args.groupsize != -1:
         raise InputError("non-uniform grids are learned for whole rows: leave out --groupsize, or choose --grid affine")
-    for name, least in {"percdamp": 0, "exponent": 0, "block_size": 1, "kmeans_bins": 2**args.wbits, "grid_partitions": 2}.items():
+    for name, least in {
+        "percdamp": 0,
+        "exponent": 0,
+        "block_size": 1,
+        "kmeans_bins": 2**args.wbits,
+        "grid_partitions": 2,
+        "refits": 0,
+    }.items():
         if (value := getattr(args, name)) is not None and not least <= value < float("inf"):
             raise InputError(f"--{name} is {value}: give at least {least}")
     if args.grid_partitions % 2:
@@ -387,6 +404,7 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         grid_partitions=args.grid_partitions,
         exhaustive=args.grid_search == "exhaustive",
         kmeans_bins=args.kmeans_bins,
+        refits=int(args.wbits == 2) if args.refits is None else args.refits,
         levels_dtype=levels_dtype,
     )
 

@@ -35,6 +35,7 @@ class QuantConfig:
     grid_partitions: int = 2048  # T of the affine search
     exhaustive: bool = False  # affine search over every distinct candidate
     kmeans_bins: int = 128  # m of the non-uniform grid
+    refits: int = 0  # times non-uniform levels are fitted to the codes and the codes solved again
     levels_dtype: torch.dtype = torch.float16  # of stored non-uniform levels; the solver sees them rounded to it
 
 
@@ -197,6 +198,47 @@ def quantize(W: torch.Tensor, grid: Grid, factor: Factor | None, config: QuantCo
     codes = torch.empty_like(solved)
     codes[:, order] = solved
     return Quantized(codes, loss)
+
+
+def refit(W: torch.Tensor, grid: Grid, solved: Quantized, factor: Factor, config: QuantConfig) -> tuple[Grid, Quantized]:
+    """Fit the levels to the codes, solve again, and keep for each row of `W` [O, I] whichever has the lower loss.
+
+    Non-uniform grids only. The loss of a row, tr(E H E^T), can only fall.
+    """
+    W = W.masked_fill(factor.dead.to(W.device), 0)
+    levels = fit_levels(W, solved.codes, grid.levels.squeeze(1), factor)
+    again_grid = Grid(levels.to(config.levels_dtype).float().unsqueeze(1), None)
+    again = quantize(W, again_grid, factor, config)
+    better = again.loss < solved.loss
+    codes = torch.where(better.unsqueeze(1), again.codes, solved.codes)
+    levels = torch.where(better.view(-1, 1, 1), again_grid.levels, grid.levels)
+    return Grid(levels, None), Quantized(codes, torch.minimum(again.loss, solved.loss))
+
+
+def fit_levels(W: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """The levels [O, K], ascending, that minimise (w - P l) H (w - P l)^T for fixed codes; P [I, K] is a row's one-hot codes.
+
+    Least squares, K x K a row: with V = U^-1, so that H = V V^T, and X = P^T V, (X X^T) l = X (w V)^T. A ridge of 1e-6 of
+    the mean diagonal towards the old `levels` [O, K] keeps empty ones where they are. Products in float32, the solve in
+    float64; rows in chunks, because X has K times the size of W.
+    """
+    O, K = levels.shape
+    order = factor.order.to(W.device)
+    eye = torch.eye(len(order), device=factor.U.device)
+    V = torch.linalg.solve_triangular(factor.U, eye, upper=True).to(W.device)
+    fitted = []
+    chunk = max(1, (2**22 if W.device.type == "cpu" else 2**26) // (K * len(order)))
+    for start in range(0, O, chunk):
+        rows = slice(start, start + chunk)
+        c, old = codes[rows][:, order], levels[rows].double()
+        P = torch.zeros(len(c), K, len(order), device=W.device).scatter_(1, c.long().unsqueeze(1), 1)
+        X = (P.view(-1, len(order)) @ V).view(P.shape)
+        A = (X @ X.transpose(1, 2)).double()
+        b = (X @ (W[rows][:, order] @ V).unsqueeze(2)).double().squeeze(2)
+        ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
+        A += ridge * torch.eye(K, dtype=A.dtype, device=A.device)
+        fitted.append(torch.linalg.solve(A, b + ridge.squeeze(2) * old))
+    return torch.cat(fitted).sort(1).values.float()
 
 
 def dequantize(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
