@@ -329,7 +329,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--grid_search",
         choices=["fast", "exhaustive"],
         default="fast",
-        help="affine search coarse to fine, or over every distinct candidate (about 10 times slower)",
+        help="affine search coarse to fine, or over every distinct candidate (about 6 times slower)",
     )
     add(
         "--offload_threshold",
