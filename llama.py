@@ -174,10 +174,9 @@ def quantize_group(model, index: int, group: list[str], H: torch.Tensor, run: Ru
             grid = quant.learn_grid(W, factor, config)
         with phases("solve"):
             solved = quant.quantize(W, grid, factor, config)
-        if config.grid == "nonuniform" and factor is not None:
+        for _ in range(config.refits if config.grid == "nonuniform" and factor is not None else 0):
             with phases("refit"):
-                for _ in range(config.refits):
-                    grid, solved = quant.refit(W, grid, solved, factor, config)
+                grid, solved = quant.refit(W, grid, solved, factor, config)
         with phases("solve"):
             weights = quant.dequantize(solved.codes, grid.levels).split(sizes)
         seconds = (time.perf_counter() - start) / len(W)
