@@ -190,8 +190,7 @@ def quantize(W: torch.Tensor, grid: Grid, factor: Factor | None, config: QuantCo
     if config.nearest or factor is None:
         codes = round_to_nearest(W, grid.levels)
         return Quantized(codes, _damped_loss(W - dequantize(codes, grid.levels), factor))
-    if factor.dead.any():
-        W = W.masked_fill(factor.dead.to(W.device), 0)
+    W = _without_dead(W, factor)
     order = factor.order.to(W.device)
     group_of = order // (W.shape[1] // grid.levels.shape[1])
     solved, loss = solve_columns(W[:, order], factor.U, grid.levels, group_of, config.block_size)
@@ -200,12 +199,17 @@ def quantize(W: torch.Tensor, grid: Grid, factor: Factor | None, config: QuantCo
     return Quantized(codes, loss)
 
 
+def _without_dead(W: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """`W` with zeros in the columns whose input is always 0; copied only if there are any."""
+    return W.masked_fill(factor.dead.to(W.device), 0) if factor.dead.any() else W
+
+
 def refit(W: torch.Tensor, grid: Grid, solved: Quantized, factor: Factor, config: QuantConfig) -> tuple[Grid, Quantized]:
     """Fit the levels to the codes, solve again, and keep for each row of `W` [O, I] whichever has the lower loss.
 
     Non-uniform grids only. The loss of a row, tr(E H E^T), can only fall.
     """
-    W = W.masked_fill(factor.dead.to(W.device), 0)
+    W = _without_dead(W, factor)
     levels = fit_levels(W, solved.codes, grid.levels.squeeze(1), factor)
     again_grid = Grid(levels.to(config.levels_dtype).float().unsqueeze(1), None)
     again = quantize(W, again_grid, factor, config)
