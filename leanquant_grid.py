@@ -77,6 +77,55 @@ def _sort_rows(W: torch.Tensor, a: torch.Tensor, centered: bool) -> _Sorted:
     return _Sorted(w, A, B, a, center)
 
 
+def local_kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, seed: int = 0) -> torch.Tensor:
+    """The published code's grid: Lloyd's iteration from one start, min-max for 4 and 8 levels, k-means++ for 16.
+
+    A local optimum of the objective of `kmeans_levels`; the same arguments and result. The start of a row depends on
+    `seed` and on its place among the rows.
+    """
+    K = 2**bits
+    chunk = max(1, (2**18 if W.device.type == "cpu" else 2**24) // W.shape[1])  # k-means++ takes about 200 bytes an element
+    generator = torch.Generator(W.device).manual_seed(seed)
+    levels = []
+    for rows, a_rows in _row_chunks(W, a, chunk):
+        s = _sort_rows(rows, a_rows, centered=True)
+        start = _minmax_start(s, K) if K <= 8 else _plusplus_start(s, K, generator)
+        levels.append(_lloyd(s, _borders_between(s, start, K)).float())
+    return torch.cat(levels)
+
+
+def _minmax_start(s: _Sorted, K: int) -> torch.Tensor:
+    """K equally spaced levels [R, K] from the smallest to the largest weight."""
+    return s.w[:, :1] + (s.w[:, -1:] - s.w[:, :1]) * torch.linspace(0, 1, K, device=s.w.device)
+
+
+def _plusplus_start(s: _Sorted, K: int, generator: torch.Generator) -> torch.Tensor:
+    """K of the weights [R, K], ascending, by greedy k-means++ (Arthur and Vassilvitskii, 2007).
+
+    The first is drawn by its sensitivity; each next one is the best of 2 + ln K, rounded down, drawn by sensitivity times
+    squared distance to the nearest one so far.
+    """
+    w = s.w.double()
+    first = torch.multinomial(s.a, 1, generator=generator)
+    chosen = w.gather(1, first)
+    distance = (w - chosen).square()
+    for _ in range(K - 1):
+        chance = (s.a * distance).clamp(min=0) + 1e-300
+        drawn = w.gather(1, torch.multinomial(chance, 2 + int(math.log(K)), replacement=True, generator=generator))
+        closer = torch.minimum((w.unsqueeze(1) - drawn.unsqueeze(2)).square(), distance.unsqueeze(1))
+        best = (closer * s.a.unsqueeze(1)).sum(2).argmin(1)
+        pick = best.view(-1, 1)
+        chosen = torch.cat([chosen, drawn.gather(1, pick)], 1)
+        distance = closer.gather(1, pick.unsqueeze(2).expand(-1, -1, w.shape[1])).squeeze(1)
+    return chosen.sort(1).values.float()
+
+
+def _borders_between(s: _Sorted, levels: torch.Tensor, K: int) -> torch.Tensor:
+    """Where the nearest of `levels` [R, K] changes, as positions [R, K+1] in the sorted rows, with both ends."""
+    inner = torch.searchsorted(s.w, (levels[:, 1:] + levels[:, :-1]) / 2, right=True)
+    return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0), value=0), (0, 1), value=s.w.shape[1])
+
+
 def _kmeans_rows(W: torch.Tensor, a: torch.Tensor, K: int, bins: int) -> torch.Tensor:
     s = _sort_rows(W, a, centered=True)
     borders = _best_borders(s, _candidate_borders(s, bins), K)

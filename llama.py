@@ -35,6 +35,11 @@ from leanquant.errors import InputError
 DEFAULT_EXPONENT = {"nonuniform": 4.0, "affine": 2.0}
 
 
+# The pieces of --recipe (README, Accuracy): how --recipe published sets them, and what --recipe best sets otherwise.
+PUBLISHED = {"exact_grid": False, "shift": 0.0, "residual": False, "refine": 0}
+BEST = {"exact_grid": True, "shift": 0.5, "residual": True, "refine": 2}
+
+
 @dataclass(frozen=True)
 class Run:
     """Everything the command line decides, besides how a linear is quantized."""
@@ -88,12 +93,13 @@ class Phases:
 def quantize_model(model: modelutils.StreamedModel, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, phases: Phases):
     """Quantize the layers one after the other, handing each one's tensors to `writer`. Returns a row per linear."""
     with phases("forward"):
-        hidden = model.embed(ids, run.batch_size)
+        stream = model.embed(ids, run.batch_size)
+    reference = stream.twin() if config.shift > 0 else None
     count = len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
     rows = []
     for index in tqdm(range(count), desc="quantizing", unit="layer", ncols=80, disable=None):
         start = time.perf_counter()
-        tensors, linears = quantize_layer(model, index, hidden, run, config, phases)
+        tensors, linears = quantize_layer(model, index, stream, reference, run, config, phases)
         with phases("pack"):
             writer.add(tensors)
         rows += linears
@@ -105,49 +111,67 @@ def quantize_model(model: modelutils.StreamedModel, ids: torch.Tensor, run: Run,
     return rows
 
 
-def quantize_layer(model, index: int, hidden: torch.Tensor, run: Run, config: quant.QuantConfig, phases: Phases):
-    """Quantize layer `index` and move `hidden` through it, in place. Returns its tensors as stored, and a row per linear."""
-    tensors, rows = {}, []
+def quantize_layer(model, index: int, stream, reference, run: Run, config: quant.QuantConfig, phases: Phases):
+    """Quantize layer `index` and move `stream` through it, and `reference`, the unquantized model's, through the original.
+
+    Returns the layer's tensors as stored, and a row per linear.
+    """
+    solved, rows, done = {}, [], set()
     with contextlib.ExitStack() as stack:
         with phases("load"):
             layer = stack.enter_context(model.layer(index))
         with phases("forward"):
-            groups = model.groups(index, hidden[: run.batch_size])
+            groups = model.groups(index, stream)
         for stage in [[group] for group in groups] if run.true_sequential else [groups]:
-            hessians = collect_hessians(model, index, hidden, stage, run, phases)
+            statistics = collect_statistics(model, index, stream, reference, stage, done, run, config, phases)
             for group in stage:
-                for name, weight, packed, row in quantize_group(model, index, group, hessians.pop(group[0]), run, config, phases):
-                    layer.get_submodule(name).weight.copy_(weight)
-                    tensors |= packed.named(model.layer_prefix(index) + name)
+                for name, grid, codes, row in quantize_group(model, index, group, statistics.pop(0), run, config, phases):
+                    solved[name] = (grid, codes)
+                    replace_weight(layer.get_submodule(name), name, quant.dequantize(codes, grid.levels), reference)
                     rows.append(row)
+                done |= set(group.linears)
+        if reference:
+            with phases("reference forward"):
+                model.advance(index, reference)
         with phases("forward"):
-            model.advance(index, hidden, run.batch_size)
+            model.advance(index, stream)
     with phases("pack"):
-        quantized = {model.layer_prefix(index) + row["linear"] + ".weight" for row in rows}
-        tensors |= {n: model.checkpoint.get(n) for n in layer_tensors(model, index) if n not in quantized}
+        tensors = layer_tensors(model, index, solved, config, run.packing)
     for row in rows:
         row["layer"] = index
     return tensors, rows
 
 
-def collect_hessians(model, index: int, hidden: torch.Tensor, groups: list[list[str]], run: Run, phases: Phases) -> dict:
-    """One pass through layer `index` as far as `groups` need: mean x x^T of each group's input, by first linear."""
-    layer = model.layers[index]
-    widths = [layer.get_submodule(group[0]).in_features for group in groups]
-    hessians = [torch.zeros(width, width, device=hessian_device(width, run)) for width in widths]
+def replace_weight(linear: torch.nn.Linear, name: str, weight: torch.Tensor, reference) -> None:
+    """Give `linear` its quantized `weight`; `reference` goes on passing the original one."""
+    if reference:
+        reference.weights[name + ".weight"] = linear.weight
+    linear.weight = torch.nn.Parameter(weight.to(linear.weight), requires_grad=False)
+
+
+def collect_statistics(model, index: int, stream, reference, groups: list, done: set, run: Run, config, phases: Phases) -> list:
+    """One pass through layer `index` as far as `groups` need: the mean products of each group's input."""
+    layer, sums = model.layers[index], []
+    for group in groups:
+        O, I = layer.get_submodule(group.linears[0]).weight.shape
+        residual = O if config.residual and group.residual is not None else 0
+        sums.append(quant.Statistics(I, residual, reference is not None, hessian_device(I, run)))
+    theirs = None
     with phases("forward"):
-
-        def see(number: int, X: torch.Tensor) -> None:
+        original = model.inputs(index, reference, groups, done) if reference else None
+        for ours in model.inputs(index, stream, groups, done):
+            if original:
+                with phases("reference forward"):
+                    theirs = next(original)
             with phases("hessian"):
-                quant.accumulate_hessian(hessians[number], X.flatten(0, -2))
-
-        model.watch(index, hidden, run.batch_size, groups, see)
-    tokens = hidden.shape[0] * hidden.shape[1]
-    for group, H in zip(groups, hessians, strict=True):
-        if not torch.isfinite(H.diagonal()).all():
-            raise InputError(f"layer {index}: the input of {', '.join(group)} is not finite: try --dtype float32 or bfloat16")
-        H /= tokens
-    return {group[0]: H for group, H in zip(groups, hessians, strict=True)}
+                for number, total in enumerate(sums):
+                    total.add(ours[number], theirs and theirs[number])
+    tokens = stream.hidden.shape[0] * stream.hidden.shape[1]
+    for group, total in zip(groups, sums, strict=True):
+        if not torch.isfinite(total.H.diagonal()).all():
+            raise InputError(f"layer {index}: the input of {', '.join(group.linears)} is not finite: try --dtype float32 or bfloat16")
+        total.divide(tokens)
+    return sums
 
 
 def hessian_device(width: int, run: Run) -> torch.device:
@@ -158,36 +182,41 @@ def hessian_device(width: int, run: Run) -> torch.device:
     return torch.device("cuda", others[0]) if others else torch.device("cpu")
 
 
-def quantize_group(model, index: int, group: list[str], H: torch.Tensor, run: Run, config: quant.QuantConfig, phases: Phases):
-    """Quantize the linears that share the Hessian `H` (overwritten). Yields (name, new weight, PackedLinear, report row)."""
+def quantize_group(model, index: int, group, statistics: quant.Statistics, run: Run, config: quant.QuantConfig, phases: Phases):
+    """Quantize the linears that share `statistics` (overwritten). Yields (name, grid, codes, report row)."""
     try:
         with phases("factorization"):
-            factor = quant.factorize(H, config.percdamp, config.act_order)
+            factor = quant.factorize(statistics.H, config.percdamp, config.act_order)
     except quant.NotPositiveDefinite:
-        warnings.warn(f"layer {index}: the Hessian of {', '.join(group)} cannot be factorized: rounding to nearest", stacklevel=2)
+        warnings.warn(f"layer {index}: the Hessian of {', '.join(group.linears)} cannot be factorized: rounding to nearest", stacklevel=2)
         factor = None
-    for names in stacks(model, index, group):
+    for names in stacks(model, index, group.linears):
         start = time.perf_counter()
         with phases("load"):
             W, sizes = read_weights(model, index, names)
-        with phases("grid"):
-            grid = quant.learn_grid(W, factor, config)
-        with phases("solve"):
-            solved = quant.quantize(W, grid, factor, config)
-        for _ in range(config.refits if config.grid == "nonuniform" and factor is not None else 0):
-            with phases("refit"):
-                grid, solved = quant.refit(W, grid, solved, factor, config)
-        with phases("solve"):
-            weights = quant.dequantize(solved.codes, grid.levels).split(sizes)
+        grid, solved = quantize_weights(W, statistics, factor, config, phases)
         seconds = (time.perf_counter() - start) / len(W)
-        parts = zip(names, weights, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
-        for name, weight, codes, loss, its_grid in parts:
-            with phases("pack"):
-                packed = pack_linear(codes, its_grid, config, run.packing)
+        parts = zip(names, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
+        for name, codes, loss, its_grid in parts:
             row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(codes)}
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
-            yield name, weight, packed, row
+            yield name, its_grid, codes, row
+
+
+def quantize_weights(W: torch.Tensor, statistics: quant.Statistics, factor, config: quant.QuantConfig, phases: Phases):
+    """The recipe for one stack of linears `W` [O, I] (README, How it works). Returns a Grid and a Quantized."""
+    if factor is not None:
+        with phases("target") if config.shift else contextlib.nullcontext():
+            W = quant.target(W, statistics, factor, config.shift)
+    with phases("grid"):
+        grid = quant.learn_grid(W, factor, config)
+    with phases("solve"):
+        solved = quant.quantize(W, grid, factor, config)
+    if config.refine and factor is not None:
+        with phases("refine"):
+            grid, solved = quant.refine(W, grid, solved, factor, config)
+    return grid, solved
 
 
 def read_weights(model, index: int, names: list[str]) -> tuple[torch.Tensor, list[int]]:
@@ -209,14 +238,27 @@ def pack_linear(codes: torch.Tensor, grid: quant.Grid, config: quant.QuantConfig
     return packing.PackedLinear(packed, scale=grid.affine.scale.half().cpu(), zero=grid.affine.zero.cpu())
 
 
-def layer_tensors(model, index: int) -> list[str]:
+def layer_tensors(model, index: int, solved: dict, config: quant.QuantConfig, layout: str) -> dict[str, torch.Tensor]:
+    """The tensors of layer `index` as stored: its linears from `solved`, all else as it is."""
+    prefix, tensors = model.layer_prefix(index), {}
+    for name in layer_names(model, index):
+        linear = name.removeprefix(prefix).removesuffix(".weight")
+        if linear in solved:
+            grid, codes = solved[linear]
+            tensors |= pack_linear(codes, grid, config, layout).named(prefix + linear)
+        else:
+            tensors[name] = model.checkpoint.get(name)
+    return tensors
+
+
+def layer_names(model, index: int) -> list[str]:
     return [name for name in model.checkpoint.shapes if name.startswith(model.layer_prefix(index))]
 
 
 def untouched_tensors(model, first: int) -> Iterator[dict[str, torch.Tensor]]:
     """What is copied as it is: the layers from `first` on, then everything outside the layers, one tensor at a time."""
     for index in range(first, len(model.layers)):
-        yield {name: model.checkpoint.get(name) for name in layer_tensors(model, index)}
+        yield {name: model.checkpoint.get(name) for name in layer_names(model, index)}
     for name in model.checkpoint.shapes:
         if not name.startswith(model.layers_name + "."):
             yield {name: model.checkpoint.get(name)}
@@ -232,6 +274,20 @@ def peak_host_bytes() -> int:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def shift_bytes(model, run: Run, config: quant.QuantConfig) -> dict[str, int]:
+    """What the shifted target takes beyond the plain algorithm: the unquantized model's stream (host), its linears of one
+    layer, and the largest group's C and R (device)."""
+    if not config.shift:
+        return {}
+    shapes = [m.weight.shape for m in model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    width = model.config.get_text_config().hidden_size
+    return {
+        "stream": run.nsamples * run.seqlen * width * model.dtype.itemsize,
+        "weights": sum(shape.numel() for shape in shapes) * model.dtype.itemsize,
+        "products": max(4 * I * (I + (width if config.residual else 0)) for _, I in shapes),
+    }
 
 
 def peak_memory(device: torch.device) -> str:
@@ -313,16 +369,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--n_layers", type=int, help="quantize only the first N decoder layers (unset: all)")
     add("--kmeans_bins", type=int, default=128, help="bins of the k-means program: 128, or 256 for the last 0.1 %% of the grid's objective")
     add(
-        "--refits",
-        type=int,
-        help="times non-uniform levels are fitted to their codes and the codes solved again; 0 as published (unset: 1 at 2 bits, else 0)",
+        "--recipe", choices=["best", "published"], help="settings of the pieces below (unset: best for learned grids, published for minmax)"
     )
-    add(
-        "--kmeans_seed",
-        type=int,
-        default=0,
-        help="accepted for compatibility: the grid here needs no random start",
-    )
+    switch = argparse.BooleanOptionalAction
+    add("--exact-grid", action=switch, help="optimal non-uniform grid, not the published code's local one (unset: as --recipe)")
+    add("--shift", type=float, help="0 to 1: how far to aim at the unquantized model's outputs on its own inputs (unset: as --recipe)")
+    add("--residual", action=switch, help="with --shift: make up for what the residual stream lacks (unset: as --recipe)")
+    add("--refine", type=int, help="rounds of coordinate descent on codes and least squares on levels (unset: as --recipe)")
+    add("--kmeans_seed", type=int, default=0, help="of the random start that the published recipe's grid has at 4 bits")
     add("--grid_partitions", type=int, default=2048, help="T of the affine search: range ends move in steps of range / T")
     add(
         "--grid_search",
@@ -374,6 +428,11 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         raise InputError("--nearest is the round-to-nearest baseline on a min-max grid: leave out --exponent and --grid")
     if grid == "minmax" and args.exponent is not None:
         raise InputError("--grid minmax has no exponent: leave out --exponent, or choose --grid nonuniform or affine")
+    pieces = recipe(args, grid)
+    if args.nearest and pieces != PUBLISHED:
+        raise InputError("--nearest only rounds: leave out --recipe best and its pieces")
+    if pieces["shift"] > 1:
+        raise InputError(f"--shift is {pieces['shift']}: give 0 (not at all) to 1 (all the way)")
     if args.sym and grid != "minmax":
         raise InputError(f"--sym belongs to --grid minmax, not to {grid}: leave it out")
     if grid == "nonuniform" and args.groupsize != -1:
@@ -384,7 +443,8 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         "block_size": 1,
         "kmeans_bins": 2**args.wbits,
         "grid_partitions": 2,
-        "refits": 0,
+        "refine": 0,
+        "shift": 0,
     }.items():
         if (value := getattr(args, name)) is not None and not least <= value < float("inf"):
             raise InputError(f"--{name} is {value}: give at least {least}")
@@ -403,9 +463,17 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         grid_partitions=args.grid_partitions,
         exhaustive=args.grid_search == "exhaustive",
         kmeans_bins=args.kmeans_bins,
-        refits=int(args.wbits == 2) if args.refits is None else args.refits,
+        kmeans_seed=args.kmeans_seed,
+        **pieces,
         levels_dtype=levels_dtype,
     )
+
+
+def recipe(args: argparse.Namespace, grid: str) -> dict:
+    """The pieces that --recipe names, each replaced by its own flag if that is given."""
+    best = grid != "minmax" if args.recipe is None else args.recipe == "best"
+    pieces = PUBLISHED | (BEST if best else {})
+    return {name: value if getattr(args, name) is None else getattr(args, name) for name, value in pieces.items()}
 
 
 def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
@@ -483,7 +551,7 @@ def run_command(args: argparse.Namespace) -> None:
             with phases("pack"):
                 model.checkpoint = writer.finish(settings, folder)
             contents |= {"quantization_seconds": time.perf_counter() - start, "phase_seconds": phases.seconds, "linears": rows}
-            contents["peak_host_bytes_quantizing"] = peak_host_bytes()
+            contents |= {"peak_host_bytes_quantizing": peak_host_bytes(), "shift_bytes": shift_bytes(model, run, config)}
             print_summary(contents, run)
             write_report(run, contents)
         contents["perplexity"] = []

@@ -2,18 +2,21 @@
 
 The model is built on the meta device from its config; a layer gets real weights only while it runs. Which linears
 a layer has, which of them read the same input, and what a layer is called with are found by watching, not by name.
-No Hessians and no quantization here: the caller passes a callback. Not for encoder-decoder or vision models.
+No Hessians and no quantization here: the caller gets inputs. Not for encoder-decoder or vision models.
 Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 """
 
 import contextlib
 import ctypes
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from accelerate import init_empty_weights
 from torch import nn
+from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from leanquant.errors import InputError
@@ -57,6 +60,44 @@ def release_memory() -> None:
 
 class _Stop(Exception):
     """Ends a forward pass as soon as what it was run for has been seen."""
+
+
+class Group(NamedTuple):
+    """Linears of a layer that read the same input.
+
+    residual: the child module whose input is the residual stream onto which the output is added as it is, "" for the
+    layer's own input; None if the output goes elsewhere, or the group has several linears.
+    """
+
+    linears: list[str]
+    residual: str | None = None
+
+
+class GroupInput(NamedTuple):
+    """What a group reads, [B, T, I], and the residual stream it writes to, [B, T, D], if it writes to one."""
+
+    X: torch.Tensor
+    residual: torch.Tensor | None
+
+
+@dataclass
+class Stream:
+    """Hidden states [n, T, D] on their way through the model, updated in place by each layer.
+
+    weights: parameters of the layer that this stream passes instead of the layer's own. finished: outputs of the
+    layer's children that can no longer change, one a batch, so that the next pass need not compute them again.
+    """
+
+    hidden: torch.Tensor
+    batch_size: int
+    weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    finished: dict[str, list] = field(default_factory=dict)
+
+    def twin(self) -> "Stream":
+        return Stream(self.hidden.clone(), self.batch_size)
+
+    def batches(self) -> tuple[torch.Tensor, ...]:
+        return self.hidden.split(self.batch_size)
 
 
 class StreamedModel:
@@ -180,8 +221,8 @@ class StreamedModel:
         return self._forward(on_layer, **inputs)
 
     @torch.no_grad()
-    def embed(self, windows: torch.Tensor, batch_size: int) -> torch.Tensor:
-        """Hidden states [n, T, D] that enter the first layer, for token `windows` [n, T]; notes each layer's call."""
+    def embed(self, windows: torch.Tensor, batch_size: int) -> Stream:
+        """The hidden states that enter the first layer, for token `windows` [n, T]; notes each layer's call."""
         names = [n for n in self.outside_names() if n != self.head_name]
         self._fill(names)
         hidden, done = None, 0
@@ -205,62 +246,91 @@ class StreamedModel:
             done += len(batch)
             self._calls.setdefault(tuple(batch.shape), calls)
         self._empty(names)
-        return hidden
+        return Stream(hidden, batch_size)
 
-    def run_layer(self, index: int, hidden: torch.Tensor) -> torch.Tensor:
-        """One batch [B, T, D] through layer `index`, which must hold its weights."""
+    def run_layer(self, index: int, hidden: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        """One batch [B, T, D] through layer `index`, which must hold its weights; those named in `weights` are replaced."""
         args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
-        out = self.layers[index](hidden.to(self.device, self.dtype), *args, **kwargs)
+        out = functional_call(self.layers[index], weights, (hidden.to(self.device, self.dtype), *args), kwargs)
         self._returns_tuple = isinstance(out, tuple)
         return out[0] if self._returns_tuple else out
 
     @torch.no_grad()
-    def advance(self, index: int, hidden: torch.Tensor, batch_size: int) -> None:
-        """All of `hidden` [n, T, D] through layer `index`, in place. Raises InputError if it leaves the finite numbers."""
-        for batch in hidden.split(batch_size):
-            out = self.run_layer(index, batch)
+    def advance(self, index: int, stream: Stream) -> None:
+        """Move `stream` through layer `index`. Raises InputError if it leaves the finite numbers."""
+        for number, batch in enumerate(stream.batches()):
+            with self._skipping_finished(index, stream, number):
+                out = self.run_layer(index, batch, stream.weights)
             if not torch.isfinite(out).all():
                 raise InputError(f"layer {index} gives non-finite activations in {self.dtype}: try --dtype float32 or bfloat16")
             batch.copy_(out)
+        stream.weights, stream.finished = {}, {}
+
+    @contextlib.contextmanager
+    def _skipping_finished(self, index: int, stream: Stream, number: int) -> Iterator[None]:
+        """For the block: children of the layer that `stream` has finished return what they returned for this batch."""
+        children = [(self.layers[index].get_submodule(name), outputs[number]) for name, outputs in stream.finished.items()]
+        for child, output in children:
+            child.forward = lambda *_, output=output, **__: _moved(output, self.device)
+        try:
+            yield
+        finally:
+            for child, _ in children:
+                del child.forward
 
     @torch.no_grad()
-    def watch(self, index: int, hidden: torch.Tensor, batch_size: int, groups: list[list[str]], see: Callable) -> None:
-        """Run layer `index` only as far as the inputs of `groups`, calling see(group number, X [B, T, I]) for each batch."""
+    def inputs(self, index: int, stream: Stream, groups: list[Group], final: set[str] = frozenset()) -> Iterator[list[GroupInput]]:
+        """Run layer `index` only as far as the inputs of `groups`: a list of them for each batch of `stream`.
 
-        def hook(number: int):
-            def before(_module, inputs):
-                see(number, inputs[0])
-                if number == len(groups) - 1:
+        final: linears whose weights will not change any more. The outputs of the layer's children that hold only such
+        are kept in the stream's memory and not computed again by later passes.
+        """
+        layer = self.layers[index]
+        kept = {name: [] for name, child in layer.named_children() if name not in stream.finished and _is_final(name, child, final)}
+        for number, batch in enumerate(stream.batches()):
+            found, residuals = [], {"": batch}
+
+            def see(_module, inputs, found=found, residuals=residuals):
+                group = groups[len(found)]
+                found.append(GroupInput(inputs[0], None if group.residual is None else residuals[group.residual].to(inputs[0])))
+                if len(found) == len(groups):
                     raise _Stop
 
-            return before
+            def keep(name):
+                return lambda _module, _inputs, output: kept[name].append(_moved(output, stream.hidden.device))
 
-        layer = self.layers[index]
-        handles = [layer.get_submodule(g[0]).register_forward_pre_hook(hook(i)) for i, g in enumerate(groups)]
-        try:
-            for batch in hidden.split(batch_size):
-                with contextlib.suppress(_Stop):
-                    self.run_layer(index, batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+            handles = [layer.get_submodule(group.linears[0]).register_forward_pre_hook(see) for group in groups]
+            for name in {group.residual for group in groups if group.residual}:
+                note = lambda _module, inputs, name=name, residuals=residuals: residuals.__setitem__(name, inputs[0])  # noqa: E731
+                handles.append(layer.get_submodule(name).register_forward_pre_hook(note))
+            handles += [layer.get_submodule(name).register_forward_hook(keep(name)) for name in kept]
+            try:
+                with contextlib.suppress(_Stop), self._skipping_finished(index, stream, number):
+                    self.run_layer(index, batch, stream.weights)
+            finally:
+                for handle in handles:
+                    handle.remove()
+            if number == len(stream.batches()) - 1:
+                stream.finished |= {name: outputs for name, outputs in kept.items() if len(outputs) == number + 1}
+            yield found
 
     @torch.no_grad()
-    def groups(self, index: int, hidden: torch.Tensor) -> list[list[str]]:
+    def groups(self, index: int, stream: Stream) -> list[Group]:
         """The linears of layer `index`, those that read the very same input together, in the order they are called.
 
-        `hidden` [B, T, D] is one batch to watch.
+        One batch of `stream` is watched. A linear writes to the residual stream if what some child of the layer reads, or
+        the layer's output, is the sum of its output and of an earlier state of that stream.
         """
         layer = self.layers[index]
         linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
         seen: list[tuple[torch.Tensor, list[str]]] = []
-        called = set()
+        outputs: dict[str, torch.Tensor] = {}
+        states: list[tuple[str, int, torch.Tensor]] = []  # (child, linears called before, what it reads)
 
-        def hook(name: str):
+        def enter(name: str):
             def before(_module, inputs):
-                if name in called:
+                if name in outputs:
                     raise InputError(f"layer {index} calls {name} more than once: models that share linears are not supported")
-                called.add(name)
                 group = next((names for tensor, names in seen if tensor is inputs[0]), None)
                 if group is None:
                     seen.append((inputs[0], group := []))
@@ -268,15 +338,25 @@ class StreamedModel:
 
             return before
 
-        handles = [m.register_forward_pre_hook(hook(name)) for name, m in linears.items()]
+        def leave(name: str):
+            return lambda _module, _inputs, output: outputs.__setitem__(name, output.clone())  # some add to it in place
+
+        def note(name: str):
+            return lambda _module, inputs: states.append((name, len(outputs), inputs[0])) if inputs else None
+
+        batch = stream.batches()[0]
+        handles = [m.register_forward_pre_hook(enter(name)) for name, m in linears.items()]
+        handles += [m.register_forward_hook(leave(name)) for name, m in linears.items()]
+        handles += [m.register_forward_pre_hook(note(name)) for name, m in layer.named_children()]
         try:
-            self.run_layer(index, hidden)
+            out = self.run_layer(index, batch, stream.weights)
         finally:
             for handle in handles:
                 handle.remove()
-        if missing := sorted(set(linears) - called) or (not linears and ["any linear"]):
+        if missing := sorted(set(linears) - set(outputs)) or (not linears and ["any linear"]):
             raise InputError(f"layer {index} never calls {', '.join(missing)}: models with such layers are not supported")
-        return [names for _, names in seen]
+        residuals = _residual_writers(outputs, batch.to(out), [*states, ("", len(outputs), out)])
+        return [Group(names, residuals.get(names[0]) if len(names) == 1 else None) for _, names in seen]
 
     @contextlib.contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
@@ -300,6 +380,36 @@ class StreamedModel:
 
 class _Restart(Exception):
     """The forward pass must be run again with the other return convention."""
+
+
+def _is_final(name: str, child: nn.Module, final: set[str]) -> bool:
+    """Does `child` hold linears, all of them in `final`?"""
+    linears = {f"{name}.{inner}".removesuffix(".") for inner, module in child.named_modules() if isinstance(module, nn.Linear)}
+    return bool(linears) and linears <= final
+
+
+def _residual_writers(outputs: dict[str, torch.Tensor], entering: torch.Tensor, states: list) -> dict[str, str]:
+    """For each linear whose output is added as it is to the residual stream: where that stream can be read.
+
+    outputs: of the linears, in call order. states: (name of the reader, linears called before, tensor), in call order.
+    """
+    writers, stream, source = {}, entering, ""
+    for called, (name, output) in enumerate(outputs.items(), 1):
+        later = ((reader, state) for reader, before, state in states if before >= called and torch.is_tensor(state))
+        if output.shape == stream.shape:
+            total = stream + output
+            reached = next(((reader, state) for reader, state in later if state.shape == total.shape and torch.equal(state, total)), None)
+            if reached:
+                writers[name] = source
+                source, stream = reached
+    return writers
+
+
+def _moved(output, device: torch.device):
+    """A module's output, a tensor or nested tuples of them and None, on `device`."""
+    if isinstance(output, tuple):
+        return tuple(_moved(part, device) for part in output)
+    return output.to(device) if torch.is_tensor(output) else output
 
 
 def read_config(folder: Path):

@@ -5,6 +5,8 @@ Legend: O rows (out_features, of one linear or of a group stacked), I columns (i
 G groups of columns, N tokens. "Solver order": columns permuted by act-order.
 """
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +15,7 @@ import torch
 
 from leanquant import kernels
 from leanquant.packing import affine_levels
-from leanquant_grid import Affine, affine_search, kmeans_levels, minmax_affine, sensitivity
+from leanquant_grid import Affine, affine_search, kmeans_levels, local_kmeans_levels, minmax_affine, sensitivity, stored_scale
 
 GRIDS = ("nonuniform", "affine", "minmax")
 CUDA_SOURCE = Path(__file__).with_name("fused_kernel.cu")
@@ -35,7 +37,11 @@ class QuantConfig:
     grid_partitions: int = 2048  # T of the affine search
     exhaustive: bool = False  # affine search over every distinct candidate
     kmeans_bins: int = 128  # m of the non-uniform grid
-    refits: int = 0  # times non-uniform levels are fitted to the codes and the codes solved again
+    exact_grid: bool = True  # non-uniform: the optimal grid, not the published code's local one
+    kmeans_seed: int = 0  # of the local grid's random start
+    shift: float = 0.5  # how far to aim at the unquantized model's outputs on its own inputs: 0 = not at all, 1 = all the way
+    residual: bool = True  # with shift: also at what the residual stream lacks
+    refine: int = 2  # rounds of coordinate descent on the codes and least squares on the levels
     levels_dtype: torch.dtype = torch.float16  # of stored non-uniform levels; the solver sees them rounded to it
 
 
@@ -57,6 +63,17 @@ class Grid(NamedTuple):
     levels: torch.Tensor
     affine: Affine | None
 
+    def rows(self, index) -> "Grid":
+        """The grid of some of the rows."""
+        return Grid(self.levels[index], self.affine and Affine(*(t[index] for t in self.affine)))
+
+    def where(self, keep: torch.Tensor, other: "Grid") -> "Grid":
+        """This grid in the rows where `keep` [O] is true, `other` elsewhere."""
+        levels = torch.where(keep.view(-1, 1, 1), self.levels, other.levels)
+        if self.affine is None:
+            return Grid(levels, None)
+        return Grid(levels, Affine(*(torch.where(keep.view(-1, 1), a, b) for a, b in zip(self.affine, other.affine, strict=True))))
+
     def split(self, rows: list[int]) -> list["Grid"]:
         """One grid for each of the matrices that were stacked."""
         levels = self.levels.split(rows)
@@ -77,7 +94,54 @@ class NotPositiveDefinite(ArithmeticError):
     """The Hessian could not be factorized, however much it was damped."""
 
 
+class Statistics:
+    """Sums, then means, over tokens of products of a group's input x [I].
+
+    H [I, I]: x x^T, upper triangle. C [I, I]: (x' - x) x^T, x' the unquantized model's input. R [O, I]: (h' - h) x^T, h' and
+    h the residual streams that the group's one linear writes to. C and R are None where they are not wanted.
+    """
+
+    def __init__(self, I: int, residual: int, shift: bool, device: torch.device):
+        zeros = lambda rows: torch.zeros(rows, I, device=device)  # noqa: E731
+        self.H = zeros(I)
+        self.C = zeros(I) if shift else None
+        self.R = zeros(residual) if shift and residual else None
+
+    def add(self, ours, theirs) -> None:
+        """Count one batch: what the group reads in the quantized model and in the unquantized one, or None."""
+        X = ours.X.flatten(0, -2)
+        with _products_of(X):
+            X = X.to(self.H)
+            accumulate_hessian(self.H, X)
+            if self.C is not None:
+                accumulate_product(self.C, theirs.X.flatten(0, -2).to(X) - X, X)
+            if self.R is not None:
+                accumulate_product(self.R, (theirs.residual.to(X) - ours.residual.to(X)).flatten(0, -2), X)
+
+    def divide(self, tokens: int) -> None:
+        for total in (self.H, self.C, self.R):
+            if total is not None:
+                total /= tokens
+
+
 # --- Hessian ---------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _products_of(X: torch.Tensor) -> Iterator[None]:
+    """For the block: matrix products on a CPU may round their factors to bfloat16 if `X` comes in bfloat16.
+
+    Products of such numbers are exact in float32, in which they are summed, and CPUs with bfloat16 units make them 3 to 5
+    times faster. Differences between two such inputs are rounded, by less than either input already is.
+    """
+    matmul = torch.backends.mkldnn.matmul
+    before = matmul.fp32_precision
+    if X.dtype == torch.bfloat16 and X.device.type == "cpu":
+        matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def accumulate_hessian(H: torch.Tensor, X: torch.Tensor) -> None:
@@ -91,6 +155,11 @@ def accumulate_hessian(H: torch.Tensor, X: torch.Tensor) -> None:
     for start in range(0, I, panel):
         stop = min(start + panel, I)
         H[:stop, start:stop].addmm_(X[:, :stop].T, X[:, start:stop])
+
+
+def accumulate_product(S: torch.Tensor, A: torch.Tensor, X: torch.Tensor) -> None:
+    """Add A^T X to `S` [J, I] in place; `A` [N, J], `X` [N, I]."""
+    S.addmm_(A.to(S).T, X.to(S))
 
 
 def factorize(H: torch.Tensor, percdamp: float, act_order: bool) -> Factor:
@@ -164,7 +233,10 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
     if factor is not None and config.grid != "minmax":
         a[factor.order.to(W.device)] = sensitivity(factor.U, config.exponent).to(W.device)
     if config.grid == "nonuniform":
-        levels = kmeans_levels(W, a, config.bits, config.kmeans_bins)
+        if config.exact_grid:
+            levels = kmeans_levels(W, a, config.bits, config.kmeans_bins)
+        else:
+            levels = local_kmeans_levels(W, a, config.bits, config.kmeans_seed)
         return Grid(levels.to(config.levels_dtype).float().unsqueeze(1), None)
     size = I if config.groupsize == -1 else config.groupsize
     groups = W.reshape(-1, size)
@@ -190,7 +262,7 @@ def quantize(W: torch.Tensor, grid: Grid, factor: Factor | None, config: QuantCo
     if config.nearest or factor is None:
         codes = round_to_nearest(W, grid.levels)
         return Quantized(codes, _damped_loss(W - dequantize(codes, grid.levels), factor))
-    W = _without_dead(W, factor)
+    W = without_dead(W, factor)
     order = factor.order.to(W.device)
     group_of = order // (W.shape[1] // grid.levels.shape[1])
     solved, loss = solve_columns(W[:, order], factor.U, grid.levels, group_of, config.block_size)
@@ -199,50 +271,133 @@ def quantize(W: torch.Tensor, grid: Grid, factor: Factor | None, config: QuantCo
     return Quantized(codes, loss)
 
 
-def _without_dead(W: torch.Tensor, factor: Factor) -> torch.Tensor:
+def without_dead(W: torch.Tensor, factor: Factor) -> torch.Tensor:
     """`W` with zeros in the columns whose input is always 0; copied only if there are any."""
     return W.masked_fill(factor.dead.to(W.device), 0) if factor.dead.any() else W
 
 
-def refit(W: torch.Tensor, grid: Grid, solved: Quantized, factor: Factor, config: QuantConfig) -> tuple[Grid, Quantized]:
-    """Fit the levels to the codes, solve again, and keep for each row of `W` [O, I] whichever has the lower loss.
+# --- target ----------------------------------------------------------------------------------------------------
 
-    Non-uniform grids only. The loss of a row, tr(E H E^T), can only fall.
+
+def target(W: torch.Tensor, statistics: Statistics, factor: Factor, strength: float) -> torch.Tensor:
+    """What `W` [O, I] is replaced by before it is quantized: `shifted_target`, and zeros where the input always is 0."""
+    if statistics.C is not None:
+        shift = W @ statistics.C.to(W)
+        if statistics.R is not None:
+            shift += statistics.R.to(W)
+        W = shifted_target(W, strength * shift, factor)
+    return without_dead(W, factor)
+
+
+def shifted_target(W: torch.Tensor, shift: torch.Tensor, factor: Factor) -> torch.Tensor:
+    """The weights that do on the quantized model's inputs what `W` [O, I] does on the unquantized model's.
+
+    With x the quantized model's input of a token, x' the unquantized one's, and r = h' - h what the residual stream
+    lacks where the output is added to it (else 0), the least squares solution of W* x = W x' + r is
+    W* = W + (W C + R) inv(H + damping), C = mean (x' - x) x^T, R = mean r x^T; `shift` [O, I] is W C + R, or a share of
+    it: few calibration tokens make C noisy, and the whole step would fit that noise.
     """
-    W = _without_dead(W, factor)
-    levels = fit_levels(W, solved.codes, grid.levels.squeeze(1), factor)
-    again_grid = Grid(levels.to(config.levels_dtype).float().unsqueeze(1), None)
-    again = quantize(W, again_grid, factor, config)
-    better = again.loss < solved.loss
-    codes = torch.where(better.unsqueeze(1), again.codes, solved.codes)
-    levels = torch.where(better.view(-1, 1, 1), again_grid.levels, grid.levels)
-    return Grid(levels, None), Quantized(codes, torch.minimum(again.loss, solved.loss))
-
-
-def fit_levels(W: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, factor: Factor) -> torch.Tensor:
-    """The levels [O, K], ascending, that minimise (w - P l) H (w - P l)^T for fixed codes; P [I, K] is a row's one-hot codes.
-
-    Least squares, K x K a row: with V = U^-1, so that H = V V^T, and X = P^T V, (X X^T) l = X (w V)^T. A ridge of 1e-6 of
-    the mean diagonal towards the old `levels` [O, K] keeps empty ones where they are. Products in float32, the solve in
-    float64; rows in chunks, because X has K times the size of W.
-    """
-    O, K = levels.shape
     order = factor.order.to(W.device)
-    eye = torch.eye(len(order), device=factor.U.device)
-    V = torch.linalg.solve_triangular(factor.U, eye, upper=True).to(W.device)
-    fitted = []
-    chunk = max(1, (2**22 if W.device.type == "cpu" else 2**26) // (K * len(order)))
-    for start in range(0, O, chunk):
+    U = factor.U.to(W.device)
+    target = W.clone()
+    target[:, order] += shift[:, order] @ U.T @ U
+    return target
+
+
+# --- refinement ------------------------------------------------------------------------------------------------
+
+
+def damped_hessian(factor: Factor) -> torch.Tensor:
+    """H + damping [I, I] in original column order: the inverse of U^T U."""
+    original = torch.argsort(factor.order)
+    return torch.cholesky_inverse(factor.U, upper=True)[original][:, original]
+
+
+def refine(W: torch.Tensor, grid: Grid, solved: Quantized, factor: Factor, config: QuantConfig) -> tuple[Grid, Quantized]:
+    """Alternate between better codes and better levels for `W` [O, I] under the damped Hessian.
+
+    Each of config.refine rounds is a sweep of coordinate descent over the codes, then a least-squares fit of the levels,
+    rounded as stored and taken by the rows that gain from it. The loss of a row, tr(E H E^T), never rises.
+    """
+    H, codes = damped_hessian(factor).to(W.device), solved.codes
+    for _ in range(config.refine):
+        codes = descend(W, codes, grid.levels, H, config.block_size)
+        grid = fit_grid(W, codes, grid, H, config)
+    codes = descend(W, codes, grid.levels, H, config.block_size)
+    return grid, Quantized(codes, row_losses(W - dequantize(codes, grid.levels), H))
+
+
+def row_losses(E: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """tr(E H E^T) by rows: `E` [O, I] -> [O]."""
+    return ((E @ H) * E).sum(1)
+
+
+def descend(W: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, H: torch.Tensor, block_size: int = 128) -> torch.Tensor:
+    """One sweep of coordinate descent over the columns: each code becomes the best one given all others.
+
+    With e = q - w, the loss e H e^T is least in column j at t = q_j - (e H)_j / H_jj: take the level nearest to it.
+    `W` [O, I], `codes` uint8 [O, I], `levels` [O, G, K], `H` [I, I] positive definite. Returns codes. Within a block the
+    products with earlier columns' changes are made when a column is reached, as in `_solve_block`.
+    """
+    group = W.shape[1] // levels.shape[1]
+    q = dequantize(codes, levels).T.contiguous()
+    E, codes = q - W.T, codes.T.clone()
+    levels = levels.transpose(0, 1).contiguous()  # [G, O, K]
+    midpoints = (levels[..., 1:] + levels[..., :-1]) / 2
+    inverse = (1 / H.diagonal()).tolist()
+    for start in range(0, len(E), block_size):
+        stop = min(start + block_size, len(E))
+        slope = H[start:stop] @ E
+        changes = torch.zeros_like(slope)
+        for j in range(start, stop):
+            i = j - start
+            g = torch.addmv(slope[i], changes[:i].T, H[start:j, j]) if i else slope[i]
+            wanted = torch.add(q[j], g, alpha=-inverse[j])
+            code = torch.searchsorted(midpoints[j // group], wanted.unsqueeze(1))
+            torch.sub(levels[j // group].gather(1, code).squeeze(1), q[j], out=changes[i])
+            codes[j] = code.squeeze(1)
+        E[start:stop] += changes
+    return codes.T.contiguous()
+
+
+def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: torch.Tensor, config: QuantConfig) -> Grid:
+    """The levels, or the scales of an affine grid, that minimise (w - q) H (w - q)^T for fixed codes, rounded as stored.
+
+    Least squares: a row's q is l B, with unknown l: its K levels and B [K, I] its one-hot codes, or its G scales and
+    B [G, I] its code - zero, each group's in its own row. (B H B^T) l = B H w^T, with a ridge of 1e-6 of the mean
+    diagonal towards the old l, which keeps a level without codes where it is. Products in float32, the solve in float64.
+    Rows that lose by it (through rounding) keep what they have.
+    """
+    old = grid.levels.squeeze(1) if grid.affine is None else grid.affine.scale
+    fitted, chunk = [], max(1, (2**22 if W.device.type == "cpu" else 2**26) // (old.shape[1] * W.shape[1]))
+    for start in range(0, len(W), chunk):
         rows = slice(start, start + chunk)
-        c, old = codes[rows][:, order], levels[rows].double()
-        P = torch.zeros(len(c), K, len(order), device=W.device).scatter_(1, c.long().unsqueeze(1), 1)
-        X = (P.view(-1, len(order)) @ V).view(P.shape)
-        A = (X @ X.transpose(1, 2)).double()
-        b = (X @ (W[rows][:, order] @ V).unsqueeze(2)).double().squeeze(2)
+        B = _basis(codes[rows], grid.rows(rows))
+        BH = (B.view(-1, B.shape[2]) @ H).view(B.shape)
+        A = (BH @ B.transpose(1, 2)).double()
+        b = (BH @ W[rows].unsqueeze(2)).double().squeeze(2)
         ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
-        A += ridge * torch.eye(K, dtype=A.dtype, device=A.device)
-        fitted.append(torch.linalg.solve(A, b + ridge.squeeze(2) * old))
-    return torch.cat(fitted).sort(1).values.float()
+        A += ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+        fitted.append(torch.linalg.solve(A, b + ridge.squeeze(2) * old[rows].double()))
+    fitted = torch.cat(fitted).float()
+    if grid.affine is None:
+        new = Grid(fitted.sort(1).values.to(config.levels_dtype).float().unsqueeze(1), None)
+    else:
+        scale = stored_scale(torch.where(fitted > 0, fitted, old))
+        new = Grid(affine_levels(scale, grid.affine.zero, config.bits), Affine(scale, grid.affine.zero))
+    losses = [row_losses(W - dequantize(codes, g.levels), H) for g in (new, grid)]
+    return new.where(losses[0] < losses[1], grid)
+
+
+def _basis(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
+    """B of `fit_grid`, float32 [R, K or G, I]."""
+    R, I = codes.shape
+    if grid.affine is None:
+        return torch.zeros(R, grid.levels.shape[2], I, device=codes.device).scatter_(1, codes.long().unsqueeze(1), 1)
+    G = grid.levels.shape[1]
+    B = torch.zeros(R, G, G, I // G, device=codes.device)
+    B.diagonal(dim1=1, dim2=2).copy_((codes.view(R, G, -1).float() - grid.affine.zero.unsqueeze(2)).transpose(1, 2))
+    return B.view(R, G, I)
 
 
 def dequantize(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

@@ -51,25 +51,26 @@ def real_rows(folder: Path, calibration: Path, count: int) -> list[tuple[torch.T
     """(W [r, I], a [I]) for each linear of `LAYERS`; rows drawn at random, `count` in all."""
     model = modelutils.StreamedModel(folder, Checkpoint.open(folder), torch.float32, torch.device("cpu"))
     ids = datautils.calibration_windows(str(calibration), modelutils.load_tokenizer(folder), 8, 512, 0)
-    hidden = model.embed(ids, 4)
+    stream = model.embed(ids, 4)
     generator, samples = torch.Generator().manual_seed(0), []
     linears = len(LAYERS) * 7
     for index in range(len(model.layers)):
         with model.layer(index) as layer:
-            groups = model.groups(index, hidden[:4]) if index in LAYERS else []
-            hessians = [torch.zeros(layer.get_submodule(g[0]).in_features, layer.get_submodule(g[0]).in_features) for g in groups]
-            if groups:
-                see = lambda number, X, H=hessians: quant.accumulate_hessian(H[number], X.flatten(0, -2))  # noqa: E731
-                model.watch(index, hidden, 4, groups, see)
+            groups = model.groups(index, stream) if index in LAYERS else []
+            widths = [layer.get_submodule(group.linears[0]).in_features for group in groups]
+            hessians = [torch.zeros(width, width) for width in widths]
+            for seen in model.inputs(index, stream, groups) if groups else ():
+                for H, (X, _) in zip(hessians, seen, strict=True):
+                    quant.accumulate_hessian(H, X.flatten(0, -2))
             for group, H in zip(groups, hessians, strict=True):
                 factor = quant.factorize(H / ids.numel(), 0.1, True)
                 a = torch.empty(len(H), dtype=torch.float64)
                 a[factor.order] = sensitivity(factor.U, 4.0)
-                for name in group:
+                for name in group.linears:
                     W = layer.get_submodule(name).weight
                     want = (count - sum(len(w) for w, _ in samples)) // (linears - len(samples))
                     samples.append((W[torch.randperm(len(W), generator=generator)[:want]].clone(), a))
-            model.advance(index, hidden, 4)
+            model.advance(index, stream)
     return samples
 
 

@@ -42,6 +42,11 @@ def articles() -> list[str]:
     return [text for text in texts if not text.lstrip().upper().startswith("#REDIRECT")]
 
 
+def news() -> list[str]:
+    """The 300 short news stories of the Lee corpus (Australian Broadcasting Corporation, 2000 to 2002)."""
+    return (_package_folder("gensim") / "test/test_data/lee_background.cor").read_text().splitlines()
+
+
 def make_texts(folder: Path, calibration_share: float = 0.75) -> tuple[Path, Path]:
     """Write calibration.txt and heldout.txt, split by article: the first share of the characters calibrates."""
     calibration, heldout = folder / "calibration.txt", folder / "heldout.txt"

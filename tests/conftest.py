@@ -1,7 +1,7 @@
 """What the tests share: tiny models written to disk with a real tokenizer, a text, and a machine without a hub.
 
 Nothing is downloaded: models are random (fixed seed, logits that differ clearly between tokens), the tokenizer has one
-token a byte and a BOS in front.
+token a byte and a BOS in front. And random layers: weights, correlated inputs, Hessians, what is lost under them.
 """
 
 import random
@@ -11,6 +11,8 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedTokenizerFast
+
+from quant import dequantize
 
 VOCABULARY = 300
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig}
@@ -69,6 +71,42 @@ def write_model(config, folder: Path, dtype: str = "float32", **save_options) ->
     model.save_pretrained(folder, **save_options)
     make_tokenizer().save_pretrained(folder)
     return folder
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
+    """Gaussian weights, each row with a scale of its own and a few outliers."""
+    g = generator(seed)
+    W = torch.randn(rows, columns, generator=g) * (0.5 + torch.rand(rows, 1, generator=g))
+    return torch.where(torch.rand(rows, columns, generator=g) < 0.01, 4 * W, W)
+
+
+def inputs(tokens: int, columns: int, seed: int = 1, spread: float = 1.0) -> torch.Tensor:
+    """Correlated inputs whose columns differ in size by about exp(spread), as behind a norm layer."""
+    g = generator(seed)
+    mixed = torch.randn(tokens, columns, generator=g) @ torch.randn(columns, columns, generator=g) / columns**0.5
+    return (mixed + torch.randn(tokens, 1, generator=g)) * (spread * torch.randn(columns, generator=g)).exp()
+
+
+def hessian(columns: int, tokens: int = 1024, seed: int = 1) -> torch.Tensor:
+    X = inputs(tokens, columns, seed)
+    return X.T @ X / tokens
+
+
+def damped(H: torch.Tensor, percdamp: float) -> torch.Tensor:
+    """What the loss is measured with, from the docstrings: unit diagonal for dead columns, then percdamp of the mean diagonal."""
+    H = H.double()
+    mean = H.diagonal().mean()
+    return H + torch.diag((H.diagonal() == 0).double() + percdamp * mean)
+
+
+def output_error(W: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
+    """tr(E H E^T) by rows, in float64."""
+    E = W.double() - dequantize(codes, levels).double()
+    return ((E @ H) * E).sum(1)
 
 
 @pytest.fixture(scope="session")

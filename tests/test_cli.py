@@ -36,6 +36,7 @@ PUBLISHED_FLAGS = (
     "--static-groups --n_layers --block_size --exponent --kmeans_seed --offload_threshold --save_path"
 ).split()
 GRIDS = {"nonuniform": ["--exponent", "4"], "affine": ["--grid", "affine", "--exponent", "3"], "minmax": [], "rtn": ["--nearest"]}
+GRIDS["published"] = [*GRIDS["nonuniform"], "--recipe", "published"]
 SETTINGS = ["--nsamples", "16", "--seqlen", "32", "--percdamp", "0.1", "--grid_partitions", "256"]
 SEQUENTIAL = ["--true-sequential", "--act-order"]
 
@@ -73,10 +74,14 @@ def evaluate(*options) -> None:
     assert eval_quantized.main([str(option) for option in options]) == 0
 
 
+def metadata(file: Path) -> dict:
+    return json.loads(safe_open(file, "pt").metadata()["leanquant"])
+
+
 def decode(file: Path) -> dict[str, torch.Tensor]:
     """A plain state dict in float32 from a file of ours: formats.md read literally, in numpy."""
     tensors = load_file(file)
-    bits = json.loads(safe_open(file, "pt").metadata()["leanquant"])["bits"]
+    bits = metadata(file)["bits"]
     weights = {
         name: tensor.float()
         for name, tensor in tensors.items()
@@ -184,6 +189,7 @@ def test_groups_have_their_own_scale_and_zero(tiny_model, text_file, test_text, 
     options = [*GRIDS[grid], *SEQUENTIAL, "--wbits", 3, "--groupsize", groupsize, "--save_path", file, "--report", report]
     quantize(tiny_model(), text_file, *options, evaluate=test_text)
     tensors, weights = load_file(file), decode(file)
+    assert pieces(metadata(file)) == (llama.BEST if grid == "affine" else llama.PUBLISHED)
     for linear in layer_linears(2):
         O, I = weights[f"{linear}.weight"].shape  # noqa: E741
         assert tensors[f"{linear}.scale"].shape == tensors[f"{linear}.zero"].shape == (O, I // groupsize)
@@ -254,10 +260,11 @@ def test_act_order_keeps_the_stored_columns_in_place(tiny_model, text_file, out,
         assert (weights[f"{linear}.weight"] - weight).norm() < 0.35 * weight.norm()  # permuted columns: 1.4
 
 
-def test_same_command_gives_the_same_bytes(tiny_model, text_file, out):
+@pytest.mark.parametrize("options", [["--recipe", "best"], ["--recipe", "published", "--wbits", 4]], ids=["best", "published"])
+def test_same_command_gives_the_same_bytes(tiny_model, text_file, out, options):
     for number in range(2):
         for name in (f"q{number}.safetensors", f"folder{number}"):
-            quantize(tiny_model(), text_file, "--wbits", 3, "--exponent", 4, *SEQUENTIAL, "--save_path", out / name)
+            quantize(tiny_model(), text_file, "--wbits", 3, "--exponent", 4, *SEQUENTIAL, *options, "--save_path", out / name)
     assert digest(out / "q0.safetensors") == digest(out / "q1.safetensors")
     assert digest(out / "folder0") == digest(out / "folder1")
 
@@ -271,10 +278,10 @@ def test_seed_changes_the_calibration(tiny_model, text_file, out):
 def test_metadata_is_one_key_of_sorted_json(tiny_model, text_file, out, report):
     options = ["--wbits", 3, "--exponent", 3.5, "--act-order", "--seed", 7, "--save_path", out / "q.safetensors", "--report", report]
     quantize(tiny_model(), text_file, *options)
-    metadata = safe_open(out / "q.safetensors", "pt").metadata()
-    assert list(metadata) == ["leanquant"]
-    settings = json.loads(metadata["leanquant"])
-    assert json.dumps(settings, sort_keys=True) == metadata["leanquant"]
+    header = safe_open(out / "q.safetensors", "pt").metadata()
+    assert list(header) == ["leanquant"]
+    settings = json.loads(header["leanquant"])
+    assert json.dumps(settings, sort_keys=True) == header["leanquant"]
     expected = {
         "method": "leanquant",
         "bits": 3,
@@ -294,7 +301,110 @@ def test_metadata_is_one_key_of_sorted_json(tiny_model, text_file, out, report):
 @pytest.mark.parametrize("options, method", [(["--nearest"], "rtn"), ([], "gptq"), (["--grid", "affine"], "leanquant")])
 def test_metadata_names_the_method(tiny_model, text_file, out, options, method):
     quantize(tiny_model(), text_file, "--wbits", 4, *options, "--save_path", out / "q.safetensors")
-    assert json.loads(safe_open(out / "q.safetensors", "pt").metadata()["leanquant"])["method"] == method
+    assert metadata(out / "q.safetensors")["method"] == method
+
+
+# --- recipes ---------------------------------------------------------------------------------------------------
+
+
+def pieces(settings: dict) -> dict:
+    return {name: settings[name] for name in llama.BEST}
+
+
+@pytest.mark.parametrize(
+    "options, recipe, changed",
+    [
+        (["--exponent", "4"], "best", {}),
+        (["--grid", "affine"], "best", {}),
+        (["--grid", "affine", "--groupsize", "16"], "best", {}),
+        ([], "published", {}),
+        (["--groupsize", "16"], "published", {}),
+        (["--nearest"], "published", {}),
+        (["--recipe", "best"], "best", {}),
+        (["--exponent", "4", "--recipe", "published"], "published", {}),
+        (["--grid", "affine", "--recipe", "published"], "published", {}),
+        (["--exponent", "4", "--no-exact-grid"], "best", {"exact_grid": False}),
+        (["--exponent", "4", "--shift", "0"], "best", {"shift": 0.0}),
+        (["--exponent", "4", "--no-residual"], "best", {"residual": False}),
+        (["--exponent", "4", "--refine", "0"], "best", {"refine": 0}),
+        (["--exponent", "4", "--recipe", "published", "--exact-grid"], "published", {"exact_grid": True}),
+        (["--exponent", "4", "--recipe", "published", "--shift", "1"], "published", {"shift": 1.0}),
+        (["--exponent", "4", "--recipe", "published", "--residual"], "published", {"residual": True}),
+        (["--exponent", "4", "--recipe", "published", "--refine", "3"], "published", {"refine": 3}),
+        (["--refine", "1", "--shift", "0.25"], "published", {"refine": 1, "shift": 0.25}),
+    ],
+    ids=lambda value: " ".join(value) or "no options" if isinstance(value, list) else "",
+)
+def test_a_recipe_is_its_pieces_and_each_has_a_flag_of_its_own(options, recipe, changed):
+    expected = {"best": llama.BEST, "published": {"exact_grid": False, "shift": 0.0, "residual": False, "refine": 0}}[recipe]
+    config = llama.quant_config(llama.parse(["model", "text", "--wbits", "3", *options]), torch.float16)
+    assert pieces(vars(config)) == expected | changed
+    assert llama.BEST["exact_grid"] and llama.BEST["shift"] > 0 and llama.BEST["residual"] and llama.BEST["refine"] > 0
+
+
+@pytest.mark.parametrize("sequential", [[], SEQUENTIAL], ids=["plain", "sequential"])
+@pytest.mark.parametrize("recipe", ["best", "published"])
+def test_recipes_record_their_pieces_and_what_they_took(tiny_model, text_file, out, report, recipe, sequential):
+    options = [*GRIDS["nonuniform"], "--recipe", recipe, *sequential, "--save_path", out / "q.safetensors", "--report", report]
+    quantize(tiny_model(), text_file, "--wbits", 3, *options)
+    settings, contents = metadata(out / "q.safetensors"), json.loads(report.read_text())
+    assert pieces(settings) == pieces(contents["settings"]) == {"best": llama.BEST, "published": llama.PUBLISHED}[recipe]
+    assert settings["kmeans_seed"] == 0
+    own = {"reference forward", "target", "refine"} if recipe == "best" else set()
+    assert set(contents["phase_seconds"]) == {"load", "forward", "hessian", "factorization", "grid", "solve", "pack"} | own
+
+
+def test_every_piece_changes_the_weights(tiny_model, text_file, out):
+    changes = {"exact_grid": ["--no-exact-grid"], "shift": ["--shift", 0], "residual": ["--no-residual"], "refine": ["--refine", 0]}
+    found = {}
+    for name, options in {"best": [], **changes}.items():
+        file = out / f"{name}.safetensors"
+        quantize(tiny_model(), text_file, "--wbits", 4, *GRIDS["nonuniform"], *SEQUENTIAL, *options, "--save_path", file)
+        found[name] = decode(file)
+        assert {piece for piece in llama.BEST if metadata(file)[piece] != llama.BEST[piece]} == {name} - {"best"}
+    assert all(any(not torch.equal(found[name][tensor], found["best"][tensor]) for tensor in found["best"]) for name in changes)
+
+
+@pytest.mark.parametrize("recipe", ["best", "published"])
+def test_kmeans_seed_is_that_of_the_published_grid(tiny_model, text_file, out, recipe):
+    for seed in (0, 1):
+        options = ["--recipe", recipe, "--kmeans_seed", seed, "--n_layers", 1, "--save_path", out / f"{seed}.safetensors"]
+        quantize(tiny_model(), text_file, "--wbits", 4, *GRIDS["nonuniform"], *options)
+        assert metadata(out / f"{seed}.safetensors")["kmeans_seed"] == seed
+    one, other = (decode(out / f"{seed}.safetensors") for seed in (0, 1))
+    assert all(torch.equal(one[name], other[name]) for name in one) == (recipe == "best")
+
+
+@torch.no_grad()
+def last_states(model, ids: torch.Tensor) -> torch.Tensor:
+    """What the last norm makes of the last layer's output."""
+    return model.model(ids).last_hidden_state
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_every_piece_brings_the_outputs_nearer_to_those_of_the_unquantized_model(tiny_model, text_file, test_text, out, bits):
+    """On other text than that of the calibration; all pieces but --residual, whose share of it is small there."""
+    model, errors = tiny_model(), {}
+    recipes = {"best": [], "no shift": ["--shift", 0], "no refine": ["--refine", 0], "published": ["--recipe", "published"]}
+    tokens = AutoTokenizer.from_pretrained(model)(test_text.read_text(), return_tensors="pt").input_ids[:, :576].view(-1, 32)
+    expected = last_states(whole_model(model), tokens)
+    for name, options in recipes.items():
+        file = out / f"{name}.safetensors"
+        quantize(model, text_file, "--wbits", bits, *GRIDS["nonuniform"], *SEQUENTIAL, *options, "--save_path", file)
+        errors[name] = (last_states(whole_model(model, decode(file)), tokens) - expected).square().mean().item()
+    assert errors["best"] < 0.9 * errors["no shift"]
+    assert errors["best"] < 0.98 * errors["no refine"]
+    assert errors["best"] < 0.75 * errors["published"]
+
+
+@pytest.mark.parametrize("recipe", ["best", "published"])
+def test_bfloat16_activations_lose_about_what_float32_ones_do(tiny_model, text_file, report, recipe):
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        options = [*GRIDS["nonuniform"], *SEQUENTIAL, "--recipe", recipe, "--dtype", dtype, "--report", report]
+        quantize(tiny_model(dtype="bfloat16"), text_file, "--wbits", 3, *options)
+        losses[dtype] = sum(row["loss"] for row in json.loads(report.read_text())["linears"])
+    assert losses["bfloat16"] == pytest.approx(losses["float32"], rel=0.05)
 
 
 # --- folders ---------------------------------------------------------------------------------------------------
@@ -389,7 +499,9 @@ def test_report_says_what_was_done_and_what_it_took(tiny_model, text_file, test_
     assert [(row["layer"], row["linear"]) for row in contents["linears"]] == [(i, linear) for i in range(2) for linear in LINEARS]
     assert all(0 < row["loss"] < float("inf") and row["seconds"] > 0 for row in contents["linears"])
     phases = contents["phase_seconds"]
-    assert set(phases) == {"load", "forward", "hessian", "factorization", "grid", "solve", "pack"}
+    assert set(phases) == {
+        *("load", "forward", "reference forward", "hessian", "factorization", "target", "grid", "solve", "refine", "pack")
+    }
     assert all(seconds > 0 for seconds in phases.values())
     assert 0.7 * contents["quantization_seconds"] < sum(phases.values()) <= contents["quantization_seconds"]
     assert 50e6 < contents["machine"]["peak_host_bytes"] < 64e9
@@ -436,6 +548,7 @@ def test_saved_weights_have_the_reported_losses_and_better_grids_have_less(tiny_
     assert totals["nonuniform"] < 0.9 * totals["minmax"]
     assert totals["minmax"] < 0.9 * totals["rtn"]
     assert totals["affine"] < totals["minmax"]
+    assert totals["nonuniform"] < 0.9 * totals["published"]
 
 
 def test_more_bits_lose_less(tiny_model, text_file, test_text, report):
@@ -558,6 +671,10 @@ def test_weight_that_is_not_finite_is_named(text_file, out, refused, broken, nam
         (["--exponent", "-1"], "--exponent"),
         (["--exponent", "inf"], "--exponent"),
         (["--block_size", "0"], "--block_size"),
+        (["--refine", "-1"], "--refine"),
+        (["--exponent", "4", "--recipe", "published", "--refine", "-1"], "--refine"),
+        (["--shift", "-0.5"], "--shift"),
+        (["--shift", "nan"], "--shift"),
         (["--grid_partitions", "7"], "--grid_partitions"),
         (["--exponent", "4", "--kmeans_bins", "4"], "--kmeans_bins"),
         (["--nearest", "--exponent", "4"], "--nearest"),
@@ -695,7 +812,8 @@ def test_a_failed_factorization_rounds_to_nearest_and_says_so(tiny_model, text_f
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_report_is_json_that_any_reader_takes(tiny_model, text_file, report, monkeypatch):
+@pytest.mark.parametrize("grid", ["minmax", "nonuniform", "affine"])
+def test_report_is_json_that_any_reader_takes(tiny_model, text_file, report, monkeypatch, grid):
     """Losses that are not known are null: NaN is not JSON."""
 
     def factorize(*_):
@@ -703,8 +821,9 @@ def test_report_is_json_that_any_reader_takes(tiny_model, text_file, report, mon
 
     monkeypatch.setattr(quant, "factorize", factorize)
     with pytest.warns(UserWarning):
-        quantize(tiny_model(), text_file, "--wbits", 3, "--report", report)
-    json.loads(report.read_text(), parse_constant=lambda constant: pytest.fail(f"the report holds {constant}"))
+        quantize(tiny_model(), text_file, "--wbits", 3, *GRIDS[grid], "--report", report)
+    contents = json.loads(report.read_text(), parse_constant=lambda constant: pytest.fail(f"the report holds {constant}"))
+    assert all(row["loss"] is None and "nearest" in row["percdamp_used"] for row in contents["linears"])
 
 
 KILLED = """

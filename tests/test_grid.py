@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from leanquant_grid import affine_search, kmeans_levels, minmax_affine, sensitivity
+from leanquant_grid import affine_search, kmeans_levels, local_kmeans_levels, minmax_affine, sensitivity
 
 BITS = (4, 3, 2)
 
@@ -123,9 +123,10 @@ FEW_VALUES = ("constant", "zero", "one-column")
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", hostile_rows())
-def test_kmeans_of_hostile_rows_is_finite_and_ascending(name, bits):
+@pytest.mark.parametrize("learn", [kmeans_levels, local_kmeans_levels])
+def test_kmeans_of_hostile_rows_is_finite_and_ascending(learn, name, bits):
     W, a = hostile_rows()[name]
-    levels = kmeans_levels(W, a, bits)
+    levels = learn(W, a, bits)
     assert levels.shape == (len(W), 2**bits)
     assert levels.dtype == torch.float32
     assert torch.isfinite(levels).all()
@@ -165,9 +166,67 @@ def test_kmeans_does_not_depend_on_the_unit_of_the_weights(power):
     assert (kmeans_cost(W, a, levels) <= 1.01 * optimum).all()
 
 
-def test_kmeans_takes_one_sensitivity_for_all_rows():
+@pytest.mark.parametrize("learn", [kmeans_levels, local_kmeans_levels])
+@pytest.mark.parametrize("bits", BITS)
+def test_kmeans_takes_one_sensitivity_for_all_rows(learn, bits):
     W, a = gaussian(6, 150), heavy(1, 150)
-    assert torch.equal(kmeans_levels(W, a[0], 3), kmeans_levels(W, a.expand(6, -1), 3))
+    assert torch.equal(learn(W, a[0], bits), learn(W, a.expand(6, -1), bits))
+
+
+# --- non-uniform, as the published code ------------------------------------------------------------------------
+
+
+def lloyd_step(w: np.ndarray, a: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Every level moves to the weighted mean of the points nearest to it; ties to the lower level."""
+    nearest = np.abs(w[:, None] - levels).argmin(1)
+    assert set(nearest) == set(range(len(levels))), "a level without points: choose other rows"
+    return np.array([np.average(w[nearest == k], weights=a[nearest == k]) for k in range(len(levels))])
+
+
+def lloyd_from_equal_spacing(w: np.ndarray, a: np.ndarray, K: int) -> np.ndarray:
+    levels = np.linspace(w.min(), w.max(), K)
+    for _ in range(100):
+        levels, last = lloyd_step(w, a, levels), levels
+        if np.array_equal(levels, last):
+            return levels
+    pytest.fail("Lloyd's iteration has not come to rest")
+
+
+@pytest.mark.parametrize("bits", [3, 2])
+@pytest.mark.parametrize("columns", [200, 400])
+@pytest.mark.parametrize("spread", [0, 1], ids=["equal sensitivity", "heavy sensitivity"])
+def test_local_kmeans_of_few_levels_is_lloyd_from_equal_spacing(bits, columns, spread):
+    W, a = gaussian(12, columns, seed=31), heavy(12, columns, seed=32) ** spread
+    for levels, w, a_row in zip(local_kmeans_levels(W, a, bits), W.double().numpy(), a.numpy(), strict=True):
+        np.testing.assert_allclose(levels.numpy(), lloyd_from_equal_spacing(w, a_row, 2**bits), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+@pytest.mark.parametrize("bits", BITS)
+def test_local_kmeans_is_a_local_optimum_and_no_better_than_the_exact_one(bits, seed):
+    W, a = gaussian(12, 400, seed=33), heavy(12, 400, seed=34)
+    levels = local_kmeans_levels(W, a, bits, seed)
+    assert (levels.diff(dim=1) > 0).all()
+    for found, w, a_row in zip(levels.double().numpy(), W.double().numpy(), a.numpy(), strict=True):
+        np.testing.assert_allclose(found, lloyd_step(w, a_row, found), rtol=1e-5, atol=1e-5)
+    cost, optimum = kmeans_cost(W, a, levels), optima(W, a, bits)
+    assert (cost >= optimum * (1 - 1e-6)).all()
+    assert (cost > optimum * 1.001).any(), "not one row was caught in a local optimum"
+    assert (cost <= optimum * 3).all()
+
+
+def test_local_kmeans_depends_on_its_seed_at_4_bits_only():
+    W, a = gaussian(12, 400, seed=35), heavy(12, 400, seed=36)
+    for bits in BITS:
+        first, again, other = (local_kmeans_levels(W, a, bits, seed) for seed in (0, 0, 1))
+        assert torch.equal(first, again)
+        assert torch.equal(first, other) == (bits != 4)
+
+
+def test_local_kmeans_leaves_the_global_random_numbers_alone():
+    before = torch.get_rng_state()
+    local_kmeans_levels(gaussian(4, 60), heavy(4, 60), 4)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 # --- affine ----------------------------------------------------------------------------------------------------
@@ -358,20 +417,20 @@ def test_sensitivity_does_not_overflow(diagonal):
 # --- determinism and dtypes ------------------------------------------------------------------------------------
 
 
-def both_grids(W: torch.Tensor, a: torch.Tensor) -> list[torch.Tensor]:
-    return [kmeans_levels(W, a, 4), *affine_search(W, a, 3), *minmax_affine(W, 2)]
+def all_grids(W: torch.Tensor, a: torch.Tensor) -> list[torch.Tensor]:
+    return [kmeans_levels(W, a, 4), local_kmeans_levels(W, a, 4), *affine_search(W, a, 3), *minmax_affine(W, 2)]
 
 
 def test_the_same_call_twice_gives_the_same_bits():
     W, a = laplace(12, 300), heavy(12, 300)
-    for first, second in zip(both_grids(W, a), both_grids(W.clone(), a.clone()), strict=True):
+    for first, second in zip(all_grids(W, a), all_grids(W.clone(), a.clone()), strict=True):
         assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_give_what_their_float32_values_give(dtype):
     W, a = gaussian(6, 200).to(dtype), heavy(6, 200)
-    for half, full in zip(both_grids(W, a), both_grids(W.float(), a), strict=True):
+    for half, full in zip(all_grids(W, a), all_grids(W.float(), a), strict=True):
         assert half.dtype == full.dtype
         assert torch.equal(half, full)
 
@@ -379,6 +438,6 @@ def test_half_precision_weights_give_what_their_float32_values_give(dtype):
 def test_inputs_are_left_alone():
     W, a = gaussian(4, 60), heavy(4, 60)
     before = W.clone(), a.clone()
-    both_grids(W, a)
+    all_grids(W, a)
     assert torch.equal(W, before[0])
     assert torch.equal(a, before[1])

@@ -43,12 +43,12 @@ def test_published_files_stream_to_the_published_logits(bits):
     expected = load_file(FIXTURES / f"llama_{bits}bit_expected.safetensors")
     checkpoint = Checkpoint.open(FIXTURES / f"llama_{bits}bit.safetensors")
     model = modelutils.StreamedModel(FIXTURES / "llama_base", checkpoint, torch.float32, torch.device("cpu"))
-    hidden = model.embed(expected["test_ids"], 1)
+    stream = model.embed(expected["test_ids"], 1)
     for index in range(len(model.layers)):
         with model.layer(index):
-            model.advance(index, hidden, 1)
+            model.advance(index, stream)
     with model.head() as head:
-        torch.testing.assert_close(head(hidden), expected["logits"], atol=1e-4, rtol=0)
+        torch.testing.assert_close(head(stream.hidden), expected["logits"], atol=1e-4, rtol=0)
 
 
 METHODS = [("--exponent", "4"), ("--grid", "affine"), ("--grid", "minmax", "--groupsize", "32"), ("--exponent", "4", "--packing", "nibble")]

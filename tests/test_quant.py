@@ -3,8 +3,9 @@ factor are what they claim, and that learned grids lose less than GPTQ's and rou
 
 import pytest
 import torch
+from conftest import damped, generator, hessian, inputs, output_error, weights
 
-from leanquant_grid import Affine
+from leanquant_grid import Affine, kmeans_levels, local_kmeans_levels, sensitivity
 from quant import (
     GRIDS,
     Factor,
@@ -23,44 +24,8 @@ from quant import (
 )
 
 
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def weights(rows: int, columns: int, seed: int = 0) -> torch.Tensor:
-    """Gaussian weights, each row with a scale of its own and a few outliers."""
-    g = generator(seed)
-    W = torch.randn(rows, columns, generator=g) * (0.5 + torch.rand(rows, 1, generator=g))
-    return torch.where(torch.rand(rows, columns, generator=g) < 0.01, 4 * W, W)
-
-
-def inputs(tokens: int, columns: int, seed: int = 1, spread: float = 1.0) -> torch.Tensor:
-    """Correlated inputs whose columns differ in size by about exp(spread), as behind a norm layer."""
-    g = generator(seed)
-    mixed = torch.randn(tokens, columns, generator=g) @ torch.randn(columns, columns, generator=g) / columns**0.5
-    return (mixed + torch.randn(tokens, 1, generator=g)) * (spread * torch.randn(columns, generator=g)).exp()
-
-
-def hessian(columns: int, tokens: int = 1024, seed: int = 1) -> torch.Tensor:
-    X = inputs(tokens, columns, seed)
-    return X.T @ X / tokens
-
-
 def factor_of(columns: int, act_order: bool = False, percdamp: float = 0.01) -> Factor:
     return factorize(hessian(columns), percdamp, act_order)
-
-
-def damped(H: torch.Tensor, percdamp: float) -> torch.Tensor:
-    """What the loss is measured with, from the docstrings: unit diagonal for dead columns, then percdamp of the mean diagonal."""
-    H = H.double()
-    mean = H.diagonal().mean()
-    return H + torch.diag((H.diagonal() == 0).double() + percdamp * mean)
-
-
-def output_error(W: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
-    """tr(E H E^T) by rows, in float64."""
-    E = W.double() - dequantize(codes, levels).double()
-    return ((E @ H) * E).sum(1)
 
 
 # --- column solver ---------------------------------------------------------------------------------------------
@@ -378,6 +343,17 @@ def test_nonuniform_levels_are_those_that_will_be_stored(dtype):
     assert levels.dtype == torch.float32
     assert torch.equal(levels.to(dtype).float(), levels)
     assert (levels.diff(dim=2) >= 0).all()
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_the_local_grid_is_learned_where_the_exact_one_is_not_wanted(act_order):
+    W, factor = weights(10, 80), factor_of(80, act_order)
+    a = torch.empty(80, dtype=torch.float64)
+    a[factor.order] = sensitivity(factor.U, 3.0)
+    learn = lambda **settings: learn_grid(W, factor, QuantConfig(4, exponent=3.0, **settings)).levels[:, 0]  # noqa: E731
+    assert torch.equal(learn(), kmeans_levels(W, a, 4).half().float())
+    for seed in (0, 5):
+        assert torch.equal(learn(exact_grid=False, kmeans_seed=seed), local_kmeans_levels(W, a, 4, seed).half().float())
 
 
 @pytest.mark.parametrize("kind", GRIDS)

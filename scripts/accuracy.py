@@ -1,0 +1,332 @@
+"""The accuracy study: every method, grid and width on SmolLM2-135M, perplexity and KL on two held-out texts.
+
+    python scripts/accuracy.py [--grids nonuniform row g64] [--methods ...] [--bits 4 3 2] [--seeds 0 1 2] [--choose]
+
+Protocol: 32 x 512 calibration tokens from the first 75 % of the articles' characters, --true-sequential --act-order
+--percdamp 0.1, forward passes in bfloat16, perplexity and KL(fp16 || quantized) on windows of 512: 16 384 tokens of the
+other articles (wiki) and of another kind of text (news). Nothing was tuned on these: --choose measures the same on other
+parts of both texts, on which the recipe's settings were chosen. What is done is kept in docs/results/accuracy.json and not
+run again; docs/accuracy-tables.md and docs/accuracy.png are made from it.
+"""
+
+import argparse
+import concurrent.futures
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import mean, stdev
+from typing import NamedTuple
+
+from demo_data import articles, make_model, news, write_text
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK, DOCS = ROOT / "demo" / "accuracy", ROOT / "docs"
+MODEL, STORE = ROOT / "demo" / "SmolLM2-135M-Instruct", DOCS / "results" / "accuracy.json"
+SEQLEN, REPORT, CHOOSE = 512, 16384, 8192
+GRIDS = {
+    "nonuniform": ["--grid", "nonuniform"],
+    "row": ["--grid", "affine"],
+    "g64": ["--grid", "affine", "--groupsize", "64"],
+}
+METHODS = {
+    "fp16": [],
+    "rtn": ["--nearest"],
+    "gptq": ["--grid", "minmax"],
+    "published": ["--recipe", "published"],
+    "best": [],
+    "best, local grid": ["--no-exact-grid"],
+    "best, no shift": ["--no-shift"],
+    "best, no residual": ["--no-residual"],
+    "best, no refinement": ["--refine", "0"],
+}
+SIZES = (16, 64, 128)
+
+
+class Cell(NamedTuple):
+    """One measurement. `nsamples` calibration windows; `part` is report or choose; `extra` flags only in the latter."""
+
+    method: str
+    grid: str
+    bits: int
+    seed: int = 0
+    nsamples: int = 32
+    part: str = "report"
+    extra: str = ""
+
+    @property
+    def key(self) -> str:
+        return " | ".join(map(str, self))
+
+
+def matrix(args: argparse.Namespace) -> list[Cell]:
+    """What is to be measured, the most important first."""
+    cells = [Cell("fp16", "row", 16)]
+    for grid in args.grids:
+        for method, seed, bits in itertools.product(args.methods, args.seeds, args.bits):
+            if method in ("rtn", "gptq") and grid == "nonuniform":
+                continue  # they have no such grid: the rows of "row" are their counterpart
+            if (method == "best, local grid" and grid != "nonuniform") or (method == "rtn" and seed):
+                continue
+            cells.append(Cell(method, grid, bits, seed))
+    for nsamples, method, bits in itertools.product(args.sizes, ("published", "best"), args.bits):
+        if "nonuniform" in args.grids and method in args.methods:
+            cells.append(Cell(method, "nonuniform", bits, 0, nsamples))
+    return cells
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
+    add("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
+    add("--bits", type=int, nargs="+", default=[4, 3, 2])
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--sizes", type=int, nargs="*", default=SIZES, help="further numbers of calibration windows")
+    add("--choose", metavar="FLAGS", nargs="*", help="instead: the best recipe with each of these sets of flags, on the choosing texts")
+    add("--lanes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
+    add("--tables", action="store_true", help="only make the tables and the plot of what is there")
+    add("--one", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        cell = Cell(*json.loads(args.one))
+        return print(json.dumps(measure(cell)))
+    done = stored()
+    if not args.tables:
+        prepare()
+        cells = matrix(args)
+        if args.choose is not None:
+            trials = itertools.product(args.choose, args.grids, args.seeds, args.bits)
+            cells = [Cell("fp16", "row", 16, part="choose")]
+            cells += [Cell("best", grid, bits, seed, 32, "choose", extra) for extra, grid, seed, bits in trials]
+        run_all([cell for cell in cells if cell.key not in done], done, args.lanes)
+    write_text(DOCS / "accuracy-tables.md", as_markdown(done))
+    plot(done, DOCS / "accuracy.png")
+
+
+def stored() -> dict:
+    return json.loads(STORE.read_text()) if STORE.is_file() else {}
+
+
+def run_all(cells: list[Cell], done: dict, lanes: int) -> None:
+    """Each cell in a process of its own, `lanes` at a time, fp16 first: the others are compared with it."""
+    STORE.parent.mkdir(parents=True, exist_ok=True)
+    waits = [cell for cell in cells if cell.method != "fp16"]
+    for part in ([cell for cell in cells if cell.method == "fp16"], waits):
+        with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
+            for cell, result in zip(part, pool.map(run_one, part), strict=True):
+                if result is None:
+                    print(f"failed: {cell.key}", flush=True)
+                    continue
+                done |= stored() | {cell.key: {**cell._asdict(), **result}}  # another of these may be running
+                write_text(STORE, json.dumps(done, indent=1) + "\n")
+                print(f"{cell.key}: wiki {result['wiki']}, news {result['news']}, {result['seconds'] or 0:.0f} s", flush=True)
+
+
+def run_one(cell: Cell) -> dict | None:
+    command = [sys.executable, __file__, "--one", json.dumps(cell)]
+    ran = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    return json.loads(ran.stdout.splitlines()[-1]) if ran.returncode == 0 else print(ran.stderr[-2000:], flush=True)
+
+
+def prepare() -> None:
+    """The model, the calibration text and the token windows of each text and part."""
+    WORK.mkdir(parents=True, exist_ok=True)
+    make_model(MODEL)
+    if (WORK / "windows.pt").is_file():
+        return
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    text = "\n\n".join(articles())
+    cut = int(0.75 * len(text))
+    write_text(WORK / "calibration.txt", text[:cut])
+    windows = {
+        f"{name} {part}": ids
+        for name, documents, separator, start in (("wiki", articles(), "\n\n", cut), ("news", news(), "\n", 0))
+        for part, ids in parts(documents, separator, start, tokenizer).items()
+    }
+    torch.save(windows, WORK / "windows.pt")
+
+
+def parts(documents: list[str], separator: str, start: int, tokenizer) -> dict:
+    """The first REPORT tokens from character `start`, and CHOOSE tokens from the next document that begins after them."""
+    import torch
+
+    text = separator.join(documents)
+    first = tokenizer(text[start:], verbose=False)["input_ids"][:REPORT]
+    begins = itertools.accumulate((len(document) + len(separator) for document in documents), initial=0)
+    after = next(begin for begin in begins if begin > start + len(tokenizer.decode(first)))
+    chosen = tokenizer(text[after:], verbose=False)["input_ids"][:CHOOSE]
+    return {part: torch.tensor(ids).view(-1, SEQLEN) for part, ids in {"report": first, "choose": chosen}.items()}
+
+
+# --- one measurement -------------------------------------------------------------------------------------------
+
+
+def measure(cell: Cell) -> dict:
+    """Quantize as a user would and evaluate. Returns perplexity and KL of each text, seconds, and the summed loss."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    import llama
+
+    name = cell.key.replace(" | ", "-").replace(" ", "_").replace(",", "")
+    file, report = WORK / f"{name}.safetensors", WORK / f"{name}.json"
+    result = {"seconds": None, "loss": None}
+    if cell.method != "fp16":
+        command = [str(MODEL), str(WORK / "calibration.txt"), "--wbits", str(cell.bits), *flags(cell), "--nsamples", str(cell.nsamples)]
+        command += ["--seqlen", str(SEQLEN), "--seed", str(cell.seed), "--true-sequential", "--act-order", "--percdamp", "0.1"]
+        command += ["--dtype", "bfloat16", "--eval", "none", "--save_path", str(file), "--overwrite", "--report", str(report)]
+        if llama.main(command + cell.extra.split()):
+            sys.exit("quantization failed")
+        contents = json.loads(report.read_text())
+        result = {"seconds": contents["quantization_seconds"], "loss": sum(row["loss"] or 0 for row in contents["linears"])}
+        result["phase_seconds"] = contents["phase_seconds"]
+    torch.set_float32_matmul_precision("medium")
+    for text in ("wiki", "news"):
+        result[text] = evaluate(file if file.is_file() else MODEL, f"{text} {cell.part}", cell.method == "fp16")
+    file.unlink(missing_ok=True)
+    return result
+
+
+def flags(cell: Cell) -> list[str]:
+    group = GRIDS[cell.grid][2:]
+    return [*METHODS[cell.method], *group] if cell.method in ("rtn", "gptq") else [*GRIDS[cell.grid], *METHODS[cell.method]]
+
+
+def evaluate(path: Path, text: str, is_reference: bool) -> dict[str, float]:
+    """Perplexity of the model in `path`, and the mean over tokens of KL(fp16 || it), from both models' last hidden states.
+
+    float32 logits; products round their factors to bfloat16, which moves the KL by 0.0002 (measured on fp16).
+    """
+    import torch
+
+    import modelutils
+    from leanquant.packing import Checkpoint
+
+    windows = torch.load(WORK / "windows.pt")[text]
+    model = modelutils.StreamedModel(MODEL, Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
+    stream = model.embed(windows, 4)
+    for index in range(len(model.layers)):
+        with model.layer(index):
+            model.advance(index, stream)
+    reference = WORK / f"{text}.pt"
+    if is_reference:
+        torch.save(stream.hidden, reference)
+    losses, divergences = [], []
+    with torch.no_grad(), model.head() as logits:
+        for ours, theirs, ids in zip(stream.hidden, torch.load(reference), windows, strict=True):
+            log_p, log_q = (torch.log_softmax(logits(h.unsqueeze(0))[0, :-1].float(), 1) for h in (theirs, ours))
+            losses.append(-log_q.gather(1, ids[1:].unsqueeze(1)).mean())
+            divergences.append(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1).mean())
+    perplexity = torch.stack(losses).double().mean().exp().item()
+    return {"perplexity": round(perplexity, 4), "kl": round(torch.stack(divergences).double().mean().item(), 5)}
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+
+
+def as_markdown(done: dict) -> str:
+    return "\n\n".join(table for table in (main_tables(done), size_table(done), choice_table(done)) if table) + "\n"
+
+
+def rows_of(done: dict, **wanted) -> list[dict]:
+    return [row for row in done.values() if all(row[name] == value for name, value in wanted.items())]
+
+
+def over_seeds(values: list[float], digits: str) -> str:
+    spread = f" ± {stdev(values):{digits}}" if len(values) > 1 else ""
+    return f"{mean(values):{digits}}{spread}"
+
+
+def closed(done: dict, rows: list[dict], text: str, against: str) -> str:
+    """Share of the log-perplexity gap of `against` to fp16 that is closed, in %, from the means of ln ppl over seeds."""
+    base = rows_of(done, method=against, grid=rows[0]["grid"], bits=rows[0]["bits"], nsamples=32, part="report")
+    original = rows_of(done, method="fp16", part="report")
+    if not base or not original or rows[0]["method"] in ("rtn", "gptq", against):
+        return ""
+    log = lambda some: mean(math.log(row[text]["perplexity"]) for row in some)  # noqa: E731
+    return f"{100 * (log(base) - log(rows)) / (log(base) - log(original)):.0f}"
+
+
+def main_tables(done: dict) -> str:
+    tables = []
+    for grid, bits in itertools.product(GRIDS, (4, 3, 2)):
+        against = "published" if grid == "nonuniform" else "gptq"
+        lines = [
+            f"| {grid}, {bits} bits | wiki ppl | wiki KL | closed, % | news ppl | news KL | closed, % | loss | s | seeds |",
+            "|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for method in METHODS:
+            found = rows_of(done, method=method, part="report", nsamples=32, **({} if method == "fp16" else {"grid": grid, "bits": bits}))
+            if found:
+                cells = [method]
+                for text in ("wiki", "news"):
+                    cells += [over_seeds([row[text]["perplexity"] for row in found], ".5g")]
+                    cells += [over_seeds([row[text]["kl"] for row in found], ".4f"), closed(done, found, text, against)]
+                cells += [f"{mean(row['loss'] or 0 for row in found):.5g}", f"{mean(row['seconds'] or 0 for row in found):.0f}", len(found)]
+                lines.append("| " + " | ".join(map(str, cells)) + " |")
+        if len(lines) > 3:
+            tables.append(f"Closed: of the gap of {against}.\n\n" + "\n".join(lines))
+    return "\n\n".join(tables)
+
+
+def size_table(done: dict) -> str:
+    lines = ["| windows of 512 | method | bits | wiki ppl | wiki KL | news ppl | news KL | s |", "|---|---|---|---|---|---|---|---|"]
+    for bits, nsamples, method in itertools.product((4, 3, 2), sorted({32, *SIZES}), ("published", "best")):
+        for row in rows_of(done, method=method, grid="nonuniform", bits=bits, seed=0, nsamples=nsamples, part="report"):
+            values = [f"{row[text]['perplexity']:.5g} | {row[text]['kl']:.4f}" for text in ("wiki", "news")]
+            lines.append(f"| {nsamples} | {method} | {bits} | {' | '.join(values)} | {row['seconds']:.0f} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def choice_table(done: dict) -> str:
+    lines = ["| grid | bits | best with | wiki ppl | wiki KL | news ppl | news KL | s | seeds |", "|---|---|---|---|---|---|---|---|---|"]
+    chosen = rows_of(done, part="choose")
+    for grid, bits, extra in dict.fromkeys((row["grid"], row["bits"], row["extra"]) for row in chosen):
+        found = rows_of(done, part="choose", grid=grid, bits=bits, extra=extra)
+        values = [
+            f"{over_seeds([r[text]['perplexity'] for r in found], '.5g')} | {over_seeds([r[text]['kl'] for r in found], '.4f')}"
+            for text in ("wiki", "news")
+        ]
+        seconds = mean(row["seconds"] or 0 for row in found)
+        lines.append(f"| {grid} | {bits} | `{extra or 'best'}` | {' | '.join(values)} | {seconds:.0f} | {len(found)} |")
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def plot(done: dict, out: Path) -> None:
+    """KL to fp16 of each method, a panel a grid and text, bars from the least to the largest of the seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    grids = [grid for grid in GRIDS if rows_of(done, grid=grid, method="best", part="report")]
+    if not grids:
+        return
+    figure, axes = plt.subplots(2, len(grids), figsize=(5 * len(grids) + 2, 8), layout="constrained", squeeze=False, sharey=True)
+    for (row, text), (column, grid) in itertools.product(enumerate(("wiki", "news")), enumerate(grids)):
+        panel = axes[row][column]
+        for shift, method in enumerate(list(METHODS)[1:]):
+            for bits in (4, 3, 2):
+                found = [r[text]["kl"] for r in rows_of(done, method=method, grid=grid, bits=bits, nsamples=32, part="report")]
+                if found:
+                    label = method if bits == 4 else None
+                    error = [[mean(found) - min(found)], [max(found) - mean(found)]]
+                    panel.errorbar(4 - bits + 0.09 * (shift - 3.5), mean(found), error, fmt="o", color=f"C{shift}", label=label, capsize=2)
+        panel.set(yscale="log", xticks=[0, 1, 2], xticklabels=["4 bits", "3 bits", "2 bits"], title=f"{grid}, {text}")
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=7)
+    for panel in axes[:, 0]:
+        panel.set_ylabel("KL(fp16 || quantized), nats a token")
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    main()
