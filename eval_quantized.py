@@ -56,8 +56,8 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor, chunk: int = 256) -> t
 
 
 def default_batch_size(seqlen: int) -> int:
-    """As many sequences as make 2048 tokens: enough to keep matrix products busy, little memory."""
-    return max(1, 2048 // seqlen)
+    """As many sequences as make 1024 tokens: enough to keep matrix products busy, little memory."""
+    return max(1, 1024 // seqlen)
 
 
 def check_json_path(flag: str, path: Path | None) -> None:
@@ -111,7 +111,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="test sets: wikitext2, ptb, c4, ptb-new, c4-new or local text files",
     )
     add("--seqlen", type=int, default=2048, help="tokens a window")
-    add("--eval_batch_size", type=int, help="sequences per forward pass (unset: as many as make 2048 tokens)")
+    add("--eval_batch_size", type=int, help="sequences per forward pass (unset: as many as make 1024 tokens)")
     add("--use_bf16", action="store_true", help="compute in bfloat16, same as --dtype bfloat16")
     add(
         "--dtype",

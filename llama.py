@@ -397,7 +397,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=["auto", "float16", "bfloat16", "float32"],
         help="type of weights and activations in forward passes; auto: float32 on a CPU, the model's 16-bit type on a GPU",
     )
-    add("--batch_size", type=int, help="sequences per forward pass (unset: as many as make 2048 tokens)")
+    add("--batch_size", type=int, help="sequences per forward pass (unset: as many as make 1024 tokens)")
     add(
         "--save_path",
         type=Path,

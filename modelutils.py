@@ -321,10 +321,10 @@ class StreamedModel:
         One batch of `stream` is watched. A linear writes to the residual stream if what some child of the layer reads, or
         the layer's output, is the sum of its output and of an earlier state of that stream.
         """
-        layer = self.layers[index]
+        layer, batch = self.layers[index], stream.batches()[0]
         linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
         seen: list[tuple[torch.Tensor, list[str]]] = []
-        outputs: dict[str, torch.Tensor] = {}
+        outputs: dict[str, torch.Tensor | None] = {}  # of each linear called, if it is of the residual stream's shape
         states: list[tuple[str, int, torch.Tensor]] = []  # (child, linears called before, what it reads)
 
         def enter(name: str):
@@ -339,12 +339,14 @@ class StreamedModel:
             return before
 
         def leave(name: str):
-            return lambda _module, _inputs, output: outputs.__setitem__(name, output.clone())  # some add to it in place
+            def after(_module, _inputs, output):
+                outputs[name] = output.clone() if output.shape == batch.shape else None  # a clone: some add to it in place
+
+            return after
 
         def note(name: str):
             return lambda _module, inputs: states.append((name, len(outputs), inputs[0])) if inputs else None
 
-        batch = stream.batches()[0]
         handles = [m.register_forward_pre_hook(enter(name)) for name, m in linears.items()]
         handles += [m.register_forward_hook(leave(name)) for name, m in linears.items()]
         handles += [m.register_forward_pre_hook(note(name)) for name, m in layer.named_children()]
@@ -388,20 +390,20 @@ def _is_final(name: str, child: nn.Module, final: set[str]) -> bool:
     return bool(linears) and linears <= final
 
 
-def _residual_writers(outputs: dict[str, torch.Tensor], entering: torch.Tensor, states: list) -> dict[str, str]:
+def _residual_writers(outputs: dict[str, torch.Tensor | None], entering: torch.Tensor, states: list) -> dict[str, str]:
     """For each linear whose output is added as it is to the residual stream: where that stream can be read.
 
-    outputs: of the linears, in call order. states: (name of the reader, linears called before, tensor), in call order.
+    outputs: of the linears, in call order, None where the shape is not the stream's. states: (name of the reader, linears
+    called before, tensor), in call order.
     """
     writers, stream, source = {}, entering, ""
     for called, (name, output) in enumerate(outputs.items(), 1):
         later = ((reader, state) for reader, before, state in states if before >= called and torch.is_tensor(state))
-        if output.shape == stream.shape:
-            total = stream + output
-            reached = next(((reader, state) for reader, state in later if state.shape == total.shape and torch.equal(state, total)), None)
-            if reached:
-                writers[name] = source
-                source, stream = reached
+        total = None if output is None else stream + output
+        reached = next(((reader, state) for reader, state in later if output is not None and torch.equal(state, total)), None)
+        if reached:
+            writers[name] = source
+            source, stream = reached
     return writers
 
 

@@ -369,7 +369,7 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: torch.Tensor, 
     Rows that lose by it (through rounding) keep what they have.
     """
     old = grid.levels.squeeze(1) if grid.affine is None else grid.affine.scale
-    fitted, chunk = [], max(1, (2**22 if W.device.type == "cpu" else 2**26) // (old.shape[1] * W.shape[1]))
+    fitted, chunk = [], max(1, (2**21 if W.device.type == "cpu" else 2**26) // (old.shape[1] * W.shape[1]))
     for start in range(0, len(W), chunk):
         rows = slice(start, start + chunk)
         B = _basis(codes[rows], grid.rows(rows))

@@ -39,7 +39,7 @@ METHODS = {
     "published": ["--recipe", "published"],
     "best": [],
     "best, local grid": ["--no-exact-grid"],
-    "best, no shift": ["--no-shift"],
+    "best, no shift": ["--shift", "0"],
     "best, no residual": ["--no-residual"],
     "best, no refinement": ["--refine", "0"],
 }
