@@ -17,6 +17,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -123,7 +124,7 @@ def run_all(cells: list[Cell], done: dict, lanes: int) -> None:
                     continue
                 done |= stored() | {cell.key: {**cell._asdict(), **result}}  # another of these may be running
                 write_text(STORE, json.dumps(done, indent=1) + "\n")
-                print(f"{cell.key}: wiki {result['wiki']}, news {result['news']}, {result['seconds'] or 0:.0f} s", flush=True)
+                print(f"{cell.key}: wiki {result['wiki']}, news {result['news']}", flush=True)
 
 
 def run_one(cell: Cell) -> dict | None:
@@ -169,7 +170,7 @@ def parts(documents: list[str], separator: str, start: int, tokenizer) -> dict:
 
 
 def measure(cell: Cell) -> dict:
-    """Quantize as a user would and evaluate. Returns perplexity and KL of each text, seconds, and the summed loss."""
+    """Quantize as a user would and evaluate. Returns perplexity and KL of each text, seconds of one core, and the summed loss."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -177,7 +178,7 @@ def measure(cell: Cell) -> dict:
 
     name = cell.key.replace(" | ", "-").replace(" ", "_").replace(",", "")
     file, report = WORK / f"{name}.safetensors", WORK / f"{name}.json"
-    result = {"seconds": None, "loss": None}
+    result, start = {"cpu_seconds": None, "loss": None}, time.process_time()
     if cell.method != "fp16":
         command = [str(MODEL), str(WORK / "calibration.txt"), "--wbits", str(cell.bits), *flags(cell), "--nsamples", str(cell.nsamples)]
         command += ["--seqlen", str(SEQLEN), "--seed", str(cell.seed), "--true-sequential", "--act-order", "--percdamp", "0.1"]
@@ -185,7 +186,7 @@ def measure(cell: Cell) -> dict:
         if llama.main(command + cell.extra.split()):
             sys.exit("quantization failed")
         contents = json.loads(report.read_text())
-        result = {"seconds": contents["quantization_seconds"], "loss": sum(row["loss"] or 0 for row in contents["linears"])}
+        result = {"cpu_seconds": time.process_time() - start, "loss": sum(row["loss"] or 0 for row in contents["linears"])}
         result["phase_seconds"] = contents["phase_seconds"]
     torch.set_float32_matmul_precision("medium")
     for text in ("wiki", "news"):
@@ -240,8 +241,14 @@ def rows_of(done: dict, **wanted) -> list[dict]:
 
 
 def over_seeds(values: list[float], digits: str) -> str:
-    spread = f" ± {stdev(values):{digits}}" if len(values) > 1 else ""
+    spread = f" ± {stdev(values):.2g}" if len(values) > 1 else ""
     return f"{mean(values):{digits}}{spread}"
+
+
+def cpu_seconds(rows: list[dict]) -> str:
+    """Seconds of one core for quantizing, which other jobs on the machine do not change much; empty if not measured."""
+    values = [row["cpu_seconds"] for row in rows if row.get("cpu_seconds")]
+    return f"{mean(values):.0f}" if values else ""
 
 
 def closed(done: dict, rows: list[dict], text: str, against: str) -> str:
@@ -259,7 +266,7 @@ def main_tables(done: dict) -> str:
     for grid, bits in itertools.product(GRIDS, (4, 3, 2)):
         against = "published" if grid == "nonuniform" else "gptq"
         lines = [
-            f"| {grid}, {bits} bits | wiki ppl | wiki KL | closed, % | news ppl | news KL | closed, % | loss | s | seeds |",
+            f"| {grid}, {bits} bits | wiki ppl | wiki KL | closed, % | news ppl | news KL | closed, % | loss | core s | seeds |",
             "|---|---|---|---|---|---|---|---|---|---|",
         ]
         for method in METHODS:
@@ -269,7 +276,7 @@ def main_tables(done: dict) -> str:
                 for text in ("wiki", "news"):
                     cells += [over_seeds([row[text]["perplexity"] for row in found], ".5g")]
                     cells += [over_seeds([row[text]["kl"] for row in found], ".4f"), closed(done, found, text, against)]
-                cells += [f"{mean(row['loss'] or 0 for row in found):.5g}", f"{mean(row['seconds'] or 0 for row in found):.0f}", len(found)]
+                cells += [f"{mean(row['loss'] or 0 for row in found):.5g}", cpu_seconds(found), len(found)]
                 lines.append("| " + " | ".join(map(str, cells)) + " |")
         if len(lines) > 3:
             tables.append(f"Closed: of the gap of {against}.\n\n" + "\n".join(lines))
@@ -277,16 +284,16 @@ def main_tables(done: dict) -> str:
 
 
 def size_table(done: dict) -> str:
-    lines = ["| windows of 512 | method | bits | wiki ppl | wiki KL | news ppl | news KL | s |", "|---|---|---|---|---|---|---|---|"]
+    lines = ["| windows of 512 | method | bits | wiki ppl | wiki KL | news ppl | news KL | core s |", "|---|---|---|---|---|---|---|---|"]
     for bits, nsamples, method in itertools.product((4, 3, 2), sorted({32, *SIZES}), ("published", "best")):
         for row in rows_of(done, method=method, grid="nonuniform", bits=bits, seed=0, nsamples=nsamples, part="report"):
             values = [f"{row[text]['perplexity']:.5g} | {row[text]['kl']:.4f}" for text in ("wiki", "news")]
-            lines.append(f"| {nsamples} | {method} | {bits} | {' | '.join(values)} | {row['seconds']:.0f} |")
+            lines.append(f"| {nsamples} | {method} | {bits} | {' | '.join(values)} | {cpu_seconds([row])} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def choice_table(done: dict) -> str:
-    lines = ["| grid | bits | best with | wiki ppl | wiki KL | news ppl | news KL | s | seeds |", "|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| grid | bits | best with | wiki ppl | wiki KL | news ppl | news KL | core s | seeds |", "|" + 9 * "---|"]
     chosen = rows_of(done, part="choose")
     for grid, bits, extra in dict.fromkeys((row["grid"], row["bits"], row["extra"]) for row in chosen):
         found = rows_of(done, part="choose", grid=grid, bits=bits, extra=extra)
@@ -294,8 +301,7 @@ def choice_table(done: dict) -> str:
             f"{over_seeds([r[text]['perplexity'] for r in found], '.5g')} | {over_seeds([r[text]['kl'] for r in found], '.4f')}"
             for text in ("wiki", "news")
         ]
-        seconds = mean(row["seconds"] or 0 for row in found)
-        lines.append(f"| {grid} | {bits} | `{extra or 'best'}` | {' | '.join(values)} | {seconds:.0f} | {len(found)} |")
+        lines.append(f"| {grid} | {bits} | `{extra or 'best'}` | {' | '.join(values)} | {cpu_seconds(found)} | {len(found)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 
