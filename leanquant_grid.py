@@ -90,7 +90,7 @@ def local_kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, seed: int =
     for rows, a_rows in _row_chunks(W, a, chunk):
         s = _sort_rows(rows, a_rows, centered=True)
         start = _minmax_start(s, K) if K <= 8 else _plusplus_start(s, K, generator)
-        levels.append(_lloyd(s, _borders_between(s, start, K)).float())
+        levels.append(_lloyd(s, _borders_between(s, start)).float())
     return torch.cat(levels)
 
 
@@ -113,16 +113,15 @@ def _plusplus_start(s: _Sorted, K: int, generator: torch.Generator) -> torch.Ten
         chance = (s.a * distance).clamp(min=0) + 1e-300
         drawn = w.gather(1, torch.multinomial(chance, 2 + int(math.log(K)), replacement=True, generator=generator))
         closer = torch.minimum((w.unsqueeze(1) - drawn.unsqueeze(2)).square(), distance.unsqueeze(1))
-        best = (closer * s.a.unsqueeze(1)).sum(2).argmin(1)
-        pick = best.view(-1, 1)
+        pick = (closer * s.a.unsqueeze(1)).sum(2).argmin(1, keepdim=True)
         chosen = torch.cat([chosen, drawn.gather(1, pick)], 1)
         distance = closer.gather(1, pick.unsqueeze(2).expand(-1, -1, w.shape[1])).squeeze(1)
     return chosen.sort(1).values.float()
 
 
-def _borders_between(s: _Sorted, levels: torch.Tensor, K: int) -> torch.Tensor:
+def _borders_between(s: _Sorted, levels: torch.Tensor) -> torch.Tensor:
     """Where the nearest of `levels` [R, K] changes, as positions [R, K+1] in the sorted rows, with both ends."""
-    inner = torch.searchsorted(s.w, (levels[:, 1:] + levels[:, :-1]) / 2, right=True)
+    inner = torch.searchsorted(s.w, ((levels[:, 1:] + levels[:, :-1]) / 2).float(), right=True)
     return torch.nn.functional.pad(torch.nn.functional.pad(inner, (1, 0), value=0), (0, 1), value=s.w.shape[1])
 
 
@@ -219,9 +218,7 @@ def _lloyd(s: _Sorted, borders: torch.Tensor, max_steps: int = 100) -> torch.Ten
     active = torch.arange(len(s.w), device=s.w.device)
     for _ in range(max_steps):
         live = _Sorted(*(t[active] for t in s)) if len(active) < len(s.w) else s
-        now = levels[active]
-        inner = torch.searchsorted(live.w, ((now[:, 1:] + now[:, :-1]) / 2).float(), right=True)
-        moved_borders = torch.cat([borders[active][:, :1], inner, borders[active][:, -1:]], 1)
+        moved_borders = _borders_between(live, levels[active])
         moved = (moved_borders != borders[active]).any(1)
         active = active[moved]
         if not len(active):

@@ -35,7 +35,7 @@ from leanquant.errors import InputError
 DEFAULT_EXPONENT = {"nonuniform": 4.0, "affine": 2.0}
 
 
-# The pieces of --recipe (README, Accuracy): how --recipe published sets them, and what --recipe best sets otherwise.
+# The pieces of --recipe (README, How it works): how --recipe published sets them, and what --recipe best sets otherwise.
 PUBLISHED = {"exact_grid": False, "shift": 0.0, "residual": False, "refine": 0}
 BEST = {"exact_grid": True, "shift": 0.5, "residual": True, "refine": 2}
 
