@@ -37,16 +37,22 @@ class Perplexity(NamedTuple):
 
 def perplexity(model: modelutils.StreamedModel, source: str, windows: torch.Tensor, batch_size: int) -> Perplexity:
     """exp(mean over windows of the mean next-token loss) of token `windows` [n, T]."""
-    stream = model.embed(windows, batch_size)
-    for index in tqdm(range(len(model.layers)), desc=f"eval {source}", unit="layer", ncols=80, leave=False, disable=None):
-        with model.layer(index):
-            model.advance(index, stream)
+    hidden = last_hidden(model, windows, batch_size, f"eval {source}")
     losses = []
     with model.head() as logits:
-        for states, ids in zip(stream.hidden, windows, strict=True):
+        for states, ids in zip(hidden, windows, strict=True):
             losses.append(token_losses(logits(states.unsqueeze(0))[0], ids.to(model.device)).mean())
     value = torch.stack(losses).double().mean().exp().item()
     return Perplexity(source, value, windows.shape[1], windows.shape[0], windows.numel())
+
+
+def last_hidden(model: modelutils.StreamedModel, windows: torch.Tensor, batch_size: int, label: str) -> torch.Tensor:
+    """What the last decoder layer gives for token `windows` [n, T]: [n, T, D]; layer by layer, under a progress bar."""
+    stream = model.embed(windows, batch_size)
+    for index in tqdm(range(len(model.layers)), desc=label, unit="layer", ncols=80, leave=False, disable=None):
+        with model.layer(index):
+            model.advance(index, stream)
+    return stream.hidden
 
 
 def token_losses(logits: torch.Tensor, ids: torch.Tensor, chunk: int = 256) -> torch.Tensor:

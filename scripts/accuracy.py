@@ -207,21 +207,19 @@ def evaluate(path: Path, text: str, is_reference: bool) -> dict[str, float]:
     """
     import torch
 
+    import eval_quantized
     import modelutils
     from leanquant.packing import Checkpoint
 
     windows = torch.load(WORK / "windows.pt")[text]
     model = modelutils.StreamedModel(MODEL, Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
-    stream = model.embed(windows, 4)
-    for index in range(len(model.layers)):
-        with model.layer(index):
-            model.advance(index, stream)
+    hidden = eval_quantized.last_hidden(model, windows, 4, text)
     reference = WORK / f"{text}.pt"
     if is_reference:
-        torch.save(stream.hidden, reference)
+        torch.save(hidden, reference)
     losses, divergences = [], []
     with torch.no_grad(), model.head() as logits:
-        for ours, theirs, ids in zip(stream.hidden, torch.load(reference), windows, strict=True):
+        for ours, theirs, ids in zip(hidden, torch.load(reference), windows, strict=True):
             log_p, log_q = (torch.log_softmax(logits(h.unsqueeze(0))[0, :-1].float(), 1) for h in (theirs, ours))
             losses.append(-log_q.gather(1, ids[1:].unsqueeze(1)).mean())
             divergences.append(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1).mean())
