@@ -12,9 +12,14 @@ Legend: O rows, I columns, n points of a row or group, K = 2**bits levels, m bin
 """
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from leanquant import kernels
+
+CUDA_SOURCE = Path(__file__).with_name("fused_kernel.cu")
 
 # Smallest positive number that fp16, the stored dtype of scales, can hold.
 MIN_SCALE = 2.0**-24
@@ -268,7 +273,7 @@ def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int =
     """
     if partitions < 2 or partitions % 2:
         raise ValueError(f"partitions must be even and at least 2, not {partitions}")
-    per_row = 16 * W.shape[1] + 40 * 2**bits * (partitions if exhaustive else 264)
+    per_row = 60 * W.shape[1] + 40 * 2**bits * (partitions if exhaustive else 264)
     chunk = max(1, (2**24 if W.device.type == "cpu" else 2**30) // per_row)
     found = [_affine_rows(rows, a_rows, 2**bits, partitions, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)]
     return Affine(*(torch.cat(parts) for parts in zip(*found, strict=True)))
@@ -276,26 +281,45 @@ def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int =
 
 def _affine_rows(W: torch.Tensor, a: torch.Tensor, K: int, T: int, exhaustive: bool) -> Affine:
     s = _sort_rows(W, a, centered=False)
-    low, high = s.w[:, :1].double().clamp(max=0), s.w[:, -1:].double().clamp(min=0)
-    t = torch.arange(T - 1, device=W.device).expand(len(W), -1)
-    if not exhaustive and T > 64:
+    return kernels.run(_search_affine_cuda, _search_affine, s.w, s.A, s.B, K, T, exhaustive or T <= 64)
+
+
+def _search_affine_cuda(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
+    """`_search_affine` in one launch, a thread block a row."""
+    R, n = w.shape
+    if A.shape != (R, n + 1) or B.shape != (R, n + 1):
+        raise ValueError(f"prefix sums {tuple(A.shape)}, {tuple(B.shape)} do not fit points {tuple(w.shape)}")
+    kernel = kernels.Kernel(
+        CUDA_SOURCE, f"search_affine_{K}", (torch.float32, *2 * [torch.float64], torch.float32, torch.uint8, int, int, int)
+    )
+    scale, zero = torch.empty(R, device=w.device), torch.empty(R, dtype=torch.uint8, device=w.device)
+    threads, coarse = 128, (T - 2) // 16 + 1
+    kernels.launch(kernel, R, threads, 16 * threads + 8 * coarse + 16, w, A, B, scale, zero, n, T, int(exhaustive))
+    return Affine(scale, zero)
+
+
+def _search_affine(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
+    """The best (scale, zero) [R] for rows of ascending points `w` [R, n] with prefix sums `A`, `B` [R, n+1]; see `affine_search`."""
+    low, high = w[:, :1].double().clamp(max=0), w[:, -1:].double().clamp(min=0)
+    t = torch.arange(T - 1, device=w.device).expand(len(w), -1)
+    if not exhaustive:
         coarse = t[:, ::16]
-        gain, _ = _best_zero(s, low, high, coarse, K, T)
-        best = coarse.gather(1, gain.topk(4, dim=1).indices)
-        t = (best.unsqueeze(2) + torch.arange(-15, 16, device=W.device)).flatten(1).clamp(0, T - 2).sort(1).values
-    gain, zero = _best_zero(s, low, high, t, K, T)
+        gain, _ = _best_zero(w, A, B, low, high, coarse, K, T)
+        best = coarse.gather(1, gain.sort(dim=1, descending=True, stable=True).indices[:, :4])
+        t = (best.unsqueeze(2) + torch.arange(-15, 16, device=w.device)).flatten(1).clamp(0, T - 2).sort(1).values
+    gain, zero = _best_zero(w, A, B, low, high, t, K, T)
     # argmax promises nothing about ties: take the first of the largest.
-    first = torch.where(gain == gain.amax(1, keepdim=True), torch.arange(t.shape[1], device=W.device), t.shape[1])
+    first = torch.where(gain == gain.amax(1, keepdim=True), torch.arange(t.shape[1], device=w.device), t.shape[1])
     first = first.amin(1, keepdim=True)
     scale = _scales(low, high, t.gather(1, first), K, T)
     return Affine(scale.squeeze(1).float(), zero.gather(1, first).squeeze(1).to(torch.uint8))
 
 
 def _scales(low, high, t, K: int, T: int) -> torch.Tensor:
-    return stored_scale((high - low) * (1 - t / T) / (K - 1))
+    return stored_scale((high - low) * (1 - t.double() / T) / (K - 1))
 
 
-def _best_zero(s: _Sorted, low, high, t: torch.Tensor, K: int, T: int):
+def _best_zero(w, A, B, low, high, t: torch.Tensor, K: int, T: int):
     """For each t [R, N]: the largest gain (sum a w^2 minus the cost) over the reachable zeros, and that zero; [R, N].
 
     With r = code - Z and borders S (r + 1/2), the run of points below border r has prefix sums PA_r, PB_r. Summing
@@ -305,14 +329,14 @@ def _best_zero(s: _Sorted, low, high, t: torch.Tensor, K: int, T: int):
     S = _scales(low, high, t, K, T)
     r = torch.arange(1 - K, K - 1, device=t.device, dtype=torch.float64)
     borders = (S.unsqueeze(2) * (r + 0.5)).float().flatten(1)
-    position = torch.searchsorted(s.w, borders)
-    PA = s.A.gather(1, position).view(*t.shape, -1)
-    PB = s.B.gather(1, position).view(*t.shape, -1)
+    position = torch.searchsorted(w, borders)
+    PA = A.gather(1, position).view(*t.shape, -1)
+    PB = B.gather(1, position).view(*t.shape, -1)
     S = S.unsqueeze(2)
     sums = torch.nn.functional.pad((2 * PB - S * (2 * r + 1) * PA).cumsum(2), (1, 0))
     windows = sums[..., K - 1 :] - sums[..., :K]  # [R, N, K], window k begins at r = k - (K-1), that is Z = K-1-k
     top = torch.arange(K, device=t.device, dtype=torch.float64)  # r_t = k
-    A, B = s.A[:, -1].view(-1, 1, 1), s.B[:, -1].view(-1, 1, 1)
+    A, B = A[:, -1].view(-1, 1, 1), B[:, -1].view(-1, 1, 1)
     gain = S * (top * (2 * B - S * top * A) - windows)
     gain = gain.flip(2).masked_fill(~_reachable_zeros(S, low, high, t, K, T), -math.inf)
     best = gain.amax(2)
@@ -330,7 +354,8 @@ def _reachable_zeros(S, low, high, t: torch.Tensor, K: int, T: int) -> torch.Ten
     step = ((high - low) / T).unsqueeze(2)
     Z = torch.arange(K, device=t.device, dtype=torch.float64)
     low = low.unsqueeze(2)
-    zero_of = lambda t_min: (-(low + t_min * step) / S).round().clamp(0, K - 1)  # noqa: E731
-    nearest = ((-Z * S - low) / step.clamp(min=1e-300)).round()
+    inverse = 1 / S
+    zero_of = lambda t_min: (-(low + t_min * step) * inverse).round().clamp(0, K - 1)  # noqa: E731
+    nearest = ((-Z * S - low) * (1 / step.clamp(min=1e-300))).round()
     nearest = torch.minimum(torch.maximum(nearest, first), last)
     return (zero_of(nearest) == Z) | (zero_of(first) == Z) | (zero_of(last) == Z)

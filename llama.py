@@ -418,7 +418,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=["auto", "float16", "bfloat16", "float32"],
         help="type of weights and activations in forward passes; auto: float32 on a CPU, the model's 16-bit type on a GPU",
     )
-    add("--batch_size", type=int, help="sequences per forward pass (unset: as many as make 1024 tokens)")
+    add("--batch_size", type=int, help="sequences per forward pass (unset: as many as make 1024 tokens, on a GPU 8192)")
     add(
         "--save_path",
         type=Path,
@@ -517,7 +517,7 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         nsamples=args.nsamples,
         seqlen=args.seqlen,
         seed=args.seed,
-        batch_size=args.batch_size or eval_quantized.default_batch_size(args.seqlen),
+        batch_size=args.batch_size or eval_quantized.default_batch_size(args.seqlen, device),
         true_sequential=args.true_sequential,
         n_layers=args.n_layers,
         offload_threshold=args.offload_threshold,

@@ -58,6 +58,11 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Uninitialised host memory for what goes to and comes from `device`: pinned for a GPU, so that copies need no staging."""
+    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+
+
 class _Stop(Exception):
     """Ends a forward pass as soon as what it was run for has been seen."""
 
@@ -94,7 +99,7 @@ class Stream:
     finished: dict[str, list] = field(default_factory=dict)
 
     def twin(self) -> "Stream":
-        return Stream(self.hidden.clone(), self.batch_size)
+        return Stream(torch.empty_like(self.hidden, pin_memory=self.hidden.is_pinned()).copy_(self.hidden), self.batch_size)
 
     def batches(self) -> tuple[torch.Tensor, ...]:
         return self.hidden.split(self.batch_size)
@@ -241,7 +246,8 @@ class StreamedModel:
             with contextlib.suppress(_Stop):
                 self._forward(record, input_ids=batch.to(self.device))
             if hidden is None:
-                hidden = torch.empty(*windows.shape, entering[0].shape[-1], dtype=entering[0].dtype)
+                width = entering[0].shape[-1]
+                hidden = host_tensor((*windows.shape, width), entering[0].dtype, self.device)
             hidden[done : done + len(batch)] = entering[0]
             done += len(batch)
             self._calls.setdefault(tuple(batch.shape), calls)
@@ -251,7 +257,7 @@ class StreamedModel:
     def run_layer(self, index: int, hidden: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """One batch [B, T, D] through layer `index`, which must hold its weights; those named in `weights` are replaced."""
         args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
-        out = functional_call(self.layers[index], weights, (hidden.to(self.device, self.dtype), *args), kwargs)
+        out = functional_call(self.layers[index], weights, (hidden.to(self.device, self.dtype, non_blocking=True), *args), kwargs)
         self._returns_tuple = isinstance(out, tuple)
         return out[0] if self._returns_tuple else out
 
@@ -411,7 +417,11 @@ def _moved(output, device: torch.device):
     """A module's output, a tensor or nested tuples of them and None, on `device`."""
     if isinstance(output, tuple):
         return tuple(_moved(part, device) for part in output)
-    return output.to(device) if torch.is_tensor(output) else output
+    if not torch.is_tensor(output):
+        return output
+    if output.is_cuda and device.type == "cpu":
+        return host_tensor(output.shape, output.dtype, output.device).copy_(output)
+    return output.to(device, non_blocking=True)
 
 
 def read_config(folder: Path):

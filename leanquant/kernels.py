@@ -1,45 +1,120 @@
-"""The one place where CUDA source becomes running kernels: a lazy, cached loader and a checked launcher.
+"""The one place where CUDA source becomes running kernels: a lazy, cached loader, a checked launcher, the way back to torch.
 
-Nothing here is imported or compiled before a CUDA tensor asks for it. Where CuPy or its compiler is missing, or
-LEANQUANT_KERNELS=torch is set, `load` gives None and the caller uses its torch twin.
+Nothing here is imported or compiled before a tensor on a GPU asks for it. CuPy compiles each file once per GPU architecture
+and keeps the result on disk. Not here: the kernels (.cu files) and their torch twins, which do the same with the same
+arguments and run wherever the kernels cannot.
 """
 
 import os
 import warnings
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+NEEDED = {  # for each CUDA major: CuPy, its compiler, and the headers the compiler may ask for
+    "11": "cupy-cuda11x nvidia-cuda-nvrtc-cu11 nvidia-cuda-runtime-cu11",
+    "12": "cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12",
+    "13": "cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime",
+}
+FREE_SHARED_BYTES = 48 * 1024  # a block gets more only if its kernel asks for it
+
+
+class Kernel(NamedTuple):
+    """A function of a CUDA file. parameters: the dtype of each tensor it takes, `int` for a 32-bit integer."""
+
+    source: Path
+    name: str
+    parameters: tuple
+
+
+class KernelError(RuntimeError):
+    """A kernel could not be compiled or launched."""
+
+
+def run(kernel_version: Callable, twin: Callable, *args):
+    """`kernel_version(*args)` where the first argument, a tensor, lies on a GPU whose kernels work; else `twin(*args)`.
+
+    LEANQUANT_KERNELS=torch forces the twin. A kernel that does not compile or launch is replaced by the twin, with one
+    warning that says why.
+    """
+    if on_gpu(args[0]) and os.environ.get("LEANQUANT_KERNELS") != "torch":
+        try:
+            return kernel_version(*args)
+        except KernelError as error:
+            _warn_once(str(error))
+    return twin(*args)
+
+
+def on_gpu(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def launch(kernel: Kernel, blocks: int, threads: int, shared_bytes: int, *args: torch.Tensor | int) -> None:
+    """Run `kernel` on torch's current stream of the tensors' GPU, or raise KernelError.
+
+    Raises TypeError or ValueError for arguments that it must not be given: other dtypes than declared, tensors that are
+    not contiguous or not all on one GPU, integers beyond 32 bits.
+    """
+    device = _check(kernel, args)
+    function = _compiled(kernel.source, kernel.name, device.index)
+    if isinstance(function, KernelError):
+        raise function
+    _call(function, kernel.name, device, blocks, threads, shared_bytes, args)
+
+
+def _check(kernel: Kernel, args: tuple) -> torch.device:
+    if len(args) != len(kernel.parameters):
+        raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments, not {len(args)}")
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    for number, (arg, wanted) in enumerate(zip(args, kernel.parameters, strict=True)):
+        if wanted is int:
+            if not isinstance(arg, int) or not -(2**31) <= arg < 2**31:
+                raise TypeError(f"{kernel.name}: argument {number} must be a 32-bit integer, not {arg!r}")
+        elif not isinstance(arg, torch.Tensor) or arg.dtype != wanted:
+            raise TypeError(f"{kernel.name}: argument {number} must be a tensor of {wanted}, not {getattr(arg, 'dtype', type(arg))}")
+        elif not on_gpu(arg) or arg.device != tensors[0].device:
+            raise ValueError(f"{kernel.name}: argument {number} is on {arg.device}, not on one GPU with the others")
+        elif not arg.is_contiguous():
+            raise ValueError(f"{kernel.name}: argument {number} is not contiguous")
+    return tensors[0].device
+
 
 @lru_cache
-def load(source: Path, name: str, device_index: int):
-    """Kernel `name` of the CUDA file `source`, compiled for that GPU, or None, with one warning that says why."""
-    if os.environ.get("LEANQUANT_KERNELS") == "torch":
-        return None
+def _compiled(source: Path, name: str, device_index: int):
+    """The CuPy function, or the KernelError that says why there is none: compiling is not tried twice."""
     try:
         import cupy
 
         with cupy.cuda.Device(device_index):
-            return cupy.RawModule(code=source.read_text(), options=("--std=c++14",)).get_function(name)
+            function = cupy.RawModule(code=source.read_text(), options=("--std=c++17",)).get_function(name)
+            function.attributes  # noqa: B018 - compiles and loads now, where it can still be caught
+            return function
     except Exception as error:  # a missing wheel, driver or compiler each raise their own kind
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        remedy = "pip install cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12"
-        warnings.warn(f"{name} runs in torch, which is slower: no CUDA kernel ({reason}); {remedy}", stacklevel=2)
-        return None
+        major = (torch.version.cuda or "12").split(".")[0]
+        return KernelError(f"{name} runs in torch, which is slower: {_first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}")
 
 
-def launch(kernel, threads: int, total: int, *args: torch.Tensor | int) -> None:
-    """Run `kernel` with one thread for each of `total` items, on torch's current stream of the tensors' GPU.
-
-    Tensors must be contiguous and on one GPU; ints are passed as 32-bit. CuPy raises on a failed launch.
-    """
+def _call(function, name: str, device: torch.device, blocks: int, threads: int, shared_bytes: int, args: tuple) -> None:
     import cupy
 
-    tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    device = tensors[0].device
-    for tensor in tensors:
-        assert tensor.is_cuda and tensor.device == device and tensor.is_contiguous(), "kernel arguments must be contiguous, on one GPU"
-    values = [a.data_ptr() if isinstance(a, torch.Tensor) else cupy.int32(a) for a in args]
-    with cupy.cuda.Device(device.index), cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream):
-        kernel((-(-total // threads),), (threads,), tuple(values))
+    values = tuple(arg.data_ptr() if isinstance(arg, torch.Tensor) else cupy.int32(arg) for arg in args)
+    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index)
+    try:
+        with cupy.cuda.Device(device.index), stream:
+            if shared_bytes > FREE_SHARED_BYTES:
+                function.max_dynamic_shared_size_bytes = shared_bytes
+            function((blocks,), (threads,), values, shared_mem=shared_bytes)  # raises if the launch is refused
+    except Exception as error:
+        raise KernelError(f"{name} runs in torch, which is slower: its launch failed: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=4)

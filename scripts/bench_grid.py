@@ -18,11 +18,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from demo_data import make_model, make_texts  # noqa: E402
-
 import datautils  # noqa: E402
 import modelutils  # noqa: E402
 import quant  # noqa: E402
+from demo_data import make_model, make_texts  # noqa: E402
 from leanquant.packing import Checkpoint, affine_levels  # noqa: E402
 from leanquant_grid import affine_search, kmeans_levels, sensitivity  # noqa: E402
 

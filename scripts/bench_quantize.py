@@ -1,120 +1,288 @@
-"""Time, peak memory and perplexity on SmolLM2-135M beside the published tool's, as the README states them.
+"""Quantization speed: each kernel beside its torch twin and the paper's brute force, and layers of Llama-3-8B's shapes.
 
-    python scripts/bench_quantize.py [--bits 4 3 2] [--methods nonuniform "published recipe" gptq rtn affine]
+    python scripts/bench_quantize.py [--device cuda] [--bits 4] [--layers 2] [--out docs/results/quantize-gpu.json]
 
-Protocol of the published numbers: 32 x 512 calibration tokens, --true-sequential --act-order --percdamp 0.1
---exponent 4; the articles joined and cut at 75 % of the characters; perplexity on the first 16 384 held-out tokens in
-windows of 512. Results are added to docs/results/quantize-cpu.json, the table to docs/results/quantize-cpu.md.
+Per matrix, random weights, medians of CUDA events. The brute force runs on a few rows and is scaled to all; the twins are
+what a machine without kernels runs. End to end: random weights of the 8B model's decoder layers, random tokens (the time
+does not depend on what they say), the whole pipeline from reading the layer to the packed file, a few layers timed and
+scaled to 32. Prints tables and what the project promises beside what was measured. Under 8 minutes on an H200.
+`--smoke` runs everything on tiny sizes, also without a GPU.
 """
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import median
 
-from demo_data import articles, make_model, write_text
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-WORK, RESULTS = ROOT / "demo" / "bench", ROOT / "docs" / "results"
-TOKENS, SEQLEN = 16384, 512
-FLAGS = {
-    "fp16": ["--wbits", "16"],
-    "nonuniform": ["--exponent", "4"],
-    "published recipe": ["--exponent", "4", "--recipe", "published"],
-    "affine": ["--grid", "affine"],
-    "affine, exponent 4": ["--grid", "affine", "--exponent", "4"],
-    "gptq": ["--grid", "minmax"],
-    "rtn": ["--nearest"],
-}
-# The published code on 2 CPU cores: (perplexity, seconds); its peak host memory was 1.33 GB (GPTQ: 1.6 GB).
-PUBLISHED = {
-    ("fp16", 16): (19.65, None),
-    ("published recipe", 4): (21.67, 449),
-    ("published recipe", 3): (35.24, 313),
-    ("published recipe", 2): (150.95, None),
-    ("gptq", 4): (29.84, 215),
-    ("gptq", 3): (80.36, 197),
-    ("gptq", 2): (1.5e6, 364),
-    ("rtn", 4): (34.01, None),
-    ("rtn", 3): (433.7, None),
-    ("rtn", 2): (5.0e6, None),
+sys.path.insert(0, str(ROOT))
+
+import llama  # noqa: E402
+import modelutils  # noqa: E402
+import quant  # noqa: E402
+from leanquant import kernels, packing  # noqa: E402
+from leanquant_grid import affine_search, kmeans_levels, sensitivity  # noqa: E402
+
+SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
+T = 2048
+BRUTE_FORCE = kernels.Kernel(ROOT / "scripts" / "brute_force.cu", "brute_force", (*3 * [torch.float32], torch.uint8, int, int, int))
+# Most milliseconds for a 4096 x 4096 matrix at 4 bits on an H200; end to end: seconds for 32 layers, and GB on the device.
+PROMISED = {"affine": 20, "affine, exhaustive": 150, "column solver": 5, "k-means": 40, "end to end": 120, "device": 8}
+LLAMA_3_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "rope_theta": 500000.0,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 8192,
 }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument(
-        "--methods", nargs="+", choices=list(FLAGS)[1:], default=["nonuniform", "published recipe", "affine", "gptq", "rtn"]
-    )
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--bits", type=int, default=4)
+    add("--layers", type=int, default=2, help="decoder layers to quantize end to end")
+    add("--windows", type=int, default=128, help="calibration windows")
+    add("--seqlen", type=int, default=2048)
+    add("--recipes", nargs="*", default=["best", "published"], help="for the end-to-end runs")
+    add("--smoke", action="store_true", help="tiny sizes: does it all run?")
+    add("--out", type=Path, help="write the results to this JSON file")
     args = parser.parse_args()
-    WORK.mkdir(parents=True, exist_ok=True)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    make_model(ROOT / "demo" / "SmolLM2-135M-Instruct")
-    make_texts()
-    store = RESULTS / "quantize-cpu.json"
-    rows = json.loads(store.read_text()) if store.is_file() else {}
-    for method, bits in [("fp16", 16), *((m, b) for b in args.bits for m in args.methods)]:
-        rows[f"{method} {bits}"] = measure(method, bits)
-        store.write_text(json.dumps(rows, indent=2) + "\n")
-        (RESULTS / "quantize-cpu.md").write_text(as_markdown(rows))
-    print("\n" + as_markdown(rows))
+    torch.set_grad_enabled(False)
+    device = torch.device(args.device)
+    shapes = [(32, 64)] if args.smoke else SHAPES
+    results = {"machine": machine(device), "bits": args.bits, "matrices": [], "end_to_end": []}
+    for O, I in shapes:
+        results["matrices"].append(bench_matrix(O, I, args.bits, device))
+        save(results, args.out)
+    for recipe in args.recipes:
+        results["end_to_end"].append(bench_layers(args, recipe, device))
+        save(results, args.out)
+    results["promises"] = promises(results, args)
+    save(results, args.out)
 
 
-def make_texts() -> None:
-    if (WORK / "heldout.txt").is_file():
-        return
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(ROOT / "demo" / "SmolLM2-135M-Instruct")
-    text = "\n\n".join(articles())
-    cut = int(0.75 * len(text))
-    write_text(WORK / "calibration.txt", text[:cut])
-    held = tokenizer(text[cut:], verbose=False)["input_ids"][:TOKENS]
-    write_text(WORK / "heldout.txt", tokenizer.decode(held))
+def save(results: dict, out: Path | None) -> None:
+    if out:
+        out.write_text(json.dumps(results, indent=2) + "\n")
 
 
-def measure(method: str, bits: int) -> dict:
-    """One run of llama.py. Returns what the table needs of its report."""
-    report = WORK / "report.json"
-    command = ["llama.py", "demo/SmolLM2-135M-Instruct", "demo/bench/calibration.txt", "--nsamples", "32", "--seqlen", str(SEQLEN)]
-    command += ["--eval", "demo/bench/heldout.txt", "--report", str(report.relative_to(ROOT)), *FLAGS[method]]
-    if method != "fp16":
-        command += ["--wbits", str(bits), "--true-sequential", "--act-order", "--percdamp", "0.1"]
-        command += ["--save_path", "demo/bench/model.safetensors", "--overwrite"]
-    print("$ python " + " ".join(command), flush=True)
-    subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-    contents = json.loads(report.read_text())
-    return {
-        "method": method,
-        "bits": bits,
-        "perplexity": contents["perplexity"][0]["perplexity"],
-        "tokens": contents["perplexity"][0]["tokens"],
-        "seconds": contents.get("quantization_seconds"),
-        "phase_seconds": contents.get("phase_seconds"),
-        "peak_host_gb": contents["machine"]["peak_host_bytes"] / 1e9,
-        "peak_host_gb_quantizing": contents.get("peak_host_bytes_quantizing", 0) / 1e9,
-        "threads": contents["machine"]["threads"],
-        "settings": contents["settings"],
+def machine(device: torch.device) -> dict:
+    """What the numbers were measured on."""
+    found = {"device": str(device), "torch": torch.__version__, "cuda": torch.version.cuda, "threads": torch.get_num_threads()}
+    for package in ("cupy-cuda11x", "cupy-cuda12x", "cupy-cuda13x", "transformers"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            pass
+    if device.type == "cuda":
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", str(device.index or 0)]
+        found["gpu"] = torch.cuda.get_device_name(device)
+        found["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+    print(" ".join(f"{name} {value}" for name, value in found.items()), flush=True)
+    return found
+
+
+# --- one matrix ------------------------------------------------------------------------------------------------
+
+
+def milliseconds(operation: Callable, device: torch.device, budget: float = 3.0) -> float:
+    """Median time of `operation`, by events on a GPU: one warm-up, then up to 20 runs or `budget` seconds, at least 3."""
+    times, began = [], None
+    while began is None or len(times) < 3 or (len(times) < 20 and time.perf_counter() - began < budget):
+        if device.type == "cuda":
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            operation()
+            stop.record()
+            stop.synchronize()
+            taken = start.elapsed_time(stop)
+        else:
+            start = time.perf_counter()
+            operation()
+            taken = 1e3 * (time.perf_counter() - start)
+        if began is None:
+            began = time.perf_counter()
+        else:
+            times.append(taken)
+    return median(times)
+
+
+def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
+    """Milliseconds of each step on a random [O, I] matrix, by kernel and by torch twin where it has both."""
+    generator = torch.Generator(device).manual_seed(0)
+    W = torch.randn(O, I, generator=generator, device=device) * 0.02
+    H = random_hessian(I, generator, device)
+    config = quant.QuantConfig(bits=bits, act_order=True, percdamp=0.1)
+    group = 128 if I % 128 == 0 else 32
+    grouped = quant.QuantConfig(bits=bits, grid="affine", groupsize=group, act_order=True, percdamp=0.1)
+    factor = quant.factorize(H.clone(), 0.1, True)
+    a = torch.empty(I, dtype=torch.float64, device=device)
+    a[factor.order] = sensitivity(factor.U, 4.0)
+    grid, grids = quant.learn_grid(W, factor, config), quant.learn_grid(W, factor, grouped)
+    solved, damped = quant.quantize(W, grid, factor, config), quant.damped_hessian(factor)
+    twice = {  # what has a kernel and a twin
+        "affine": lambda: affine_search(W, a, bits, T),
+        "affine, exhaustive": lambda: affine_search(W, a, bits, T, exhaustive=True),
+        f"affine, groups of {group}": lambda: quant.learn_grid(W, factor, grouped),
+        "column solver": lambda: quant.quantize(W, grid, factor, config),
+        "column solver, groups": lambda: quant.quantize(W, grids, factor, grouped),
+        "coordinate descent": lambda: quant.descend(W, solved.codes, grid.levels, damped),
     }
+    once = {
+        "k-means": lambda: kmeans_levels(W, a, bits),
+        "fit of levels": lambda: quant.fit_grid(W, solved.codes, grid, damped, config),
+        "factorization": lambda: quant.factorize(H.clone(), 0.1, True),
+    }
+    result = {"rows": O, "columns": I, "kernel_ms": {}, "torch_ms": {}}
+    print(f"\n{O} x {I}, {bits} bits{'':<18}kernel ms   torch ms", flush=True)
+    for name, operation in twice.items():
+        if device.type == "cuda":
+            result["kernel_ms"][name] = milliseconds(operation, device)
+        os.environ["LEANQUANT_KERNELS"] = "torch"
+        result["torch_ms"][name] = milliseconds(operation, device, budget=1.0)
+        del os.environ["LEANQUANT_KERNELS"]
+        print_row(name, result["kernel_ms"].get(name), result["torch_ms"][name])
+    for name, operation in once.items():
+        result["torch_ms"][name] = milliseconds(operation, device)
+        print_row(name, None, result["torch_ms"][name])
+    if device.type == "cuda":
+        result["brute_force_ms"] = brute_force_milliseconds(W, a, bits)
+        ratio = result["brute_force_ms"] / result["kernel_ms"]["affine, exhaustive"]
+        print_row("the paper's brute force, scaled", result["brute_force_ms"], None)
+        print(f"  the exhaustive search is {ratio:.0f} times faster than the brute force", flush=True)
+    return result
 
 
-def as_markdown(rows: dict) -> str:
-    lines = [
-        "| method | bits | perplexity | published | seconds | published | peak host memory, GB |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows.values():
-        perplexity, seconds = PUBLISHED.get((r["method"], r["bits"]), (None, None))
-        cells = [r["method"], r["bits"], f"{r['perplexity']:.5g}", f"{perplexity:.5g}" if perplexity else ""]
-        cells += [
-            f"{r['seconds']:.0f}" if r["seconds"] else "",
-            seconds or "",
-            f"{r['peak_host_gb_quantizing']:.2f}" if r["seconds"] else "",
-        ]
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines) + "\n"
+def print_row(name: str, kernel: float | None, twin: float | None) -> None:
+    cells = (f"{value:11.2f}" if value is not None else f"{'':11}" for value in (kernel, twin))
+    print(f"  {name:<34}" + "".join(cells), flush=True)
+
+
+def random_hessian(I: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
+    """Of correlated inputs whose columns' sizes are heavy-tailed, as those of a model are."""
+    size = torch.randn(I, generator=generator, device=device).mul(0.7).exp()
+    X = torch.randn(2 * I, I, generator=generator, device=device) + torch.randn(2 * I, 1, generator=generator, device=device)
+    return (X * size).T @ (X * size) / len(X)
+
+
+def brute_force_milliseconds(W: torch.Tensor, a: torch.Tensor, bits: int, rows: int = 264) -> float:
+    """All rows' time from that of `rows` of them: two thread blocks for each multiprocessor of an H200, so that it is busy."""
+    rows = min(rows, len(W))
+    w = W[:rows].contiguous()
+    sensitivities = a.float().expand_as(w).contiguous()
+    scale, zero = torch.empty(rows, device=W.device), torch.empty(rows, dtype=torch.uint8, device=W.device)
+    shared = 8 * 2048 + 8 * 256
+    args = (w, sensitivities, scale, zero, w.shape[1], T, 2**bits)
+    taken = milliseconds(lambda: kernels.launch(BRUTE_FORCE, rows, 256, shared, *args), W.device, budget=1.0)
+    return taken * len(W) / rows
+
+
+# --- layers ----------------------------------------------------------------------------------------------------
+
+
+def bench_layers(args: argparse.Namespace, recipe: str, device: torch.device) -> dict:
+    """Quantize a model of `args.layers` decoder layers as llama.py does; seconds, also scaled to 32 layers."""
+    sizes = LLAMA_3_8B | {"num_hidden_layers": args.layers, "vocab_size": 1024}
+    windows, seqlen = args.windows, args.seqlen
+    if args.smoke:
+        sizes |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+        windows, seqlen = 4, 32
+    folder = Path(tempfile.mkdtemp(prefix="leanquant-bench-"))
+    try:
+        make_random_model(folder, sizes, device)
+        command = [str(folder), "unused.txt", "--wbits", str(args.bits), "--grid", "nonuniform", "--recipe", recipe]
+        command += ["--true-sequential", "--act-order", "--percdamp", "0.1", "--nsamples", str(windows), "--seqlen", str(seqlen)]
+        return {"recipe": recipe} | quantize_layers(folder, command, seqlen, device, args.smoke)
+    finally:
+        shutil.rmtree(folder)
+
+
+def quantize_layers(folder: Path, command: list[str], seqlen: int, device: torch.device, smoke: bool) -> dict:
+    parsed = llama.parse([*command, "--eval", "none", "--device", str(device), "--save_path", str(folder / "out.safetensors")])
+    checkpoint = packing.Checkpoint.open(folder)
+    config = llama.quant_config(parsed, checkpoint.stored_dtype)
+    (folder / "unused.txt").touch()
+    parsed.dataset = str(folder / "unused.txt")
+    run = llama.run_settings(parsed, device)
+    model = modelutils.StreamedModel(folder, checkpoint, torch.float32 if device.type == "cpu" else torch.bfloat16, device)
+    ids = torch.randint(1024, (run.nsamples, seqlen), generator=torch.Generator().manual_seed(0))
+    writer = packing.ModelWriter(run.save_path, True, llama.check_model(model, run, config))
+    phases = llama.Phases(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    try:
+        llama.quantize_model(model, ids, run, config, writer, phases)
+        writer.finish(llama.settings_of(run, config), folder)
+    finally:
+        writer.close()
+    seconds = time.perf_counter() - start
+    layers = len(model.layers)
+    result = {
+        "layers": layers,
+        "tokens": ids.numel(),
+        "seconds": seconds,
+        "seconds_for_32_layers": seconds * 32 / layers,
+        "phase_seconds": phases.seconds,
+        "peak_host_gb": llama.peak_host_bytes() / 1e9,
+        "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
+    }
+    print(
+        f"\n--recipe {parsed.recipe}: {layers} layers of {'a tiny model' if smoke else 'Llama-3-8B'}, {ids.numel()} tokens: {seconds:.1f} s",
+        end="",
+    )
+    print(f" ({result['seconds_for_32_layers']:.0f} s for 32 layers), peak host {result['peak_host_gb']:.1f} GB", end="")
+    print(f", device {result['peak_device_gb']:.1f} GB" if result["peak_device_gb"] else "")
+    for name, value in sorted(phases.seconds.items(), key=lambda item: -item[1]):
+        print(f"  {name:<20}{value:8.2f} s {100 * value / seconds:5.0f} %", flush=True)
+    return result
+
+
+def make_random_model(folder: Path, sizes: dict, device: torch.device) -> None:
+    """A Llama of these sizes with random weights, made on the device and written as bfloat16."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes, tie_word_embeddings=True), dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    del model
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+# --- promises --------------------------------------------------------------------------------------------------
+
+
+def promises(results: dict, args: argparse.Namespace) -> dict:
+    """What the project promises for an H200 beside what was measured; only where it was measured at those sizes."""
+    square = next((m for m in results["matrices"] if (m["rows"], m["columns"]) == (4096, 4096)), None)
+    best = next((run for run in results["end_to_end"] if run["recipe"] == "best"), None)
+    rows = {}
+    if square and square["kernel_ms"] and args.bits == 4:
+        times = square["torch_ms"] | square["kernel_ms"]
+        rows |= {name: (times[name], PROMISED[name]) for name in ("affine", "affine, exhaustive", "column solver", "k-means")}
+        rows["exhaustive, as a share of the brute force"] = (times["affine, exhaustive"] / square["brute_force_ms"], 1 / 20)
+    if best and best["peak_device_gb"] and not args.smoke and (args.windows, args.seqlen, args.bits) == (128, 2048, 4):
+        rows["end to end, s for 32 layers"] = (best["seconds_for_32_layers"], PROMISED["end to end"])
+        rows["end to end, GB on the device"] = (best["peak_device_gb"], PROMISED["device"])
+    for name, (measured, most) in rows.items():
+        print(f"{'kept  ' if measured <= most else 'BROKEN'} {name}: {measured:.3g}, promised {most:.3g}")
+    return {name: {"measured": measured, "promised": most} for name, (measured, most) in rows.items()}
 
 
 if __name__ == "__main__":

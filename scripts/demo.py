@@ -13,8 +13,9 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-from demo_data import make_model, make_texts, write_text
 from transformers.utils.logging import disable_progress_bar
+
+from demo_data import make_model, make_texts, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "What is a telescope? Answer in one sentence."

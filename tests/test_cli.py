@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_text
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -27,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import eval_quantized
 import llama
 import quant
+from conftest import make_text
 from leanquant import packing
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,9 +14,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from conftest import make_text
 
 import datautils
+from conftest import make_text
 from leanquant.errors import InputError
 
 WIKITEXT_CARD = """---

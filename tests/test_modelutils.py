@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import SIZES, write_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import modelutils
+from conftest import SIZES, write_model
 from leanquant.errors import InputError
 from leanquant.packing import Checkpoint
 from modelutils import Group

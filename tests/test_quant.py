@@ -3,8 +3,8 @@ factor are what they claim, and that learned grids lose less than GPTQ's and rou
 
 import pytest
 import torch
-from conftest import damped, generator, hessian, inputs, output_error, weights
 
+from conftest import damped, generator, hessian, inputs, output_error, weights
 from leanquant_grid import Affine, kmeans_levels, local_kmeans_levels, sensitivity
 from quant import (
     GRIDS,

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from conftest import damped, generator, hessian, output_error, weights
 
+from conftest import damped, generator, hessian, output_error, weights
 from leanquant.packing import affine_levels
 from leanquant_grid import Affine
 from quant import (

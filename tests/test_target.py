@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from conftest import generator, inputs, weights
 
 import quant
+from conftest import generator, inputs, weights
 from modelutils import GroupInput
 from quant import Factor, Statistics, factorize, shifted_target, target
 

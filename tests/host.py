@@ -1,0 +1,108 @@
+"""fused_kernel.cu (and any other .cu) built for the host, so that its kernels run on CPU tensors without a GPU.
+
+`library` builds the very source with tests/host_cuda.h. `run_on` makes leanquant.kernels launch from it: the Python that
+picks grids, sizes and argument order runs as on a GPU. `run_under_asan` runs one recorded launch in an executable of its own.
+"""
+
+import ctypes
+import os
+import re
+import struct
+import subprocess
+from pathlib import Path
+
+import torch
+
+from leanquant import kernels
+
+FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
+# Reads a launch from a file, runs it on buffers of exactly the tensors' sizes, and writes the tensors back.
+MAIN = """
+#include <string>
+int main(int, char** argv) {
+    FILE* in = fopen(argv[2], "rb");
+    int head[4];  // blocks, threads, shared bytes, arguments
+    if (!in || fread(head, 4, 4, in) != 4) return 2;
+    std::vector<void*> values(head[3]), pointers(head[3]);
+    std::vector<long long> sizes(head[3]);
+    for (int i = 0; i < head[3]; ++i) {  // a size of -1: an integer follows, not a tensor
+        if (fread(&sizes[i], 8, 1, in) != 1) return 2;
+        const long long bytes = sizes[i] < 0 ? 4 : sizes[i];
+        pointers[i] = malloc(bytes);
+        if (bytes && fread(pointers[i], 1, bytes, in) != (size_t)bytes) return 2;
+        values[i] = sizes[i] < 0 ? pointers[i] : (void*)&pointers[i];
+    }
+    fclose(in);
+    const std::string name = argv[1];
+    DISPATCH
+    FILE* out = fopen(argv[3], "wb");
+    for (int i = 0; i < head[3]; ++i)
+        if (sizes[i] > 0) fwrite(pointers[i], 1, sizes[i], out);
+    fclose(out);
+}
+"""
+
+
+def source_of(cuda: Path, names: list[str]) -> str:
+    exports = "".join(
+        f'extern "C" void launch_{name}(int blocks, int threads, int shared, void** values) '
+        f"{{ host::launch({name}, blocks, threads, shared, values); }}\n"
+        for name in names
+    )
+    return f'#include "{Path(__file__).with_name("host_cuda.h")}"\n#include "{cuda}"\n{exports}'
+
+
+def build(source: str, out: Path, *flags: str) -> Path:
+    out.with_suffix(".cpp").write_text(source)
+    subprocess.run(["g++", *FLAGS, *flags, str(out.with_suffix(".cpp")), "-o", str(out)], check=True)
+    return out
+
+
+def library(cuda: Path, names: list[str], folder: Path) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build(source_of(cuda, names), folder / "host.so", "-shared", "-fPIC")))
+
+
+def executable(cuda: Path, names: list[str], folder: Path) -> Path:
+    """The same kernels under AddressSanitizer."""
+    dispatch = "".join(f'if (name == "{name}") launch_{name}(head[0], head[1], head[2], values.data());\n' for name in names)
+    source = source_of(cuda, names) + MAIN.replace("DISPATCH", dispatch)
+    return build(source, folder / "asan", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+
+
+def kernel_names(cuda: Path) -> list[str]:
+    """Of a CUDA file, as the compiler would list them: macros that make kernels are expanded."""
+    made = subprocess.run(["g++", "-E", "-P", "-x", "c++", str(cuda)], check=True, capture_output=True, text=True).stdout
+    return re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^()]*(?:\([^()]*\))?[^()]*\)\s*)?(\w+)\(', made)
+
+
+def run_on(monkeypatch, built: ctypes.CDLL) -> list[tuple]:
+    """For the test: CPU tensors count as a GPU's, and launches go to `built`. Returns the list that launches are noted in."""
+    launches = []
+
+    def call(function, name, device, blocks, threads, shared_bytes, args):
+        launches.append((name, blocks, threads, shared_bytes, args))
+        pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args]
+        values = (ctypes.c_void_p * len(args))(*(ctypes.addressof(pointer) for pointer in pointers))
+        function(blocks, threads, shared_bytes, values)
+
+    monkeypatch.delenv("LEANQUANT_KERNELS", raising=False)
+    monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(kernels, "_compiled", lambda source, name, index: getattr(built, f"launch_{name}"))
+    monkeypatch.setattr(kernels, "_call", call)
+    return launches
+
+
+def run_under_asan(program: Path, launch: tuple, folder: Path) -> subprocess.CompletedProcess:
+    """One noted launch again, with buffers of exactly the tensors' sizes. Afterwards the results are in folder/out."""
+    name, blocks, threads, shared_bytes, args = launch
+    parts = [struct.pack("4i", blocks, threads, shared_bytes, len(args))]
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            data = arg.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+            parts += [struct.pack("q", len(data)), data]
+        else:
+            parts += [struct.pack("q", -1), struct.pack("i", arg)]
+    (folder / "in").write_bytes(b"".join(parts))
+    options = {"ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0"}
+    command = [str(program), name, str(folder / "in"), str(folder / "out")]
+    return subprocess.run(command, env=os.environ | options, capture_output=True, text=True)

@@ -1,0 +1,157 @@
+// Enough of CUDA to build a .cu file for the host: each thread of a block is a fiber that yields where threads meet.
+//
+// Barriers, shuffles and ballots abort if a thread of the block (or warp) ends without reaching them. Blocks run one after
+// the other. Under AddressSanitizer, shared memory beyond what the launch asked for is poisoned. It cannot see races within
+// a warp, bank conflicts, misaligned vector loads or contraction to fused multiply-adds.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <utility>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
+#define __global__
+#define __device__
+#define __shared__
+#define __align__(n) __attribute__((aligned(n)))
+#define __launch_bounds__(...)
+
+struct Index {
+    int x;
+};
+static Index blockIdx, blockDim, threadIdx;
+alignas(16) char shared_memory[232448];
+
+namespace host {
+struct Meeting {  // of the threads of a block or of a warp
+    int arrived = 0, expected = 0;
+    long round = 0;
+};
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    bool done = false;
+};
+static std::vector<Fiber> fibers;
+static std::vector<Meeting> warps;
+static std::vector<unsigned> slots[2];  // what each thread shows to its warp, for even and odd rounds
+static Meeting block;
+static ucontext_t scheduler;
+static void (*body)(void*);
+static void* arguments;
+
+static void meet(Meeting& meeting) {
+    const long round = meeting.round;
+    const int me = threadIdx.x;
+    if (++meeting.arrived == meeting.expected) {
+        meeting.arrived = 0;
+        ++meeting.round;
+        return;
+    }
+    while (meeting.round == round) swapcontext(&fibers[me].context, &scheduler);
+    threadIdx.x = me;
+}
+
+// Every lane shows `mine`; afterwards slots[result] holds all of them until the warp's next but one exchange.
+static int exchange(unsigned mine) {
+    Meeting& warp = warps[threadIdx.x / 32];
+    const int parity = warp.round % 2;
+    slots[parity][threadIdx.x] = mine;
+    meet(warp);
+    return parity;
+}
+
+static void start() {
+    const int me = threadIdx.x;
+    body(arguments);
+    fibers[me].done = true;
+    swapcontext(&fibers[me].context, &scheduler);
+}
+
+static void run_block(int threads) {
+    fibers.assign(threads, Fiber());
+    warps.assign((threads + 31) / 32, Meeting());
+    for (int t = 0; t < threads; ++t) ++warps[t / 32].expected;
+    block = Meeting();
+    block.expected = threads;
+    for (auto& slot : slots) slot.assign(threads, 0);
+    for (auto& fiber : fibers) {
+        fiber.stack.resize(65536);
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        makecontext(&fiber.context, start, 0);
+    }
+    for (int live = threads; live;) {
+        bool moved = false;
+        for (int t = 0; t < threads; ++t) {
+            if (fibers[t].done) continue;
+            const long before = block.round + warps[t / 32].round + block.arrived + warps[t / 32].arrived;
+            threadIdx.x = t;
+            swapcontext(&scheduler, &fibers[t].context);
+            live -= fibers[t].done;
+            moved |= fibers[t].done || before != block.round + warps[t / 32].round + block.arrived + warps[t / 32].arrived;
+        }
+        if (!moved && live) {
+            fprintf(stderr, "deadlock: some threads wait where others never come\n");
+            abort();
+        }
+    }
+}
+
+template <class... A, size_t... I>
+static void call(void (*kernel)(A...), void** values, std::index_sequence<I...>) {
+    kernel(*(A*)values[I]...);
+}
+
+template <class... A>
+static void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** values) {
+    static void (*target)(A...);
+    target = kernel;
+    arguments = values;
+    body = [](void* all) { call(target, (void**)all, std::index_sequence_for<A...>()); };
+    memset(shared_memory, 0xff, sizeof shared_memory);  // NaN: nothing may rely on zeros
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_POISON_MEMORY_REGION(shared_memory + shared, sizeof shared_memory - shared);
+#endif
+    blockDim.x = threads;
+    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(shared_memory, sizeof shared_memory);
+#endif
+}
+}  // namespace host
+
+static void __syncthreads() { host::meet(host::block); }
+static unsigned as_bits(float x) {
+    unsigned bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+static float __int_as_float(int bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+static int __float_as_int(float x) { return (int)as_bits(x); }
+static int __popc(unsigned x) { return __builtin_popcount(x); }
+static unsigned __ballot_sync(unsigned, bool vote) {
+    const int parity = host::exchange(vote), first = threadIdx.x / 32 * 32;
+    unsigned votes = 0;
+    for (int lane = 0; lane < 32; ++lane) votes |= host::slots[parity][first + lane] << lane;
+    return votes;
+}
+static float __shfl_sync(unsigned, float mine, int lane) {
+    const int parity = host::exchange(as_bits(mine)), first = threadIdx.x / 32 * 32;
+    return __int_as_float((int)host::slots[parity][first + (lane & 31)]);
+}
+static float __shfl_down_sync(unsigned, float mine, int by) {
+    const int lane = threadIdx.x % 32;
+    return __shfl_sync(0, mine, lane + by < 32 ? lane + by : lane);
+}
