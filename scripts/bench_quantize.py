@@ -241,12 +241,9 @@ def quantize_layers(folder: Path, command: list[str], seqlen: int, device: torch
         "peak_host_gb": llama.peak_host_bytes() / 1e9,
         "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
     }
-    print(
-        f"\n--recipe {parsed.recipe}: {layers} layers of {'a tiny model' if smoke else 'Llama-3-8B'}, {ids.numel()} tokens: {seconds:.1f} s",
-        end="",
-    )
-    print(f" ({result['seconds_for_32_layers']:.0f} s for 32 layers), peak host {result['peak_host_gb']:.1f} GB", end="")
-    print(f", device {result['peak_device_gb']:.1f} GB" if result["peak_device_gb"] else "")
+    what = f"{layers} layers of {'a tiny model' if smoke else 'Llama-3-8B'}, {ids.numel()} tokens"
+    memory = f"host {result['peak_host_gb']:.1f} GB" + (f", device {result['peak_device_gb']:.1f} GB" if result["peak_device_gb"] else "")
+    print(f"\n--recipe {parsed.recipe}: {what}: {seconds:.1f} s ({result['seconds_for_32_layers']:.0f} s for 32 layers), peak {memory}")
     for name, value in sorted(phases.seconds.items(), key=lambda item: -item[1]):
         print(f"  {name:<20}{value:8.2f} s {100 * value / seconds:5.0f} %", flush=True)
     return result
