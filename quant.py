@@ -160,7 +160,7 @@ def _products_of(X: torch.Tensor) -> Iterator[None]:
 
 def _on_tensor_cores(X: torch.Tensor) -> bool:
     """Can a GPU multiply what `X` holds in 16 bits and sum it in float32? That is as exact as float32, and ten times faster."""
-    return X.is_cuda and X.dtype in (torch.float16, torch.bfloat16)
+    return kernels.on_gpu(X) and X.dtype in (torch.float16, torch.bfloat16)
 
 
 def _difference(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
@@ -447,7 +447,7 @@ def _products_with(H: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     On a GPU, B and the three parts of 8 bits that make up a float32 are exact in bfloat16, and three products on tensor cores
     take a fifth of the time of one in float32.
     """
-    if not H.is_cuda:
+    if not kernels.on_gpu(H):
         return lambda B: B @ H
     parts = torch.empty(3, *H.shape, dtype=torch.bfloat16, device=H.device)
     for rows in torch.arange(len(H), device=H.device).split(1024):

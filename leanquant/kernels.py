@@ -5,6 +5,8 @@ and keeps the result on disk. Not here: the kernels (.cu files) and their torch 
 arguments and run wherever the kernels cannot.
 """
 
+import ctypes
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable
@@ -86,6 +88,7 @@ def _check(kernel: Kernel, args: tuple) -> torch.device:
 def _compiled(source: Path, name: str, device_index: int):
     """The CuPy function, or the KernelError that says why there is none: compiling is not tried twice."""
     try:
+        _load_compiler()
         import cupy
 
         with cupy.cuda.Device(device_index):
@@ -95,6 +98,14 @@ def _compiled(source: Path, name: str, device_index: int):
     except Exception as error:  # a missing wheel, driver or compiler each raise their own kind
         major = (torch.version.cuda or "12").split(".")[0]
         return KernelError(f"{name} runs in torch, which is slower: {_first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}")
+
+
+def _load_compiler() -> None:
+    """Load NVRTC from its wheel: CuPy before 14 looks on the system's paths alone, but finds by name what is loaded already."""
+    nvidia = importlib.util.find_spec("nvidia")
+    for folder in nvidia.submodule_search_locations if nvidia else ():
+        for library in Path(folder).glob("cuda_nvrtc/lib/libnvrtc.so.*"):
+            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
 def _call(function, name: str, device: torch.device, blocks: int, threads: int, shared_bytes: int, args: tuple) -> None:

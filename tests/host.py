@@ -85,6 +85,12 @@ def run_on(monkeypatch, built: ctypes.CDLL) -> list[tuple]:
         values = (ctypes.c_void_p * len(args))(*(ctypes.addressof(pointer) for pointer in pointers))
         function(blocks, threads, shared_bytes, values)
 
+    def mm(a, b, out_dtype=None):
+        """torch.mm, with the float32 output for 16-bit factors that it has on GPUs alone."""
+        return product(a, b) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype))
+
+    product = torch.mm
+    monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.delenv("LEANQUANT_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(kernels, "_compiled", lambda source, name, index: getattr(built, f"launch_{name}"))

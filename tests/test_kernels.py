@@ -19,6 +19,7 @@ import leanquant_grid
 import nvrtc
 import quant
 from leanquant import kernels
+from modelutils import GroupInput
 from quant import CUDA_SOURCE
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -132,6 +133,30 @@ def test_whole_solver_and_descent_on_kernels(built, monkeypatch, groupsize):
     torch.testing.assert_close(quant.refine(W, grid, expected, factor, config)[1].loss, refined.loss, rtol=0.02, atol=0)
     assert {name for name, *_ in launches} == {"solve_block", "descend_block"}
     assert K == grid.levels.shape[2]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_on_tensor_cores(launches, dtype):
+    """16-bit inputs are multiplied as they are, and give the float32 sums."""
+    generator = torch.Generator().manual_seed(2)
+    draw = lambda I: torch.randn(3, 50, I, generator=generator).to(dtype)  # noqa: E731
+    ours, theirs = (GroupInput(draw(40), draw(24)) for _ in range(2))
+    total = quant.Statistics(40, 24, True, torch.device("cpu"))
+    total.add(ours, theirs)
+    x, difference, lacks = (t.flatten(0, 1).double() for t in (ours.X, theirs.X - ours.X, theirs.residual - ours.residual))
+    torch.testing.assert_close(total.H.triu().double(), (x.T @ x).triu(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(total.C.double(), difference.T @ x, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(total.R.double(), lacks.T @ x, rtol=1e-4, atol=1e-3)
+
+
+def test_products_in_three_parts_are_as_exact_as_float32(launches):
+    generator = torch.Generator().manual_seed(3)
+    H = torch.randn(1500, 300, generator=generator).pow(3)
+    H = H.T @ H
+    B = torch.randint(0, 16, (64, 300), generator=generator).float()
+    exact = B.double() @ H.double()
+    error, float32_error = ((product.double() - exact).norm() for product in (quant._products_with(H)(B), B @ H))
+    assert error <= 2 * float32_error
 
 
 def rows_problem(rows: int, points: int, hostile: str = "", seed: int = 0):
@@ -361,6 +386,25 @@ class TestOnTheGpu:
         same = (found.scale == expected.scale) & (found.zero == expected.zero)
         assert (same | ((costs[0] - costs[1]).abs() <= 1e-9 * costs[1])).all()
         assert same.float().mean() >= 0.98 or hostile
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_statistics(self, dtype):
+        generator = torch.Generator().manual_seed(2)
+        draw = lambda I: torch.randn(2, 500, I, generator=generator).to(dtype)  # noqa: E731
+        ours, theirs = (GroupInput(draw(1100), draw(64)) for _ in range(2))
+        sums = []
+        for device in ("cpu", "cuda"):
+            total = quant.Statistics(1100, 64, True, torch.device(device))
+            total.add(*(GroupInput(*(t.to(device) for t in seen)) for seen in (ours, theirs)))
+            sums.append([t.cpu() for t in (total.H.triu(), total.C, total.R)])
+        for expected, found in zip(*sums, strict=True):
+            assert (found - expected).norm() <= 3e-3 * expected.norm()
+
+    def test_products_in_three_parts(self):
+        H = torch.randn(700, 700, device="cuda")
+        B = torch.randint(0, 16, (64, 700), device="cuda").float()
+        exact = B.double() @ H.double()
+        assert (quant._products_with(H)(B).double() - exact).norm() <= 1e-6 * exact.norm()
 
     def test_two_runs_are_bit_identical(self):
         args = gpu(*block_problem(300, 128, 16, 2))
