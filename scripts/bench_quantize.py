@@ -1,6 +1,6 @@
 """Quantization speed: each kernel beside its torch twin and the paper's brute force, and layers of Llama-3-8B's shapes.
 
-    python scripts/bench_quantize.py [--device cuda] [--bits 4] [--layers 2] [--out docs/results/quantize-gpu.json]
+    python scripts/bench_quantize.py [--device cuda] [--bits 4] [--out docs/results/quantize-gpu.json]
 
 Per matrix, random weights, medians of CUDA events. The brute force runs on a few rows and is scaled to all; the twins are
 what a machine without kernels runs. End to end: random weights of the 8B model's decoder layers, random tokens (the time
@@ -33,7 +33,6 @@ import quant  # noqa: E402
 from leanquant import kernels, packing  # noqa: E402
 from leanquant_grid import affine_search, kmeans_levels, sensitivity  # noqa: E402
 
-SHAPES = [(4096, 4096), (14336, 4096), (4096, 14336)]
 T = 2048
 BRUTE_FORCE = kernels.Kernel(ROOT / "scripts" / "brute_force.cu", "brute_force", (*3 * [torch.float32], torch.uint8, int, int, int))
 # Most milliseconds for a 4096 x 4096 matrix at 4 bits on an H200; end to end: seconds for 32 layers, and GB on the device.
@@ -54,6 +53,7 @@ def main() -> None:
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bits", type=int, default=4)
+    add("--shapes", nargs="*", default=["4096x4096", "14336x4096", "4096x14336"], help="matrices, rows x columns")
     add("--layers", type=int, default=2, help="decoder layers to quantize end to end")
     add("--windows", type=int, default=128, help="calibration windows")
     add("--seqlen", type=int, default=2048)
@@ -63,9 +63,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     device = torch.device(args.device)
-    shapes = [(32, 64)] if args.smoke else SHAPES
+    shapes = ["32x64"] if args.smoke else args.shapes
     results = {"machine": machine(device), "bits": args.bits, "matrices": [], "end_to_end": []}
-    for O, I in shapes:
+    for O, I in (map(int, shape.split("x")) for shape in shapes):
         results["matrices"].append(bench_matrix(O, I, args.bits, device))
         save(results, args.out)
     for recipe in args.recipes:
