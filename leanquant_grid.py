@@ -294,7 +294,7 @@ def _search_affine_cuda(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
     )
     scale, zero = torch.empty(R, device=w.device), torch.empty(R, dtype=torch.uint8, device=w.device)
     threads, coarse = 128, (T - 2) // 16 + 1
-    kernels.launch(kernel, R, threads, 16 * threads + 8 * coarse + 16, w, A, B, scale, zero, n, T, int(exhaustive))
+    kernels.launch(kernel, (R, 1), threads, 16 * threads + 8 * coarse + 16, w, A, B, scale, zero, n, T, int(exhaustive))
     return Affine(scale, zero)
 
 

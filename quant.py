@@ -529,7 +529,7 @@ def _launch_block(kernel: kernels.Kernel, *args: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"{kernel.name}: sizes do not fit: {[tuple(t.shape) for t in args]}")
     errors = torch.empty_like(columns[0])
     shared = 4 * (B * (B + 1) // 2 + B * (TILE + 1)) + B * TILE
-    kernels.launch(kernel, -(-O // TILE), THREADS, shared, *args, errors, B, O, K)
+    kernels.launch(kernel, (-(-O // TILE), 1), THREADS, shared, *args, errors, B, O, K)
     return errors
 
 

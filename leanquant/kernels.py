@@ -54,8 +54,8 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-def launch(kernel: Kernel, blocks: int, threads: int, shared_bytes: int, *args: torch.Tensor | int) -> None:
-    """Run `kernel` on torch's current stream of the tensors' GPU, or raise KernelError.
+def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, shared_bytes: int, *args: torch.Tensor | int | None) -> None:
+    """Run `kernel` on torch's current stream of the tensors' GPU, or raise KernelError. None is a null pointer.
 
     Raises TypeError or ValueError for arguments that it must not be given: other dtypes than declared, tensors that are
     not contiguous or not all on one GPU, integers beyond 32 bits.
@@ -75,6 +75,8 @@ def _check(kernel: Kernel, args: tuple) -> torch.device:
         if wanted is int:
             if not isinstance(arg, int) or not -(2**31) <= arg < 2**31:
                 raise TypeError(f"{kernel.name}: argument {number} must be a 32-bit integer, not {arg!r}")
+        elif arg is None:
+            continue
         elif not isinstance(arg, torch.Tensor) or arg.dtype != wanted:
             raise TypeError(f"{kernel.name}: argument {number} must be a tensor of {wanted}, not {getattr(arg, 'dtype', type(arg))}")
         elif not on_gpu(arg) or arg.device != tensors[0].device:
@@ -92,12 +94,19 @@ def _compiled(source: Path, name: str, device_index: int):
         import cupy
 
         with cupy.cuda.Device(device_index):
-            function = cupy.RawModule(code=source.read_text(), options=("--std=c++17",)).get_function(name)
+            function = _module(source, device_index).get_function(name)
             function.attributes  # noqa: B018 - compiles and loads now, where it can still be caught
             return function
     except Exception as error:  # a missing wheel, driver or compiler each raise their own kind
         major = (torch.version.cuda or "12").split(".")[0]
         return KernelError(f"{name} runs in torch, which is slower: {_first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}")
+
+
+@lru_cache
+def _module(source: Path, device_index: int):
+    import cupy
+
+    return cupy.RawModule(code=source.read_text(), options=("--std=c++17",))
 
 
 def _load_compiler() -> None:
@@ -108,18 +117,22 @@ def _load_compiler() -> None:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def _call(function, name: str, device: torch.device, blocks: int, threads: int, shared_bytes: int, args: tuple) -> None:
+def _call(function, name: str, device: torch.device, blocks: tuple[int, int], threads: int, shared_bytes: int, args: tuple) -> None:
     import cupy
 
-    values = tuple(arg.data_ptr() if isinstance(arg, torch.Tensor) else cupy.int32(arg) for arg in args)
+    values = tuple(cupy.int32(arg) if isinstance(arg, int) else _address(arg) for arg in args)
     stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index)
     try:
         with cupy.cuda.Device(device.index), stream:
             if shared_bytes > FREE_SHARED_BYTES:
                 function.max_dynamic_shared_size_bytes = shared_bytes
-            function((blocks,), (threads,), values, shared_mem=shared_bytes)  # raises if the launch is refused
+            function(blocks, (threads,), values, shared_mem=shared_bytes)  # raises if the launch is refused
     except Exception as error:
         raise KernelError(f"{name} runs in torch, which is slower: its launch failed: {_first_line(error)}") from error
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _first_line(error: Exception) -> str:

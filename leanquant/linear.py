@@ -1,22 +1,40 @@
-"""The quantized linear layer, in torch on any device: codes stay packed, the weight is rebuilt for each forward pass.
+"""The quantized linear layer: a module whose state is codes and levels, three ways to multiply with them, its place in a model.
 
 Legend: O out_features, I in_features, K = 2**bits levels, G groups.
 """
 
+import warnings
+from pathlib import Path
+
 import torch
 from torch import nn
 
-from .packing import PackedLinear
+from . import lut_gemm
+from .errors import InputError
+from .packing import Checkpoint, PackedLinear, pack_codes, unpack_codes
+
+PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
+MIN_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}  # of a GPU, for the fused kernels
 
 
 class QuantizedLinear(nn.Module):
-    """y = x W^T + bias with W = levels[codes], for x [..., I]. Buffers: codes, and grid or scale and zero (packing.py)."""
+    """y = x W^T + bias with W = levels[codes], for x [..., I].
+
+    State, under the file's names: weight_codes and quant_grid, or scale and zero (packing.py), and bias. `prepare` chooses
+    what the products read: "packed" rebuilds the weight piece by piece, in every forward pass, and needs nothing besides;
+    "tiles" is the layout of the fused CUDA kernels and takes the place of the codes; "dense" keeps the rebuilt weight too. The
+    state that is saved is the same in all of them.
+    """
 
     def __init__(self, packed: PackedLinear, bits: int, in_features: int, bias: torch.Tensor | None):
         super().__init__()
         self.bits, self.in_features, self.out_features = bits, in_features, packed.codes.shape[0]
-        for name, tensor in packed._asdict().items():
+        self.packed_bytes = packed.codes.shape[1]  # of a row: tells the layout of the stored codes
+        for name, tensor in zip(("weight_codes", "quant_grid", "scale", "zero"), packed, strict=True):
             self.register_buffer(name, tensor)
+        for name in ("tiles", "planes", "dense"):
+            self.register_buffer(name, None, persistent=False)
+        self.form, self.tiles_dtype = "packed", None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
@@ -24,18 +42,124 @@ class QuantizedLinear(nn.Module):
         """A stand-in for `linear` that has only shapes: `shapes` holds meta tensors, the bias stays on meta too."""
         return cls(shapes, bits, linear.in_features, linear.bias)
 
+    # --- state ---
+
     def fill(self, packed: PackedLinear) -> None:
         """Take the stored tensors."""
-        for name, tensor in packed._asdict().items():
-            setattr(self, name, tensor)
+        self.weight_codes, self.quant_grid, self.scale, self.zero = packed
 
-    def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """The dequantized weight [O, I]."""
-        packed = PackedLinear(self.codes, self.grid, self.scale, self.zero)
-        return packed.dequantize(self.bits, self.in_features, dtype)
+    def packed(self) -> PackedLinear:
+        """The stored tensors, from whatever form they are in."""
+        codes = self.weight_codes
+        if self.tiles is not None:
+            layout = "dense" if self.packed_bytes < (self.in_features + 1) // 2 else "nibble"
+            codes = lut_gemm.untile_codes(self.tiles, self.bits, self.out_features, self.in_features)
+            codes = pack_codes(codes, self.bits, layout)
+        return PackedLinear(codes, self.quant_grid, self.scale, self.zero)
+
+    def prepare(self, form: str, dtype: torch.dtype) -> None:
+        """Take `form`, one of the three, for products in `dtype`. What the kernels cannot do stays packed."""
+        self.release()
+        if form == "tiles" and self.can_be_tiled(dtype):
+            packed = self.packed()
+            if self._row_wise:
+                self.planes = lut_gemm.level_planes(packed.levels(self.bits).squeeze(1).to(dtype))
+            self.tiles = lut_gemm.tile_codes(unpack_codes(packed.codes, self.bits, self.in_features), self.bits)
+            self.weight_codes, self.tiles_dtype = None, dtype
+        elif form == "dense":
+            self.dense = self.packed().dequantize(self.bits, self.in_features, dtype)
+        else:
+            return
+        self.form = form
+
+    def release(self) -> None:
+        """Back to packed codes alone."""
+        self.weight_codes = self.packed().codes
+        self.tiles = self.planes = self.dense = None
+        self.form = "packed"
+
+    @property
+    def _row_wise(self) -> bool:
+        return self.quant_grid is not None or self.scale.shape[1] == 1
+
+    def can_be_tiled(self, dtype: torch.dtype) -> bool:
+        return dtype in lut_gemm.NAMES and (self._row_wise or self.in_features % (16 * self.scale.shape[1]) == 0)
+
+    def _apply(self, fn, recurse=True):
+        """Levels and scales move with the model, but `model.half()` and the like do not round them again."""
+        stored = {name: self._buffers[name] for name in ("quant_grid", "scale") if self._buffers[name] is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.tiles is not None:
+            destination[prefix + "weight_codes"] = self.packed().codes
+
+    # --- products ---
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, self.weight(x.dtype), self.bias)
+        if self.form == "dense":
+            return nn.functional.linear(x, self.dense.to(x.dtype), self.bias)
+        if self.form == "tiles" and x.dtype == self.tiles_dtype:
+            scale, zero = (None, None) if self._row_wise else (self.scale, self.zero)
+            return lut_gemm.lut_linear(x, self.tiles, self.planes, scale, zero, self.bias, self.bits, self.out_features)
+        return self._by_pieces(x)
+
+    def _by_pieces(self, x: torch.Tensor) -> torch.Tensor:
+        packed, rows = self.packed(), max(1, PIECE_WEIGHTS // self.in_features)
+        weights = (part.dequantize(self.bits, self.in_features, x.dtype) for part in packed.split(rows))
+        products = [nn.functional.linear(x, weight) for weight in weights]
+        y = products[0] if len(products) == 1 else torch.cat(products, -1)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, bias={self.bias is not None}"
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
+        return f"{sizes}, bias={self.bias is not None}, form={self.form}"
+
+
+# --- in a model ------------------------------------------------------------------------------------------------
+
+
+def replace_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a QuantizedLinear, still without values, in the place of each quantized linear of the file, checked against it."""
+    modules = dict(model.named_modules())
+    for name in checkpoint.quantized:
+        linear = modules.get(name)
+        if not isinstance(linear, nn.Linear):
+            raise InputError(f"the file has a quantized {name}, which the base model lacks: is it the right base model?")
+        checkpoint.check_linear(name, linear.out_features, linear.in_features)
+        model.set_submodule(name, QuantizedLinear.on_meta(checkpoint.packed_shapes(name), checkpoint.bits_of(name), linear))
+
+
+def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> None:
+    """Give every filled QuantizedLinear the form that is fastest where it lies: tiles on a GPU, rebuilt weights on a CPU.
+
+    What lies on the CPU because the GPUs are full stays packed: it travels to them for each forward pass.
+    """
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    rebuild = dequantize == "always" or (dequantize == "auto" and all(linear.weight_codes.device.type == "cpu" for linear in linears))
+    needed = sum(linear.in_features * linear.out_features * dtype.itemsize for linear in linears)
+    if rebuild and dequantize == "auto" and needed > 0.8 * _free_host_bytes():
+        warnings.warn(f"{needed / 1e9:.1f} GB of rebuilt weights do not fit: they stay packed, which is slower on a CPU", stacklevel=3)
+        rebuild = False
+    for linear in linears:
+        if rebuild:
+            linear.prepare("dense", dtype)
+        elif linear.weight_codes.is_cuda and _has_kernels(linear.weight_codes.device, dtype):
+            linear.prepare("tiles", dtype)
+
+
+def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
+    return dtype in MIN_CAPABILITY and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY[dtype]
+
+
+def _free_host_bytes() -> float:
+    """Memory that can still be had on the host; infinite where the system does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return float("inf")

@@ -4,6 +4,7 @@ Reads this project's files and folders, and the published model zoo's. Weights g
 device: nothing is initialised at random and no second copy of the model is made.
 """
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,8 +13,11 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .errors import InputError
-from .linear import QuantizedLinear
-from .packing import CODES, Checkpoint, layout_of
+from .linear import QuantizedLinear, prepare_linears, replace_linears
+from .packing import Checkpoint
+from .plugin import mark_quantized
+
+DEQUANTIZE = ("auto", "always", "never")
 
 
 class LeanQuantModelForCausalLM:
@@ -30,59 +34,42 @@ class LeanQuantModelForCausalLM:
         device_map: str | dict | None = "auto",
         max_memory: dict | None = None,
         dequantize: str = "auto",
+        trust_remote_code: bool = False,
     ) -> nn.Module:
         """Load the quantized model at `path` (file or folder) for the architecture of `base_model_name_or_path`.
 
         path: unset if the base is itself a folder of ours. bits: checked against the file if given. torch_dtype:
         unset means the file's type on a GPU and float32 on a CPU. device: everything there; otherwise `device_map`
-        ("auto" spreads layers over the GPUs, within `max_memory`). dequantize: "always" rebuilds plain linears once,
-        "never" keeps codes packed, "auto" rebuilds them on a CPU, where that is much faster.
-        Raises InputError if the file is damaged, or does not fit the base model or `bits`.
+        ("auto" spreads layers over the GPUs, within `max_memory`, and the rest over the host's memory). dequantize: "always"
+        keeps rebuilt weights too, "never" only codes; "auto" rebuilds on a CPU, where that is much faster, if they fit there.
+        trust_remote_code: run Python code that comes with the base model. Raises InputError (a ValueError) if the file is
+        damaged, or does not fit the base model or `bits`.
         """
-        if dequantize not in ("auto", "always", "never"):
-            raise InputError(f'dequantize is {dequantize!r}: give "auto", "always" or "never"')
+        if dequantize not in DEQUANTIZE:
+            raise InputError(f"dequantize is {dequantize!r}: give one of {', '.join(DEQUANTIZE)}")
         checkpoint = Checkpoint.open(base_model_name_or_path if path is None else path)
         checkpoint.check_bits(bits, path or base_model_name_or_path)
-        config = AutoConfig.from_pretrained(base_model_name_or_path)
+        checkpoint.check_plain_dtypes()
+        config = AutoConfig.from_pretrained(base_model_name_or_path, trust_remote_code=trust_remote_code)
         if hasattr(config, "quantization_config"):
             del config.quantization_config
         single = device if device is not None else device_map if device_map != "auto" and not isinstance(device_map, dict) else None
         on_cpu = torch.device(single).type == "cpu" if single is not None else not torch.cuda.is_available()
         dtype = torch_dtype or (torch.float32 if on_cpu else checkpoint.stored_dtype)
         with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        _check_linears(model, checkpoint)
-        if dequantize == "never" or (dequantize == "auto" and not on_cpu):
-            _pack_linears(model, checkpoint)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        replace_linears(model, checkpoint)
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
         model.tie_weights()
+        prepare_linears(model, dtype, dequantize)
+        mark_quantized(model, checkpoint.settings or {"bits": checkpoint.bits_of(checkpoint.quantized[0])})
         if len(set(devices.values())) > 1:
-            model = dispatch_model(model, devices)
+            model = dispatch_model(model, devices, offload_buffers=True)
         else:
             model.to(next(iter(devices.values())))  # buffers that are not in the file
         _load_generation_config(model, base_model_name_or_path)
         return model
-
-
-def _check_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Every quantized linear of the file is one of the model's, of the same size."""
-    modules = dict(model.named_modules())
-    for name in checkpoint.quantized:
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
-            raise InputError(f"the file has a quantized {name}, which the base model lacks: is it the right base model?")
-        rows, width = checkpoint.shapes[name + CODES]
-        layout_of(width, checkpoint.bits_of(name), linear.in_features)
-        if rows != linear.out_features:
-            raise InputError(f"{name} has {rows} rows in the file and {linear.out_features} in the base model: is it the right one?")
-
-
-def _pack_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a QuantizedLinear, still without values, in the place of each quantized linear."""
-    for name in checkpoint.quantized:
-        linear = model.get_submodule(name)
-        model.set_submodule(name, QuantizedLinear.on_meta(checkpoint.packed_shapes(name), checkpoint.bits_of(name), linear))
 
 
 def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) -> dict:
@@ -94,6 +81,11 @@ def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) 
     devices = infer_auto_device_map(model, max_memory, no_split_module_classes=model._no_split_modules)
     if "disk" in devices.values():
         raise InputError("the model does not fit the GPUs and the host memory: raise max_memory or use a larger machine")
+    offloaded = [name for name, where in devices.items() if where == "cpu"]
+    if offloaded:
+        tensors = (t for name in offloaded for t in model.get_submodule(name).state_dict().values())
+        size = sum(t.numel() * t.element_size() for t in tensors)
+        warnings.warn(f"{size / 1e9:.1f} GB of the model do not fit the GPUs and stay in host memory, which is slow", stacklevel=3)
     return devices
 
 
@@ -110,15 +102,29 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.
     """Give every parameter and every packed linear its tensors from the file."""
     head = model.get_output_embeddings()
     tied = model.config.get_text_config().tie_word_embeddings
+    used = set()
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            module.fill(checkpoint.packed(name).to(_device_of(name, devices)))
+            module.fill(checkpoint.packed(name, module.out_features, module.in_features).to(_device_of(name, devices)))
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             full_name = f"{name}.{leaf}"
             if module is head and tied and full_name not in checkpoint:
                 continue  # tie_weights gives it the embeddings
             value = checkpoint.weight(full_name, tuple(parameter.shape), dtype, _device_of(name, devices))
+            if not torch.isfinite(value).all():
+                raise InputError(f"{full_name} holds NaN or infinity: the file is damaged, get it again")
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
+            used.add(full_name)
+    check_all_used(checkpoint, used)
+
+
+def check_all_used(checkpoint: Checkpoint, used: set[str]) -> None:
+    """Raise InputError for a tensor of the file that the model has no place for; a stored copy of a tied head is one it has."""
+    quantized = set(checkpoint.quantized)
+    for name in checkpoint.shapes:
+        linear = name.rpartition(".")[0]
+        if name not in used and linear not in quantized and not name.endswith(("inv_freq", "lm_head.weight", "masked_bias", "attn.bias")):
+            raise InputError(f"the file has a tensor {name}, which the base model lacks: is it the right base model?")
 
 
 def _load_generation_config(model: nn.Module, base) -> None:

@@ -14,7 +14,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,6 +114,23 @@ class PackedLinear(NamedTuple):
     def to(self, device) -> "PackedLinear":
         return PackedLinear(*(None if t is None else t.to(device) for t in self))
 
+    def split(self, rows: int) -> Iterator["PackedLinear"]:
+        """The same, by pieces of so many rows."""
+        for start in range(0, len(self.codes), rows):
+            yield PackedLinear(*(None if t is None else t[start : start + rows] for t in self))
+
+    def check_values(self, linear: str, bits: int, columns: int) -> None:
+        """Raise InputError, naming the tensor of the module path `linear`, for values that no writer of this format writes."""
+        for suffix, levels in ((GRID, self.grid), (SCALE, self.scale)):
+            if levels is not None and not torch.isfinite(levels).all():
+                raise InputError(f"{linear}{suffix} holds NaN or infinity: the file is damaged, get it again")
+        if self.zero is not None and self.zero.numel() and int(self.zero.max()) >= 2**bits:
+            raise InputError(f"{linear}{ZERO} holds {int(self.zero.max())}, not below {2**bits}: the file is damaged, get it again")
+        # Only a nibble can hold more than `bits` bits: its upper ones must be clear.
+        excess = (16 - 2**bits) * 17
+        if layout_of(self.codes.shape[1], bits, columns) == "nibble" and (self.codes & excess).any():
+            raise InputError(f"{linear}{CODES} holds codes that are not below {2**bits}: the file is damaged, get it again")
+
     def levels(self, bits: int) -> torch.Tensor:
         """Float32 levels [O, G, K] (G = 1 for a grid)."""
         if self.grid is not None:
@@ -124,10 +141,7 @@ class PackedLinear(NamedTuple):
         """The weight [O, columns] in `dtype`: levels[codes]."""
         levels = self.levels(bits).to(dtype)
         codes = unpack_codes(self.codes, bits, columns).long()
-        O, G, K = levels.shape
-        # Only a nibble can hold more than `bits` bits.
-        if K < 16 and layout_of(self.codes.shape[1], bits, columns) == "nibble" and codes.numel() and int(codes.max()) >= K:
-            raise InputError(f"a code is not below {K}, the number of levels: the file is damaged")
+        O, G, _ = levels.shape
         return levels.gather(2, codes.view(O, G, columns // G)).view(O, columns)
 
 
@@ -175,9 +189,12 @@ class Checkpoint:
                 for name in f.keys():
                     piece = f.get_slice(name)
                     self.files[name], self.shapes[name], self.dtypes[name] = file, tuple(piece.get_shape()), piece.get_dtype()
-                self.settings = json.loads((f.metadata() or {}).get("leanquant", "null")) or self.settings
-        except (SafetensorError, OSError, json.JSONDecodeError) as error:
+                settings = json.loads((f.metadata() or {}).get("leanquant", "null")) or self.settings
+        except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file} is not a complete safetensors file ({error}): download or copy it again") from None
+        if not isinstance(settings, dict):
+            raise InputError(f"{file}: its leanquant metadata is not a JSON object: download or copy it again")
+        self.settings = settings
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
@@ -219,10 +236,48 @@ class Checkpoint:
     def bits_of(self, linear: str) -> int:
         """Bits of a quantized linear: from its grid's width, or from the settings for an affine one."""
         if linear + GRID in self:
-            return self.shapes[linear + GRID][1].bit_length() - 1
-        if "bits" not in self.settings:
-            raise InputError("an affine file without its leanquant metadata does not say its bits: quantize again")
-        return self.settings["bits"]
+            shape = self.shapes[linear + GRID]
+            if len(shape) != 2 or shape[1] not in (4, 8, 16):
+                raise InputError(f"{linear}{GRID} is {list(shape)}, not 4, 8 or 16 levels for each row: the file is damaged, get it again")
+            bits = shape[1].bit_length() - 1
+            if self.settings.get("bits", bits) != bits:
+                raise InputError(
+                    f"{linear}{GRID} has {shape[1]} levels a row, but the metadata says {self.settings['bits']} bits: get the file again"
+                )
+            return bits
+        bits = self.settings.get("bits")
+        if bits not in (2, 3, 4) or isinstance(bits, bool):
+            raise InputError(
+                f"{linear}{CODES}: an affine file's leanquant metadata must give its bits, 2, 3 or 4, not {bits!r}: quantize again"
+            )
+        return bits
+
+    def check_linear(self, linear: str, rows: int, columns: int) -> None:
+        """Raise InputError unless the header describes a quantized [rows, columns] under the module path `linear`."""
+        wanted = {CODES: ("U8",), GRID: ("F16", "BF16"), SCALE: ("F16",), ZERO: ("U8",)}
+        there = {suffix: self.shapes[linear + suffix] for suffix in wanted if linear + suffix in self}
+        if set(there) not in ({CODES, GRID}, {CODES, SCALE, ZERO}):
+            raise InputError(f"{linear} must have {CODES} and {GRID}, or {SCALE} and {ZERO}, not {' '.join(there)}: get the file again")
+        for suffix, shape in there.items():
+            if (kind := self.dtypes[linear + suffix]) not in wanted[suffix]:
+                raise InputError(f"{linear}{suffix} is {kind}, not {' or '.join(wanted[suffix])}: the file is damaged, get it again")
+            if len(shape) != 2 or shape[0] != rows:
+                raise InputError(
+                    f"{linear}{suffix} is {list(shape)}, but the base model has {rows} rows there: is it the right base model?"
+                )
+        groups = there.get(SCALE, (rows, 1))[1]
+        if there.get(ZERO, (rows, groups))[1] != groups or groups < 1 or columns % groups:
+            raise InputError(f"{linear}{SCALE} and {ZERO} do not divide {columns} columns into groups: is it the right base model?")
+        try:
+            layout_of(there[CODES][1], self.bits_of(linear), columns)
+        except InputError as error:
+            raise InputError(f"{linear}{CODES}: {error}") from None
+
+    def weights_of(self, linear: str) -> int:
+        """Weights of a quantized linear, from the header alone: up to a byte's worth too many a row, where rows are padded."""
+        rows, width = self.shapes[linear + CODES]
+        dense = self.settings.get("packing", "nibble") == "dense"
+        return rows * (width * 8 // self.bits_of(linear) if dense else 2 * width)
 
     def check_bits(self, bits: int | None, path) -> None:
         """Raise InputError unless this holds quantized linears, of `bits` bits if that is given."""
@@ -232,15 +287,30 @@ class Checkpoint:
         if bits is not None and held != [bits]:
             raise InputError(f"{path} holds {held} bits, not {bits}: correct the bits or leave them out")
 
+    def check_plain_dtypes(self) -> None:
+        """Raise InputError unless the tensors that are not quantized are floating point, of one 16-bit kind, and the levels too."""
+        kinds = {}
+        for name, kind in self.dtypes.items():
+            if not name.endswith((CODES, SCALE, ZERO)):
+                if kind not in ("F16", "BF16", "F32"):
+                    raise InputError(f"{name} is {kind}, not F16, BF16 or F32: the file is damaged, get it again")
+                kinds.setdefault(kind, name)
+        if {"F16", "BF16"} <= set(kinds):
+            raise InputError(f"{kinds['F16']} is F16 and {kinds['BF16']} is BF16: the file is damaged, get it again")
+
     @property
     def stored_dtype(self) -> torch.dtype:
         """The 16-bit type of the model: bfloat16 if most of its tensors are (codes, scales and zeros aside), else float16."""
         kinds = [kind for name, kind in self.dtypes.items() if not name.endswith((CODES, SCALE, ZERO))]
         return torch.bfloat16 if kinds.count("BF16") > len(kinds) / 2 else torch.float16
 
-    def packed(self, linear: str) -> PackedLinear:
+    def packed(self, linear: str, rows: int, columns: int) -> PackedLinear:
+        """What is stored for a quantized [rows, columns]. Raises InputError for what cannot be one."""
+        self.check_linear(linear, rows, columns)
         get = lambda suffix: self.get(linear + suffix) if linear + suffix in self else None  # noqa: E731
-        return PackedLinear(self.get(linear + CODES), get(GRID), get(SCALE), get(ZERO))
+        found = PackedLinear(self.get(linear + CODES), get(GRID), get(SCALE), get(ZERO))
+        found.check_values(linear, self.bits_of(linear), columns)
+        return found
 
     def packed_shapes(self, linear: str) -> PackedLinear:
         """`packed` on the meta device: shapes and dtypes, nothing read."""
@@ -252,7 +322,7 @@ class Checkpoint:
         """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's. `shape` is what must come out."""
         linear = name.removesuffix(".weight")
         if name not in self and self.is_quantized(linear):
-            tensor = self.packed(linear).to(device).dequantize(self.bits_of(linear), shape[1], dtype)
+            tensor = self.packed(linear, *shape).to(device).dequantize(self.bits_of(linear), shape[1], dtype)
         else:
             tensor = self.get(name).to(device, dtype)
         if tensor.shape != torch.Size(shape):

@@ -187,7 +187,7 @@ def brute_force_milliseconds(W: torch.Tensor, a: torch.Tensor, bits: int, rows: 
     scale, zero = torch.empty(rows, device=W.device), torch.empty(rows, dtype=torch.uint8, device=W.device)
     shared = 8 * 2048 + 8 * 256
     args = (w, sensitivities, scale, zero, w.shape[1], T, 2**bits)
-    taken = milliseconds(lambda: kernels.launch(BRUTE_FORCE, rows, 256, shared, *args), W.device, budget=1.0)
+    taken = milliseconds(lambda: kernels.launch(BRUTE_FORCE, (rows, 1), 256, shared, *args), W.device, budget=1.0)
     return taken * len(W) / rows
 
 

@@ -21,22 +21,23 @@ MAIN = """
 #include <string>
 int main(int, char** argv) {
     FILE* in = fopen(argv[2], "rb");
-    int head[4];  // blocks, threads, shared bytes, arguments
-    if (!in || fread(head, 4, 4, in) != 4) return 2;
-    std::vector<void*> values(head[3]), pointers(head[3]);
-    std::vector<long long> sizes(head[3]);
-    for (int i = 0; i < head[3]; ++i) {  // a size of -1: an integer follows, not a tensor
+    int head[5];  // blocks along x and y, threads, shared bytes, arguments
+    if (!in || fread(head, 4, 5, in) != 5) return 2;
+    const int count = head[4];
+    std::vector<void*> values(count), pointers(count);
+    std::vector<long long> sizes(count);
+    for (int i = 0; i < count; ++i) {  // a size of -1: an integer follows, not a tensor; -2: a null pointer
         if (fread(&sizes[i], 8, 1, in) != 1) return 2;
-        const long long bytes = sizes[i] < 0 ? 4 : sizes[i];
-        pointers[i] = malloc(bytes);
+        const long long bytes = sizes[i] == -1 ? 4 : sizes[i] < 0 ? 0 : sizes[i];
+        pointers[i] = sizes[i] == -2 ? nullptr : malloc(bytes);
         if (bytes && fread(pointers[i], 1, bytes, in) != (size_t)bytes) return 2;
-        values[i] = sizes[i] < 0 ? pointers[i] : (void*)&pointers[i];
+        values[i] = sizes[i] == -1 ? pointers[i] : (void*)&pointers[i];
     }
     fclose(in);
     const std::string name = argv[1];
     DISPATCH
     FILE* out = fopen(argv[3], "wb");
-    for (int i = 0; i < head[3]; ++i)
+    for (int i = 0; i < count; ++i)
         if (sizes[i] > 0) fwrite(pointers[i], 1, sizes[i], out);
     fclose(out);
 }
@@ -45,8 +46,8 @@ int main(int, char** argv) {
 
 def source_of(cuda: Path, names: list[str]) -> str:
     exports = "".join(
-        f'extern "C" void launch_{name}(int blocks, int threads, int shared, void** values) '
-        f"{{ host::launch({name}, blocks, threads, shared, values); }}\n"
+        f'extern "C" void launch_{name}(int blocks_x, int blocks_y, int threads, int shared, void** values) '
+        f"{{ host::launch({name}, blocks_x, blocks_y, threads, shared, values); }}\n"
         for name in names
     )
     return f'#include "{Path(__file__).with_name("host_cuda.h")}"\n#include "{cuda}"\n{exports}'
@@ -64,7 +65,7 @@ def library(cuda: Path, names: list[str], folder: Path) -> ctypes.CDLL:
 
 def executable(cuda: Path, names: list[str], folder: Path) -> Path:
     """The same kernels under AddressSanitizer."""
-    dispatch = "".join(f'if (name == "{name}") launch_{name}(head[0], head[1], head[2], values.data());\n' for name in names)
+    dispatch = "".join(f'if (name == "{name}") launch_{name}(head[0], head[1], head[2], head[3], values.data());\n' for name in names)
     source = source_of(cuda, names) + MAIN.replace("DISPATCH", dispatch)
     return build(source, folder / "asan", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
@@ -81,9 +82,9 @@ def run_on(monkeypatch, built: ctypes.CDLL) -> list[tuple]:
 
     def call(function, name, device, blocks, threads, shared_bytes, args):
         launches.append((name, blocks, threads, shared_bytes, args))
-        pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, torch.Tensor) else ctypes.c_int(a) for a in args]
+        pointers = [ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(kernels._address(a)) for a in args]
         values = (ctypes.c_void_p * len(args))(*(ctypes.addressof(pointer) for pointer in pointers))
-        function(blocks, threads, shared_bytes, values)
+        function(*blocks, threads, shared_bytes, values)
 
     def mm(a, b, out_dtype=None):
         """torch.mm, with the float32 output for 16-bit factors that it has on GPUs alone."""
@@ -101,11 +102,13 @@ def run_on(monkeypatch, built: ctypes.CDLL) -> list[tuple]:
 def run_under_asan(program: Path, launch: tuple, folder: Path) -> subprocess.CompletedProcess:
     """One noted launch again, with buffers of exactly the tensors' sizes. Afterwards the results are in folder/out."""
     name, blocks, threads, shared_bytes, args = launch
-    parts = [struct.pack("4i", blocks, threads, shared_bytes, len(args))]
+    parts = [struct.pack("5i", *blocks, threads, shared_bytes, len(args))]
     for arg in args:
         if isinstance(arg, torch.Tensor):
             data = arg.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
             parts += [struct.pack("q", len(data)), data]
+        elif arg is None:
+            parts += [struct.pack("q", -2)]
         else:
             parts += [struct.pack("q", -1), struct.pack("i", arg)]
     (folder / "in").write_bytes(b"".join(parts))

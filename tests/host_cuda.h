@@ -23,7 +23,7 @@
 #define __launch_bounds__(...)
 
 struct Index {
-    int x;
+    int x, y;
 };
 static Index blockIdx, blockDim, threadIdx;
 alignas(16) char shared_memory[232448];
@@ -111,7 +111,7 @@ static void call(void (*kernel)(A...), void** values, std::index_sequence<I...>)
 }
 
 template <class... A>
-static void launch(void (*kernel)(A...), int blocks, int threads, int shared, void** values) {
+static void launch(void (*kernel)(A...), int blocks_x, int blocks_y, int threads, int shared, void** values) {
     static void (*target)(A...);
     target = kernel;
     arguments = values;
@@ -121,7 +121,8 @@ static void launch(void (*kernel)(A...), int blocks, int threads, int shared, vo
     ASAN_POISON_MEMORY_REGION(shared_memory + shared, sizeof shared_memory - shared);
 #endif
     blockDim.x = threads;
-    for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) run_block(threads);
+    for (blockIdx.y = 0; blockIdx.y < blocks_y; ++blockIdx.y)
+        for (blockIdx.x = 0; blockIdx.x < blocks_x; ++blockIdx.x) run_block(threads);
 #ifdef __SANITIZE_ADDRESS__
     ASAN_UNPOISON_MEMORY_REGION(shared_memory, sizeof shared_memory);
 #endif
@@ -154,4 +155,51 @@ static float __shfl_sync(unsigned, float mine, int lane) {
 static float __shfl_down_sync(unsigned, float mine, int by) {
     const int lane = threadIdx.x % 32;
     return __shfl_sync(0, mine, lane + by < 32 ? lane + by : lane);
+}
+
+// --- what kernels with matrix instructions need besides --------------------------------------------------------------
+
+struct uint4 {
+    unsigned x, y, z, w;
+};
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+static unsigned __float_as_uint(float x) { return as_bits(x); }
+static float __uint_as_float(unsigned bits) { return __int_as_float((int)bits); }
+static unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+    const unsigned long long bytes = (unsigned long long)high << 32 | low;
+    unsigned result = 0;
+    for (int i = 0; i < 4; ++i) result |= (unsigned)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    return result;
+}
+static unsigned short to_half(float x) {
+    const _Float16 half = (_Float16)x;
+    unsigned short bits;
+    memcpy(&bits, &half, 2);
+    return bits;
+}
+static float from_half(unsigned short bits) {
+    _Float16 half;
+    memcpy(&half, &bits, 2);
+    return (float)half;
+}
+
+// mma.m16n8k16 by the fragments' definition in the PTX manual: C [16, 8] += A [16, 16] B [16, 8].
+template <bool BF16>
+static void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    unsigned all[6][32];
+    const int first = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+    for (int i = 0; i < 6; ++i) {
+        const int parity = host::exchange(mine[i]);
+        memcpy(all[i], &host::slots[parity][first], sizeof all[i]);
+    }
+    const auto value = [](unsigned pair, int k) {
+        const unsigned short bits = pair >> 16 * (k % 2);
+        return BF16 ? __uint_as_float((unsigned)bits << 16) : from_half(bits);
+    };
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k)
+            c[i] += value(all[k / 8 * 2 + row / 8][row % 8 * 4 + k % 8 / 2], k) * value(all[4 + k / 8][column * 4 + k % 8 / 2], k);
+    }
 }

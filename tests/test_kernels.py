@@ -209,7 +209,7 @@ def test_brute_force_of_the_benchmark_finds_what_the_exhaustive_search_finds(mon
     expected = leanquant_grid.affine_search(W, a, 3, T, exhaustive=True)
     kernel = bench_quantize.BRUTE_FORCE
     host.run_on(monkeypatch, host.library(kernel.source, [kernel.name], tmp_path))
-    kernels.launch(kernel, 5, 32, 8 * 2048 + 8 * 32, W, a.float().expand_as(W).contiguous(), scale, zero, 300, T, 8)
+    kernels.launch(kernel, (5, 1), 32, 8 * 2048 + 8 * 32, W, a.float().expand_as(W).contiguous(), scale, zero, 300, T, 8)
     costs = [cost_of(W, a, affine, 3) for affine in (leanquant_grid.Affine(scale, zero), expected)]
     torch.testing.assert_close(costs[0], costs[1], rtol=2e-3, atol=0)  # its scales are not rounded to fp16
 
@@ -245,7 +245,7 @@ def test_asan_would_notice(built, monkeypatch, tmp_path):
 @pytest.mark.parametrize("source", nvrtc.SOURCES, ids=lambda p: p.name)
 def test_compiles_without_spills(source, architecture):
     log = nvrtc.compile_log(source, architecture)
-    assert nvrtc.functions(log) == set(host.kernel_names(source))
+    assert nvrtc.functions(log) == {name for name in host.kernel_names(source) if architecture >= 80 or "bfloat16" not in name}
     assert nvrtc.spills(log) == {}
 
 
@@ -324,7 +324,7 @@ def test_wrong_arguments_are_refused(launches):
         ((x,), TypeError, "takes 2 arguments, not 1"),
     ):
         with pytest.raises(error, match=message):
-            kernels.launch(KERNEL, 1, 1, 0, *args)
+            kernels.launch(KERNEL, (1, 1), 1, 0, *args)
     w, U, levels, group_of, codes = block_problem(3, 7, 8, 1)
     for args in ((w[:5], U, levels, group_of, codes), (w, U[:5], levels, group_of, codes), (w, U, levels[:, :2], group_of, codes)):
         with pytest.raises(ValueError, match="sizes do not fit"):
@@ -336,7 +336,7 @@ def test_wrong_arguments_are_refused(launches):
 
 def test_a_tensor_off_the_gpu_is_refused():
     with pytest.raises(ValueError, match="argument 0 is on cpu, not on one GPU"):
-        kernels.launch(KERNEL, 1, 1, 0, torch.zeros(4), 1)
+        kernels.launch(KERNEL, (1, 1), 1, 0, torch.zeros(4), 1)
 
 
 # --- on a GPU --------------------------------------------------------------------------------------------------

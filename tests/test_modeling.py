@@ -61,8 +61,8 @@ def test_packed_and_rebuilt_models_agree(tiny_model, text_file, tmp_path, bits, 
     out = quantized_file(base, text_file, tmp_path / "q.safetensors", "--wbits", bits, *flags)
     packed = LeanQuantModelForCausalLM.from_pretrained(base, out, dequantize="never")
     rebuilt = LeanQuantModelForCausalLM.from_pretrained(base, out, bits=int(bits))
-    assert sum(isinstance(m, QuantizedLinear) for m in packed.modules()) == 14
-    assert not any(isinstance(m, QuantizedLinear) for m in rebuilt.modules())
+    for model, form in ((packed, "packed"), (rebuilt, "dense")):
+        assert [m.form for m in model.modules() if isinstance(m, QuantizedLinear)] == 14 * [form]
     ids = torch.arange(40).view(1, -1) + 5
     torch.testing.assert_close(logits(packed, ids), logits(rebuilt, ids), atol=1e-5, rtol=1e-5)
 

@@ -1,0 +1,150 @@
+"""python -m leanquant chat|generate|info: talk to a quantized model in the terminal, or ask what a file is."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import InputError
+from .packing import GRID, SCALE, Checkpoint
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m leanquant", description=__doc__.split(": ", 1)[1])
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, summary in (
+        ("chat", "talk to the model, its answers appear word by word; an empty line or Ctrl-D ends"),
+        ("generate", "continue one prompt"),
+        ("info", "what a file or folder is, without loading it"),
+    ):
+        command = commands.add_parser(name, help=summary, description=summary)
+        command.add_argument("path", help="quantized .safetensors file or folder")
+        if name == "info":
+            continue
+        if name == "generate":
+            command.add_argument("prompt", help="text to continue")
+        add = command.add_argument
+        add("--base", help="hub name or folder of the unquantized model: needed for a single file, which has no config and tokenizer")
+        add("--max_new_tokens", type=int, default=512 if name == "chat" else 64, help="most tokens in an answer (default: %(default)s)")
+        add("--temperature", type=float, help="0 takes the likeliest token (unset: as the model's generation config says)")
+        add("--device", help="cpu, cuda or cuda:1 (unset: the GPUs if there are any)")
+        add("--dequantize", choices=["auto", "always", "never"], default="auto", help="keep rebuilt weights too (default: on a CPU)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    try:
+        {"chat": chat, "generate": generate, "info": info}[args.command](args)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print()
+    return 0
+
+
+# --- info ------------------------------------------------------------------------------------------------------
+
+
+def info(args: argparse.Namespace) -> None:
+    for name, value in describe(Checkpoint.open(args.path)).items():
+        print(f"{name + ':':<14}{value}")
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, str]:
+    """What a quantized checkpoint is, from its header alone."""
+    checkpoint.check_bits(None, next(iter(checkpoint.files.values())))
+    settings, linears = checkpoint.settings, checkpoint.quantized
+    bits = sorted({checkpoint.bits_of(linear) for linear in linears})
+    weights = sum(checkpoint.weights_of(linear) for linear in linears)
+    packed = sum(checkpoint.tensor_bytes(name) for name in checkpoint.shapes if name.rpartition(".")[0] in set(linears))
+    size = checkpoint.file_bytes()
+    original = size - packed + 2 * weights
+    groups = {checkpoint.shapes[linear + SCALE][1] for linear in linears if linear + SCALE in checkpoint}
+    grid = "non-uniform levels" if linears[0] + GRID in checkpoint else f"affine, {'row-wise' if groups == {1} else 'in groups'}"
+    found = {
+        "method": settings.get("method", "leanquant (no metadata: a file of the published tool)"),
+        "bits": f"{', '.join(map(str, bits))} ({8 * packed / weights:.2f} a weight with levels)",
+        "grid": grid,
+        "linears": f"{len(linears)}, {weights / 1e6:.1f} M weights",
+        "size": f"{size / 1e6:.1f} MB, {original / size:.2f} times less than 16 bits ({original / 1e6:.1f} MB)",
+    }
+    for name in ("groupsize", "exponent", "percdamp", "shift", "refine"):
+        if settings.get(name) is not None:
+            found[name] = settings[name]
+    if "calibration" in settings:
+        found["calibration"] = (
+            f"{settings['calibration']}, {settings.get('nsamples')} x {settings.get('seqlen')} tokens, seed {settings.get('seed')}"
+        )
+    for name, key in (("base model", "base_model"), ("versions", "versions")):
+        if key in settings:
+            value = settings[key]
+            found[name] = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
+    return found
+
+
+# --- generation ------------------------------------------------------------------------------------------------
+
+
+def load(args: argparse.Namespace):
+    """The model and its tokenizer."""
+    from transformers import AutoTokenizer
+
+    from .modeling import LeanQuantModelForCausalLM
+
+    base = args.base or args.path
+    if args.base is None and not Path(args.path).is_dir():
+        Checkpoint.open(args.path)  # a file that is not there is the more useful thing to say
+        raise InputError(f"{args.path} is a single file, without config and tokenizer: name the unquantized model with --base")
+    model = LeanQuantModelForCausalLM.from_pretrained(base, args.path, device=args.device, dequantize=args.dequantize)
+    return model, AutoTokenizer.from_pretrained(base)
+
+
+def sampling(temperature: float | None) -> dict:
+    if temperature is None:
+        return {}
+    return (
+        {"do_sample": True, "temperature": temperature}
+        if temperature > 0
+        else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+
+
+def generate(args: argparse.Namespace) -> None:
+    model, tokenizer = load(args)
+    print(args.prompt, end="", flush=True)
+    answer(model, tokenizer, tokenizer(args.prompt, return_tensors="pt"), args)
+
+
+def chat(args: argparse.Namespace) -> None:
+    model, tokenizer = load(args)
+    if not tokenizer.chat_template:
+        raise InputError("the model has no chat template: it is not made for conversation, use generate")
+    messages = []
+    print(f"{args.path}: type your message, an empty line ends")
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except EOFError:
+            break
+        if not text:
+            break
+        messages.append({"role": "user", "content": text})
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        messages.append({"role": "assistant", "content": answer(model, tokenizer, inputs, args)})
+
+
+def answer(model, tokenizer, inputs, args: argparse.Namespace) -> str:
+    """Stream the model's continuation of `inputs` to the terminal, and return it."""
+    from transformers import TextStreamer
+
+    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    inputs = inputs.to(model.device)
+    out = model.generate(
+        **inputs, streamer=streamer, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(args.temperature)
+    )
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

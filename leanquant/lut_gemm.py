@@ -1,0 +1,189 @@
+"""Products with weights that stay codes and levels: the layout of lut_gemm.cu, its kernels, their torch twins, the operator.
+
+`lut_linear` is a torch operator, so that torch.compile and CUDA graphs take it as it is. Not here: modules, files.
+Legend: N tokens, O out_features, I in_features, K = 2**bits levels, G groups; dtype float16 or bfloat16.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import kernels
+from .packing import affine_levels
+
+CUDA_SOURCE = Path(__file__).with_name("lut_gemm.cu")
+TILE_ROWS, TILE_COLUMNS, THREADS, WARPS = 16, 64, 256, 8
+FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces
+PIECE_BYTES = 2**25  # of rebuilt weights at a time: they stay in the GPU's cache
+NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16"}
+
+
+class Tiles(NamedTuple):
+    """A weight [O, I] as lut_gemm.cu reads it.
+
+    codes int32 [O/16, I/64, bits, 32], rounded up; planes uint8 [O, 2, K], the low and high bytes of each row's levels, or
+    scale float16 and zero uint8 [O, G], for groups of a multiple of 16 columns.
+    """
+
+    codes: torch.Tensor
+    planes: torch.Tensor | None
+    scale: torch.Tensor | None
+    zero: torch.Tensor | None
+    bits: int
+    O: int
+    I: int
+
+    @property
+    def groups(self) -> int:
+        return 1 if self.planes is not None else self.scale.shape[1]
+
+
+def tile_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """Codes uint8 [O, I] in the layout of lut_gemm.cu: int32 [O/16, I/64, bits, 32], rounded up, padded with zeros."""
+    O, I = codes.shape
+    codes = torch.nn.functional.pad(codes, (0, -I % TILE_COLUMNS, 0, -O % TILE_ROWS))
+    pieces = codes.split(max(TILE_ROWS, 2**24 // codes.shape[1] // TILE_ROWS * TILE_ROWS))  # 8 bytes a code while it works
+    return torch.cat([_tile(piece, bits) for piece in pieces])
+
+
+def _tile(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    # row = 16 R + 8 half + g, column = 64 C + 16 t + 4 s + j -> word s of lane 4 g + t, nibble 4 half + j
+    nibbles = codes.view(len(codes) // 16, 2, 8, -1, 4, 4, 4).permute(0, 3, 5, 2, 4, 1, 6).flatten(5).flatten(3, 4).long()
+    steps = (nibbles << (4 * torch.arange(8, device=codes.device))).sum(4)  # [R, C, 4, 32]
+    if bits == 2:
+        steps = steps[:, :, ::2] | steps[:, :, 1::2] << 2
+    elif bits == 3:
+        spare = [(steps[:, :, 3] >> bit & 0x11111111) << 3 for bit in range(3)]
+        steps = steps[:, :, :3] | torch.stack(spare, 2)
+    return torch.where(steps >= 2**31, steps - 2**32, steps).int()
+
+
+def untile_codes(tiles: torch.Tensor, bits: int, O: int, I: int) -> torch.Tensor:
+    """Invert `tile_codes`: uint8 [O, I]."""
+    pieces = tiles.split(max(1, 2**24 // (tiles[0].numel() * 32 // bits)))
+    return torch.cat([_untile(piece, bits) for piece in pieces])[:O, :I].contiguous()
+
+
+def _untile(tiles: torch.Tensor, bits: int) -> torch.Tensor:
+    steps = tiles.long() & 0xFFFFFFFF
+    if bits == 2:
+        steps = torch.stack([steps & 0x33333333, steps >> 2 & 0x33333333], 3).flatten(2, 3)
+    elif bits == 3:
+        last = sum((steps[:, :, bit] >> 3 & 0x11111111) << bit for bit in range(3))
+        steps = torch.cat([steps & 0x77777777, last.unsqueeze(2)], 2)
+    R, C = steps.shape[:2]
+    nibbles = (steps.unsqueeze(4) >> (4 * torch.arange(8, device=tiles.device)) & 15).to(torch.uint8)
+    return nibbles.view(R, C, 4, 8, 4, 2, 4).permute(0, 5, 3, 1, 4, 2, 6).reshape(R * 16, C * 64)
+
+
+def level_planes(levels: torch.Tensor) -> torch.Tensor:
+    """16-bit levels [O, K] as bytes [O, 2, K]: the low ones, then the high ones."""
+    return levels.contiguous().view(torch.uint8).view(*levels.shape, 2).transpose(1, 2).contiguous()
+
+
+# --- the operator ----------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("leanquant::lut_linear", mutates_args=())
+def lut_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    planes: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    rows: int,
+) -> torch.Tensor:
+    """x [..., I] W^T + bias [O] for the weight of a `Tiles`; rows = O. float16 or bfloat16 in and out, summed in float32."""
+    tiles = Tiles(codes, planes, scale, zero, bits, rows, x.shape[-1])
+    flat = x.reshape(-1, x.shape[-1]).contiguous()
+    return kernels.run(_multiply_cuda, _multiply, flat, tiles, bias).view(*x.shape[:-1], rows)
+
+
+@lut_linear.register_fake
+def _(x, codes, planes, scale, zero, bias, bits, rows):
+    return x.new_empty(*x.shape[:-1], rows)
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    x, codes, planes, scale, zero, bias, bits, rows = inputs
+    ctx.save_for_backward(*(t for t in (codes, planes, scale, zero) if t is not None))
+    ctx.tiles = Tiles(codes, planes, scale, zero, bits, rows, x.shape[-1])
+
+
+def _backward(ctx, grad: torch.Tensor):
+    """Of x alone, so that adapters can be trained on top: codes and levels are fixed."""
+    return grad @ dequantize(grad, ctx.tiles, 0, ctx.tiles.O), *(None,) * 7
+
+
+lut_linear.register_autograd(_backward, setup_context=_keep_for_backward)
+
+
+def _multiply(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
+    """x [N, I] -> [N, O] in torch, by pieces of rows."""
+    y = x.new_empty(len(x), tiles.O)
+    for first, rows in _pieces(tiles):
+        some_bias = None if bias is None else bias[first : first + rows]
+        y[:, first : first + rows] = torch.nn.functional.linear(x, dequantize(x, tiles, first, rows), some_bias)
+    return y
+
+
+def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
+    """One launch for up to 64 tokens; beyond, weights are rebuilt by a kernel and multiplied by cuBLAS."""
+    N = len(x)
+    if N > FUSED_TOKENS:
+        return _multiply(x, tiles, bias)
+    tokens = next(t for t in (1, 2, 4, 8) if N <= 8 * t)
+    y = x.new_empty(N, tiles.O)
+    if N:
+        arguments = (x, bias, y, tiles.O, tiles.I, tiles.groups, N)
+        parameters = (*3 * [x.dtype], int, int, int, int)
+        shared = 4 * 8 * tokens * TILE_ROWS * WARPS
+        _launch("lut_gemm", f"_{tokens}", tiles, x.dtype, (-(-tiles.O // TILE_ROWS), 1), shared, parameters, arguments)
+    return y
+
+
+def _launch(name: str, suffix: str, tiles: Tiles, dtype: torch.dtype, blocks: tuple, shared: int, parameters: tuple, arguments: tuple):
+    expected = (-(-tiles.O // TILE_ROWS), -(-tiles.I // TILE_COLUMNS), tiles.bits, 32)
+    if tiles.codes.shape != expected or (tiles.planes is not None and tiles.planes.shape != (tiles.O, 2, 2**tiles.bits)):
+        raise ValueError(f"{name}: tiles {tuple(tiles.codes.shape)} do not hold a weight [{tiles.O}, {tiles.I}] of {tiles.bits} bits")
+    if tiles.planes is None and (len(tiles.scale) != tiles.O or tiles.zero.shape != tiles.scale.shape or tiles.I % (16 * tiles.groups)):
+        raise ValueError(f"{name}: scales {tuple(tiles.scale.shape)} do not fit a weight [{tiles.O}, {tiles.I}]: groups hold 16 n columns")
+    kernel = kernels.Kernel(
+        CUDA_SOURCE,
+        f"{name}_{tiles.bits}_{NAMES[dtype]}{suffix}",
+        (torch.int32, torch.uint8, torch.float16, torch.uint8, *parameters),
+    )
+    kernels.launch(kernel, blocks, THREADS, shared, tiles.codes, tiles.planes, tiles.scale, tiles.zero, *arguments)
+
+
+def _pieces(tiles: Tiles):
+    """(first row, rows) of pieces of the weight, whole tiles each, that take PIECE_BYTES when rebuilt."""
+    rows = max(TILE_ROWS, PIECE_BYTES // (2 * tiles.I) // TILE_ROWS * TILE_ROWS)
+    for first in range(0, tiles.O, rows):
+        yield first, min(rows, tiles.O - first)
+
+
+def dequantize(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch.Tensor:
+    """Rows first .. first + rows of the weight, [rows, I], in the dtype of `like`; `first` is a multiple of 16."""
+    return kernels.run(_dequantize_cuda, _dequantize, like, tiles, first, rows)
+
+
+def _dequantize_cuda(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch.Tensor:
+    W = like.new_empty(rows, tiles.I)
+    blocks = (-(-rows // TILE_ROWS), -(-tiles.I // (TILE_COLUMNS * WARPS)))
+    arguments = (W, tiles.O, tiles.I, tiles.groups, first, rows)
+    _launch("dequantize", "", tiles, like.dtype, blocks, 0, (like.dtype, *5 * [int]), arguments)
+    return W
+
+
+def _dequantize(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch.Tensor:
+    codes = untile_codes(tiles.codes[first // TILE_ROWS : -(-(first + rows) // TILE_ROWS)], tiles.bits, rows, tiles.I).long()
+    some = slice(first, first + rows)
+    if tiles.planes is not None:
+        levels = tiles.planes[some].transpose(1, 2).contiguous().view(like.dtype)  # [rows, K, 1]
+        return levels.squeeze(2).gather(1, codes)
+    levels = affine_levels(tiles.scale[some], tiles.zero[some], tiles.bits).to(like.dtype)  # [rows, G, K]
+    return levels.gather(2, codes.view(rows, tiles.groups, -1)).view(rows, tiles.I)

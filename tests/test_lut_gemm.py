@@ -1,0 +1,300 @@
+"""Products with codes and levels: layout, operator, and the kernels of lut_gemm.cu against their torch twins.
+
+Without a GPU the same source runs on the host (tests/host.py); with one (`pytest -m gpu`) the kernels themselves.
+"""
+
+import pytest
+import torch
+
+import host
+from leanquant import kernels, lut_gemm
+from leanquant.linear import QuantizedLinear
+from leanquant.lut_gemm import CUDA_SOURCE, Tiles, lut_linear
+from leanquant.packing import PackedLinear, affine_levels, pack_codes
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+DTYPES = [torch.float16, torch.bfloat16]
+# rows, columns, groups (0: free levels)
+SHAPES = [(1, 1, 0), (16, 64, 0), (37, 200, 0), (20, 77, 0), (33, 520, 0), (18, 96, 1), (35, 192, 3), (16, 32, 2)]
+TOKENS = [1, 2, 3, 5, 8, 9, 17, 40, 64]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    return host.library(CUDA_SOURCE, host.kernel_names(CUDA_SOURCE), tmp_path_factory.mktemp("host"))
+
+
+def make_tiles(O: int, I: int, groups: int, bits: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tiles, torch.Tensor]:
+    """A weight in tiles, and its values [O, I] in `dtype`."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (O, I), dtype=torch.uint8, generator=generator)
+    tiled = lut_gemm.tile_codes(codes, bits)
+    if not groups:
+        levels = torch.randn(O, 2**bits, generator=generator).to(dtype)  # unsorted, as in the published files
+        return Tiles(tiled, lut_gemm.level_planes(levels), None, None, bits, O, I), levels.gather(1, codes.long())
+    scale = (torch.rand(O, groups, generator=generator) + 0.1).half()
+    zero = torch.randint(0, 2**bits, (O, groups), dtype=torch.uint8, generator=generator)
+    levels = affine_levels(scale, zero, bits).to(dtype)
+    W = levels.gather(2, codes.view(O, groups, -1).long()).view(O, I)
+    return Tiles(tiled, None, scale, zero, bits, O, I), W
+
+
+def draw(*shape: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_like(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> None:
+    """As exact as torch's product of the same 16-bit numbers: at most twice its error, both against float64."""
+    exact = x.double() @ W.double().T + (0 if bias is None else bias.double())
+    theirs = torch.nn.functional.linear(x, W, bias)
+    error, their_error = ((t.double() - exact).norm() for t in (y, theirs))
+    assert error <= 2 * their_error + 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (40, 300)])
+def test_tiles_hold_the_codes(bits, shape):
+    codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    tiles = lut_gemm.tile_codes(codes, bits)
+    assert tiles.shape == (-(-shape[0] // 16), -(-shape[1] // 64), bits, 32)
+    assert torch.equal(lut_gemm.untile_codes(tiles, bits, *shape), codes)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_tiles_of_whole_tiles_take_exactly_the_bits(bits):
+    tiles = lut_gemm.tile_codes(torch.zeros(64, 256, dtype=torch.uint8), bits)
+    assert tiles.numel() * tiles.element_size() * 8 == 64 * 256 * bits
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_kernels_on_the_host(built, monkeypatch, shape, bits, dtype):
+    O, I, groups = shape
+    tiles, W = make_tiles(O, I, groups, bits, dtype)
+    assert torch.equal(lut_gemm._dequantize(W, tiles, 0, O), W)
+    bias = draw(O, dtype=dtype, seed=2)
+    launches = host.run_on(monkeypatch, built)
+    assert torch.equal(lut_gemm.dequantize(W, tiles, 0, O), W)
+    if O > 16:
+        assert torch.equal(lut_gemm.dequantize(W, tiles, 16, O - 16), W[16:])
+    for N in TOKENS if I < 300 and O < 36 else (1, 8):
+        x = draw(N, I, dtype=dtype)
+        assert_like(lut_gemm._multiply_cuda(x, tiles, bias), x, W, bias)
+    assert {name for name, *_ in launches} >= {f"dequantize_{bits}_{lut_gemm.NAMES[dtype]}", f"lut_gemm_{bits}_{lut_gemm.NAMES[dtype]}_1"}
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_hostile_levels_on_the_host(built, monkeypatch, bits):
+    """Denormals, zeros, the largest numbers, equal levels: every bit pattern comes through the byte planes."""
+    codes = torch.arange(20 * 64).view(20, 64).remainder(2**bits).to(torch.uint8)
+    patterns = torch.tensor([0, 1, 0x3FF, 0x400, 0x8001, 0x7BFF, -0x401, -0x8000, 0x3C00, 0x00FF, 0x7F00, 0x0100, 5, 5, 5, -1025])
+    levels = patterns[: 2**bits].to(torch.int16).view(torch.float16).expand(20, -1).contiguous()
+    tiles = Tiles(lut_gemm.tile_codes(codes, bits), lut_gemm.level_planes(levels), None, None, bits, 20, 64)
+    host.run_on(monkeypatch, built)
+    W = lut_gemm.dequantize(levels, tiles, 0, 20)
+    assert torch.equal(W.view(torch.int16), levels.gather(1, codes.long()).view(torch.int16))
+
+
+def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
+    """Every kernel once under AddressSanitizer and UBSan, on odd sizes, with buffers of exactly the tensors' sizes."""
+    launches = host.run_on(monkeypatch, built)
+    for number, (bits, dtype) in enumerate((b, d) for b in (4, 3, 2) for d in DTYPES):
+        for N in (1, 11, 19, 33):
+            tiles, W = make_tiles(*SHAPES[2 + number % 4], bits, dtype)
+            lut_gemm._multiply_cuda(draw(N, tiles.I, dtype=dtype), tiles, draw(tiles.O, dtype=dtype) if N > 1 else None)
+        lut_gemm.dequantize(W, tiles, 0, tiles.O)
+    tiles, W = make_tiles(35, 192, 3, 4, torch.float16)
+    lut_gemm._multiply_cuda(draw(2, 192, dtype=torch.float16), tiles, None)
+    names = host.kernel_names(CUDA_SOURCE)
+    assert {name for name, *_ in launches} == set(names)
+    program = host.executable(CUDA_SOURCE, names, tmp_path)
+    for launch in launches:
+        ran = host.run_under_asan(program, launch, tmp_path)
+        assert ran.returncode == 0, (launch[0], ran.stderr[-3000:])
+
+
+# --- the operator ----------------------------------------------------------------------------------------------
+
+
+def operator_arguments(N: int = 3, dtype: torch.dtype = torch.float16) -> tuple:
+    tiles, _ = make_tiles(37, 200, 0, 3, dtype)
+    return draw(2, N, 200, dtype=dtype), tiles.codes, tiles.planes, None, None, draw(37, dtype=dtype, seed=3), 3, 37
+
+
+def test_operator_is_well_formed():
+    torch.library.opcheck(lut_linear, operator_arguments())
+
+
+def test_operator_in_torch_compile_without_graph_breaks():
+    args = operator_arguments()
+    compiled = torch.compile(lambda x: lut_linear(x, *args[1:]).relu(), backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(args[0]), lut_linear(*args).relu(), rtol=0, atol=0)
+
+
+def test_gradients_reach_the_input():
+    tiles, W = make_tiles(35, 192, 3, 4, torch.bfloat16)
+    x = draw(4, 192, dtype=torch.bfloat16).requires_grad_()
+    lut_linear(x, *tiles[:4], None, 4, 35).sum().backward()
+    torch.testing.assert_close(x.grad, W.sum(0).expand(4, -1), rtol=0.02, atol=0.1)
+
+
+def test_no_tokens_and_many_tokens(monkeypatch):
+    monkeypatch.setattr(lut_gemm, "PIECE_BYTES", 2 * 16 * 200)  # several pieces
+    tiles, W = make_tiles(50, 200, 0, 4, torch.float16)
+    for N in (0, 1, 100):
+        x = draw(N, 200, dtype=torch.float16)
+        y = lut_linear(x, *tiles[:4], None, 4, 50)
+        assert y.shape == (N, 50)
+        assert_like(y, x, W, None)
+
+
+def test_tiles_that_do_not_fit_are_refused(built, monkeypatch):
+    host.run_on(monkeypatch, built)
+    tiles, _ = make_tiles(37, 200, 0, 4, torch.float16)
+    x = draw(2, 200, dtype=torch.float16)
+    for wrong in (tiles._replace(O=60), tiles._replace(bits=3), tiles._replace(I=300), tiles._replace(planes=tiles.planes[:5])):
+        with pytest.raises(ValueError, match="do not hold a weight"):
+            lut_gemm._multiply_cuda(x, wrong, None)
+    grouped, _ = make_tiles(35, 192, 3, 4, torch.float16)
+    with pytest.raises(ValueError, match="groups hold 16 n columns"):
+        lut_gemm._multiply_cuda(draw(2, 192, dtype=torch.float16), grouped._replace(scale=grouped.scale[:, :2]), None)
+
+
+# --- the module ------------------------------------------------------------------------------------------------
+
+
+def make_linear(bits: int, groups: int, layout: str = "dense", bias: bool = True) -> QuantizedLinear:
+    generator = torch.Generator().manual_seed(4)
+    codes = pack_codes(torch.randint(0, 2**bits, (37, 96), dtype=torch.uint8, generator=generator), bits, layout)
+    b = draw(37, dtype=torch.float16, seed=5) if bias else None
+    if not groups:
+        return QuantizedLinear(PackedLinear(codes, torch.randn(37, 2**bits, generator=generator).half()), bits, 96, b)
+    scale = (torch.rand(37, groups, generator=generator) + 0.1).half()
+    zero = torch.randint(0, 2**bits, (37, groups), dtype=torch.uint8, generator=generator)
+    return QuantizedLinear(PackedLinear(codes, None, scale, zero), bits, 96, b)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("groups, layout", [(0, "dense"), (0, "nibble"), (1, "dense"), (3, "dense"), (6, "nibble")])
+def test_forms_agree_and_save_the_same_state(bits, groups, layout):
+    linear = make_linear(bits, groups, layout)
+    x = draw(5, 96, dtype=torch.float16)
+    expected, state = linear(x), {name: t.clone() for name, t in linear.state_dict().items()}
+    for form in ("dense", "tiles", "packed"):
+        linear.prepare(form, torch.float16)
+        assert linear.form == form
+        torch.testing.assert_close(linear(x), expected, rtol=2e-3, atol=2e-2)
+        saved = linear.state_dict()
+        assert saved.keys() == state.keys()
+        assert all(torch.equal(saved[name], state[name]) for name in state)
+
+
+def test_tiles_take_the_place_of_the_codes():
+    linear = make_linear(4, 0)
+    linear.prepare("tiles", torch.float16)
+    assert linear.weight_codes is None
+    assert linear.tiles.numel() * 4 == 48 * 128 // 2  # padded to whole tiles
+
+
+def test_groups_that_kernels_cannot_read_stay_packed():
+    linear = make_linear(4, 12)  # of 8 columns
+    linear.prepare("tiles", torch.float16)
+    assert linear.form == "packed"
+    linear.prepare("tiles", torch.float32)
+    assert linear.form == "packed"
+
+
+def test_another_dtype_than_prepared_for_is_still_right():
+    linear = make_linear(3, 0, bias=False)
+    weight = linear.packed().dequantize(3, 96, torch.float32)
+    linear.prepare("tiles", torch.float16)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = draw(5, 96, dtype=dtype)
+        torch.testing.assert_close(linear(x).float(), x.float() @ weight.T, rtol=0.02, atol=0.1)
+
+
+def test_casting_the_module_keeps_what_is_stored():
+    linear = make_linear(4, 3)
+    state = {name: t.clone() for name, t in linear.state_dict().items()}
+    linear.to(torch.bfloat16).float().to("cpu")
+    assert all(torch.equal(linear.state_dict()[name], state[name]) for name in ("weight_codes", "scale", "zero"))
+    assert linear.bias.dtype == torch.float32
+
+
+def test_packed_products_go_by_pieces(monkeypatch):
+    linear = make_linear(4, 0)
+    x = draw(5, 96, dtype=torch.float32)
+    whole = linear.float()(x)
+    monkeypatch.setattr("leanquant.linear.PIECE_WEIGHTS", 96 * 10)
+    torch.testing.assert_close(linear(x), whole)
+
+
+# --- on a GPU --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_fallback(monkeypatch):
+    """A kernel that does not run fails its test."""
+
+    def fail(message):
+        raise AssertionError(message)
+
+    monkeypatch.setattr(kernels, "_warn_once", fail)
+
+
+def to_gpu(tiles: Tiles) -> Tiles:
+    return Tiles(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in tiles))
+
+
+@pytest.mark.usefixtures("no_fallback")
+class TestOnTheGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("bits", [4, 3, 2])
+    @pytest.mark.parametrize("shape", [*SHAPES, (4096, 4096, 0), (1024, 4096, 32)], ids=str)
+    def test_kernels(self, shape, bits, dtype):
+        O, I, groups = shape
+        tiles, W = make_tiles(O, I, groups, bits, dtype)
+        tiles, W, bias = to_gpu(tiles), W.cuda(), draw(O, dtype=dtype, seed=2).cuda()
+        assert torch.equal(lut_gemm.dequantize(W, tiles, 0, O), W)
+        for N in (*TOKENS, 65, 200):
+            x = draw(N, I, dtype=dtype).cuda()
+            y = lut_linear(x, *tiles[:4], bias, bits, O)
+            assert_like(y.cpu(), x.cpu(), W.cpu(), bias.cpu())
+            assert torch.equal(y, lut_linear(x, *tiles[:4], bias, bits, O))
+
+    def test_in_a_cuda_graph(self):
+        tiles = to_gpu(make_tiles(256, 512, 0, 4, torch.float16)[0])
+        x = draw(1, 512, dtype=torch.float16).cuda()
+        expected = lut_linear(x, *tiles[:4], None, 4, 256)
+        graph, seen = torch.cuda.CUDAGraph(), torch.zeros_like(x)
+        with torch.cuda.graph(graph):
+            y = lut_linear(seen, *tiles[:4], None, 4, 256)
+        seen.copy_(x)
+        graph.replay()
+        assert torch.equal(y, expected)
+
+    def test_compiled_with_reduced_overhead(self):
+        tiles = to_gpu(make_tiles(256, 512, 0, 4, torch.float16)[0])
+        multiply = lambda x: lut_linear(x, *tiles[:4], None, 4, 256).relu()  # noqa: E731
+        compiled = torch.compile(multiply, mode="reduce-overhead", fullgraph=True)
+        for seed in range(4):
+            x = draw(1, 512, dtype=torch.float16, seed=seed).cuda()
+            assert torch.equal(compiled(x).clone(), multiply(x))
+
+    def test_on_a_side_stream(self):
+        tiles = to_gpu(make_tiles(256, 512, 0, 4, torch.float16)[0])
+        x = draw(1, 512, dtype=torch.float16).cuda()
+        expected, side = lut_linear(x, *tiles[:4], None, 4, 256), torch.cuda.Stream()
+        late = torch.full_like(x, float("nan"))
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            busy = torch.randn(8192, 8192, device="cuda")
+            for _ in range(5):
+                busy = busy @ busy / 8192
+            late.copy_(x)
+            y = lut_linear(late, *tiles[:4], None, 4, 256)
+        side.synchronize()
+        assert torch.equal(y, expected)
