@@ -1,0 +1,153 @@
+"""Folders of ours are transformers models: Auto classes, save_pretrained, generate, pipelines, adapters, lm-eval's loader."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+import llama
+from leanquant import InputError, LeanQuantModelForCausalLM
+from leanquant.linear import QuantizedLinear
+from leanquant.packing import Checkpoint
+
+KINDS = {
+    "non-uniform": ["--wbits", "3", "--exponent", "4"],
+    "affine in groups": ["--wbits", "4", "--grid", "minmax", "--groupsize", "32"],
+    "first layer only": ["--wbits", "2", "--exponent", "4", "--n_layers", "1"],
+}
+IDS = torch.arange(20).view(1, -1) + 5
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def folder(request, tiny_model, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("quantized") / "folder"
+    command = [str(tiny_model(tied=True)), str(text_file), "--nsamples", "2", "--seqlen", "32", "--eval", "none", "--save_path", str(out)]
+    assert llama.main([*command, *KINDS[request.param]]) == 0
+    return out
+
+
+def logits(model, ids=IDS):
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def test_auto_model_equals_our_loader(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == len(Checkpoint.open(folder).quantized)
+    torch.testing.assert_close(logits(model), logits(LeanQuantModelForCausalLM.from_pretrained(folder)), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LeanQuantModelForCausalLM])
+@pytest.mark.parametrize("form", ["packed", "tiles", "dense"])
+def test_save_pretrained_writes_what_was_read(folder, tmp_path, loader, form):
+    model = loader.from_pretrained(folder)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.prepare(form, torch.float16)
+    model.save_pretrained(tmp_path / "again")
+    first, second = Checkpoint.open(folder), Checkpoint.open(tmp_path / "again")
+    assert first.settings == second.settings
+    assert set(second.shapes) <= set(first.shapes)
+    for name in second.shapes:
+        stored = first.get(name)
+        assert torch.equal(second.get(name).to(stored.dtype), stored), name
+    configs = [json.loads((f / "config.json").read_text())["quantization_config"] for f in (folder, tmp_path / "again")]
+    assert configs[0] == configs[1]
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "again", dtype=torch.float32)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(again), logits(expected), rtol=0, atol=0)
+
+
+def test_dequantize_gives_a_plain_model(folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = logits(model)
+    model.dequantize()
+    assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)
+    model.save_pretrained(tmp_path / "plain")
+    assert not hasattr(AutoConfig.from_pretrained(tmp_path / "plain"), "quantization_config")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 5},
+        {"num_beams": 3, "do_sample": False},
+        {"do_sample": False, "cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_generate(folder, options):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if "cache_implementation" in options:
+        options = options | {"disable_compile": True}
+    torch.manual_seed(0)
+    out = model.generate(IDS, max_new_tokens=5, min_new_tokens=5, **options)
+    assert out.shape == (1, 25)
+
+
+def test_pipeline(folder):
+    write = pipeline("text-generation", model=str(folder))
+    text = write("the river", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert text.startswith("the river")
+
+
+def test_an_adapter_on_top_learns(folder):
+    """What adapters do: a trainable low-rank path beside a frozen linear, its gradients through the quantized layers."""
+
+    class LowRank(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+            self.down = torch.nn.Linear(inner.in_features, 2, bias=False)
+            self.up = torch.nn.Linear(2, inner.out_features, bias=False)
+
+        def forward(self, x):
+            return self.inner(x) + self.up(self.down(x))
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = adapter = LowRank(attention.q_proj)
+    optimizer = torch.optim.SGD(adapter.parameters(), 0.05)
+    losses = []
+    for _ in range(5):
+        loss = model(IDS, labels=IDS).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+def test_lm_eval_loads_the_folder_by_its_own_class(folder):
+    from lm_eval.models.huggingface import HFLM  # takes seconds to import
+
+    evaluated = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
+    assert any(isinstance(m, QuantizedLinear) for m in evaluated.model.modules())
+
+
+def test_a_damaged_folder_is_refused_by_the_auto_class_too(folder, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    name = next(n for n in tensors if n.endswith((".quant_grid", ".scale")))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, broken / "model.safetensors")
+    with pytest.raises(InputError, match=f"{name} holds NaN"):
+        AutoModelForCausalLM.from_pretrained(broken)
+
+
+def test_moving_the_model_keeps_its_levels(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    before = {name: t.clone() for name, t in model.state_dict().items() if name.endswith(("quant_grid", "scale"))}
+    model.to(torch.float32).to(torch.bfloat16)
+    assert all(torch.equal(model.state_dict()[name], t) for name, t in before.items())
+
+
+def test_tokenizer_comes_along(folder):
+    assert AutoTokenizer.from_pretrained(folder)("river")["input_ids"]
