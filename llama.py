@@ -94,7 +94,7 @@ def quantize_model(model: modelutils.StreamedModel, ids: torch.Tensor, run: Run,
     """Quantize the layers one after the other, handing each one's tensors to `writer`. Returns a row per linear."""
     with phases("forward"):
         stream = model.embed(ids, run.batch_size)
-    reference = stream.twin() if config.shift > 0 else None
+        reference = stream.twin() if config.shift > 0 else None
     count = len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
     rows = []
     for index in tqdm(range(count), desc="quantizing", unit="layer", ncols=80, disable=None):
@@ -547,6 +547,7 @@ def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantCo
 
 def run_command(args: argparse.Namespace) -> None:
     device = eval_quantized.pick_device(args.device)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"  # an environment variable of some images rounds float32 products to TF32
     run = run_settings(args, device)
     folder = modelutils.resolve_model(args.model)
     checkpoint = packing.Checkpoint.open(folder)

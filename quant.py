@@ -418,6 +418,7 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: torch.Tensor, 
         A = (BH @ B.transpose(1, 2)).double()
         b = (BH @ W[rows].unsqueeze(2)).double().squeeze(2)
         ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
+        ridge = torch.where(ridge > 0, ridge, 1)  # a row of codes that all stand for 0 says nothing about its scale
         A += ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
         fitted.append(torch.linalg.solve(A, b + ridge.squeeze(2) * old[rows].double()))
     fitted = torch.cat(fitted).float()

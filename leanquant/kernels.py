@@ -25,7 +25,10 @@ FREE_SHARED_BYTES = 48 * 1024  # a block gets more only if its kernel asks for i
 
 
 class Kernel(NamedTuple):
-    """A function of a CUDA file. parameters: the dtype of each tensor it takes, `int` for a 32-bit integer."""
+    """A function of a CUDA file.
+
+    parameters: the dtype of each tensor it takes, (dtype, None) for one that may be missing, `int` for a 32-bit integer.
+    """
 
     source: Path
     name: str
@@ -62,8 +65,8 @@ def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, shared_bytes: 
     """
     device = _check(kernel, args)
     function = _compiled(kernel.source, kernel.name, device.index)
-    if isinstance(function, KernelError):
-        raise function
+    if isinstance(function, str):
+        raise KernelError(function)
     _call(function, kernel.name, device, blocks, threads, shared_bytes, args)
 
 
@@ -75,9 +78,9 @@ def _check(kernel: Kernel, args: tuple) -> torch.device:
         if wanted is int:
             if not isinstance(arg, int) or not -(2**31) <= arg < 2**31:
                 raise TypeError(f"{kernel.name}: argument {number} must be a 32-bit integer, not {arg!r}")
-        elif arg is None:
+        elif arg is None and isinstance(wanted, tuple):
             continue
-        elif not isinstance(arg, torch.Tensor) or arg.dtype != wanted:
+        elif not isinstance(arg, torch.Tensor) or arg.dtype != (wanted[0] if isinstance(wanted, tuple) else wanted):
             raise TypeError(f"{kernel.name}: argument {number} must be a tensor of {wanted}, not {getattr(arg, 'dtype', type(arg))}")
         elif not on_gpu(arg) or arg.device != tensors[0].device:
             raise ValueError(f"{kernel.name}: argument {number} is on {arg.device}, not on one GPU with the others")
@@ -88,10 +91,12 @@ def _check(kernel: Kernel, args: tuple) -> torch.device:
 
 @lru_cache
 def _compiled(source: Path, name: str, device_index: int):
-    """The CuPy function, or the KernelError that says why there is none: compiling is not tried twice."""
+    """The CuPy function, or the sentence that says why there is none: compiling is not tried twice."""
     try:
-        _load_compiler()
         import cupy
+
+        if int(cupy.__version__.split(".")[0]) < 14:
+            _load_compiler()
 
         with cupy.cuda.Device(device_index):
             function = _module(source, device_index).get_function(name)
@@ -99,7 +104,7 @@ def _compiled(source: Path, name: str, device_index: int):
             return function
     except Exception as error:  # a missing wheel, driver or compiler each raise their own kind
         major = (torch.version.cuda or "12").split(".")[0]
-        return KernelError(f"{name} runs in torch, which is slower: {_first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}")
+        return f"{name} runs in torch, which is slower: {_first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}"
 
 
 @lru_cache
@@ -121,14 +126,23 @@ def _call(function, name: str, device: torch.device, blocks: tuple[int, int], th
     import cupy
 
     values = tuple(cupy.int32(arg) if isinstance(arg, int) else _address(arg) for arg in args)
-    stream = cupy.cuda.ExternalStream(torch.cuda.current_stream(device).cuda_stream, device.index)
     try:
-        with cupy.cuda.Device(device.index), stream:
+        with cupy.cuda.Device(device.index), _current_stream(device):
             if shared_bytes > FREE_SHARED_BYTES:
                 function.max_dynamic_shared_size_bytes = shared_bytes
             function(blocks, (threads,), values, shared_mem=shared_bytes)  # raises if the launch is refused
     except Exception as error:
         raise KernelError(f"{name} runs in torch, which is slower: its launch failed: {_first_line(error)}") from error
+
+
+def _current_stream(device: torch.device):
+    """torch's current stream as CuPy's."""
+    import cupy
+
+    stream = torch.cuda.current_stream(device)
+    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
+        return cupy.cuda.Stream.from_external(stream)
+    return cupy.cuda.ExternalStream(stream.cuda_stream, device.index)  # CuPy before 14
 
 
 def _address(tensor: torch.Tensor | None) -> int:

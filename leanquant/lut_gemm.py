@@ -139,7 +139,7 @@ def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> 
     y = x.new_empty(N, tiles.O)
     if N:
         arguments = (x, bias, y, tiles.O, tiles.I, tiles.groups, N)
-        parameters = (*3 * [x.dtype], int, int, int, int)
+        parameters = (x.dtype, (x.dtype, None), x.dtype, int, int, int, int)
         shared = 4 * 8 * tokens * TILE_ROWS * WARPS
         _launch("lut_gemm", f"_{tokens}", tiles, x.dtype, (-(-tiles.O // TILE_ROWS), 1), shared, parameters, arguments)
     return y
@@ -154,7 +154,7 @@ def _launch(name: str, suffix: str, tiles: Tiles, dtype: torch.dtype, blocks: tu
     kernel = kernels.Kernel(
         CUDA_SOURCE,
         f"{name}_{tiles.bits}_{NAMES[dtype]}{suffix}",
-        (torch.int32, torch.uint8, torch.float16, torch.uint8, *parameters),
+        (torch.int32, (torch.uint8, None), (torch.float16, None), (torch.uint8, None), *parameters),
     )
     kernels.launch(kernel, blocks, THREADS, shared, tiles.codes, tiles.planes, tiles.scale, tiles.zero, *arguments)
 

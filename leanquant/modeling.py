@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .errors import InputError
 from .linear import QuantizedLinear, prepare_linears, replace_linears
-from .packing import Checkpoint
+from .packing import Checkpoint, is_finite
 from .plugin import mark_quantized
 
 DEQUANTIZE = ("auto", "always", "never")
@@ -111,7 +111,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.
             if module is head and tied and full_name not in checkpoint:
                 continue  # tie_weights gives it the embeddings
             value = checkpoint.weight(full_name, tuple(parameter.shape), dtype, _device_of(name, devices))
-            if not torch.isfinite(value).all():
+            if not is_finite(value):
                 raise InputError(f"{full_name} holds NaN or infinity: the file is damaged, get it again")
             setattr(module, leaf, nn.Parameter(value, requires_grad=False))
             used.add(full_name)

@@ -31,6 +31,7 @@ CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
 DTYPE_ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 ITEM_BYTES = dict.fromkeys(("U64", "I64", "F64"), 8) | dict.fromkeys(("F32", "U32", "I32"), 4)
 ITEM_BYTES |= dict.fromkeys(("BF16", "F16", "U16", "I16"), 2)
+PIECE_BYTES = 2**22  # of a large tensor read at a time
 # What a run keeps in its own folder while it works.
 WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable")
 # What a folder written here can hold: anything else in it is the user's.
@@ -122,7 +123,7 @@ class PackedLinear(NamedTuple):
     def check_values(self, linear: str, bits: int, columns: int) -> None:
         """Raise InputError, naming the tensor of the module path `linear`, for values that no writer of this format writes."""
         for suffix, levels in ((GRID, self.grid), (SCALE, self.scale)):
-            if levels is not None and not torch.isfinite(levels).all():
+            if levels is not None and not is_finite(levels):
                 raise InputError(f"{linear}{suffix} holds NaN or infinity: the file is damaged, get it again")
         if self.zero is not None and self.zero.numel() and int(self.zero.max()) >= 2**bits:
             raise InputError(f"{linear}{ZERO} holds {int(self.zero.max())}, not below {2**bits}: the file is damaged, get it again")
@@ -143,6 +144,13 @@ class PackedLinear(NamedTuple):
         codes = unpack_codes(self.codes, bits, columns).long()
         O, G, _ = levels.shape
         return levels.gather(2, codes.view(O, G, columns // G)).view(O, columns)
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Does a floating point `tensor` hold neither NaN nor infinity? By pieces: torch's question takes twice its memory."""
+    pieces = tensor.reshape(-1).split(2**20)
+    # torch cannot ask a float8
+    return all(bool(torch.isfinite(piece.float() if piece.itemsize == 1 else piece).all()) for piece in pieces)
 
 
 # --- files -----------------------------------------------------------------------------------------------------
@@ -204,7 +212,16 @@ class Checkpoint:
         if name not in self.files:
             raise InputError(f"the checkpoint has no tensor {name}: it does not match its config.json")
         with safe_open(self.files[name], "pt") as f:
-            return f.get_tensor(name).clone()
+            if self.tensor_bytes(name) <= PIECE_BYTES:
+                return f.get_tensor(name).clone()
+        rows, whole = self.shapes[name][0], None
+        step = max(1, rows * PIECE_BYTES // self.tensor_bytes(name))
+        for start in range(0, rows, step):  # pages of the file count as this process's until it is closed
+            with safe_open(self.files[name], "pt") as f:
+                piece = f.get_slice(name)[start : start + step]
+                whole = piece.new_empty(self.shapes[name]) if whole is None else whole
+                whole[start : start + step] = piece
+        return whole
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes tensor `name` takes in its file."""
@@ -218,9 +235,7 @@ class Checkpoint:
         """Read everything once, with progress. Raises InputError with the name of a tensor that holds NaN or infinity."""
         for name in tqdm(self.files, desc="checking weights", unit="tensor", ncols=80, leave=False, disable=None):
             tensor = self.get(name)
-            if tensor.itemsize == 1 and tensor.is_floating_point():
-                tensor = tensor.float()  # torch cannot ask a float8 for NaN
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not is_finite(tensor):
                 raise InputError(f"{self.files[name].name}: tensor {name} holds NaN or infinity; the checkpoint is damaged")
 
     # A quantized model reads as a plain one through the same three methods.

@@ -8,7 +8,7 @@ extern __shared__ __align__(16) char shared_memory[];
 
 const int CANDIDATES = 4, POINTS = 2048;
 
-// w and a [rows, n]; writes scale and zero [rows]. Shared memory: POINTS * 8 bytes, and 12 a thread.
+// w and a [rows, n]; writes scale and zero [rows]. Shared memory: POINTS * 8 bytes, and 8 a thread.
 extern "C" __global__ void __launch_bounds__(256) brute_force(const float* w, const float* a, float* scale, uint8* zero, int n, int T, int K) {
     float* points = (float*)shared_memory;
     float* weights = points + POINTS;

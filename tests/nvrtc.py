@@ -13,18 +13,20 @@ SOURCES = sorted(file for folder in (ROOT, ROOT / "leanquant", ROOT / "scripts")
 ARCHITECTURES = [75, 80, 86, 89, 90, 100, 120]
 
 
-def wheel_file(pattern: str) -> Path:
-    """A file of the nvidia wheels that requirements.txt installs."""
-    found = sorted(Path(sysconfig.get_paths()["purelib"], "nvidia").glob(pattern))
-    assert found, f"no nvidia/{pattern}: is requirements.txt installed?"
+def wheel_file(file: str) -> Path:
+    """A file of the nvidia wheels: those of CUDA 12 that requirements.txt pins, or those of CUDA 13."""
+    nvidia = Path(sysconfig.get_paths()["purelib"], "nvidia")
+    found = [path for folder in ("cuda_nvrtc", "cuda_runtime", "cu13") for path in sorted(nvidia.glob(f"{folder}/{file}"))]
+    assert found, f"no {file} under nvidia: is requirements.txt installed?"
     return found[0]
 
 
 def compile_log(source: Path, architecture: int) -> str:
     """The assembler's report on `source` built for sm_`architecture`. Raises AssertionError if it does not compile."""
-    library = ctypes.CDLL(str(wheel_file("**/libnvrtc.so.*")))
-    include = wheel_file("**/cuda_fp16.h").parent
+    library = ctypes.CDLL(str(wheel_file("lib/libnvrtc.so.*")))
+    include = wheel_file("include/cuda_fp16.h").parent
     options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", f"--include-path={include}", "--ptxas-options=-v"]
+    options += ["-ftz=true", "--device-as-default-execution-space"]  # CuPy adds these
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     library.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

@@ -3,9 +3,15 @@
 Without a GPU the same source runs on the host (tests/host.py); with one (`pytest -m gpu`) the kernels themselves.
 """
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
+import bench_inference
 import host
 from leanquant import kernels, lut_gemm
 from leanquant.linear import QuantizedLinear
@@ -159,6 +165,15 @@ def test_tiles_that_do_not_fit_are_refused(built, monkeypatch):
     grouped, _ = make_tiles(35, 192, 3, 4, torch.float16)
     with pytest.raises(ValueError, match="groups hold 16 n columns"):
         lut_gemm._multiply_cuda(draw(2, 192, dtype=torch.float16), grouped._replace(scale=grouped.scale[:, :2]), None)
+
+
+def test_the_benchmark_runs_from_end_to_end(tmp_path):
+    script, out = Path(bench_inference.__file__), tmp_path / "bench.json"
+    subprocess.run([sys.executable, script, "--smoke", "--device", "cpu", "--bits", "3", "--out", out], check=True, capture_output=True)
+    results = json.loads(out.read_text())
+    assert {row["tokens"] for row in results["products"]} == set(bench_inference.TOKENS)
+    assert [row["bits"] for row in results["model"]] == [16, 3]
+    assert results["promises"] == {}  # nothing is claimed that was not measured at its size, on a GPU
 
 
 # --- the module ------------------------------------------------------------------------------------------------

@@ -1,11 +1,13 @@
 """LeanQuantModelForCausalLM reads the published files exactly, and ours, packed or rebuilt; what it loads generates."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import eval_quantized
 import llama
@@ -103,6 +105,87 @@ def test_eval_quantized_refuses_wrong_bits(tiny_model, text_file, capsys):
     arguments = ["--base_model_name_or_path", str(FIXTURES / "llama_base"), "--leanquant_path", str(FIXTURES / "llama_4bit.safetensors")]
     assert eval_quantized.main([*arguments, "--bits", "2", "--perplexity", str(text_file)]) == 2
     assert "holds [4] bits, not 2" in capsys.readouterr().err
+
+
+MEASURE = """
+import sys, torch
+from leanquant import LeanQuantModelForCausalLM
+from llama import peak_host_bytes
+load = lambda base, path: LeanQuantModelForCausalLM.from_pretrained(base, path, dequantize="never", torch_dtype=torch.float16)
+load(sys.argv[1], sys.argv[2])
+before = peak_host_bytes()
+model = load(sys.argv[3], sys.argv[4])
+print(peak_host_bytes() - before)
+"""
+
+
+def test_loading_takes_little_more_memory_than_the_file(tmp_path):
+    """Peak host memory over what the libraries take: less than 1.2 times the file."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "vocab_size": 20000, "num_attention_heads": 8, "num_key_value_heads": 8}
+    config = LlamaConfig(num_hidden_layers=4, **sizes)
+    config.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        linear = name.removesuffix(".weight")
+        if ".layers." in name and parameter.ndim == 2:
+            tensors[f"{linear}.weight_codes"] = torch.randint(256, (parameter.shape[0], parameter.shape[1] // 2), dtype=torch.uint8)
+            tensors[f"{linear}.quant_grid"] = torch.randn(parameter.shape[0], 16).half()
+        else:
+            tensors[name] = torch.randn(parameter.shape).half()
+    file = tmp_path / "model.safetensors"
+    save_file(tensors, file)
+    command = [
+        sys.executable,
+        "-c",
+        MEASURE,
+        str(FIXTURES / "llama_base"),
+        str(FIXTURES / "llama_4bit.safetensors"),
+        str(tmp_path),
+        str(file),
+    ]
+    ran = subprocess.run(command, cwd=Path(llama.__file__).parent, check=True, capture_output=True, text=True)
+    assert int(ran.stdout) < 1.2 * file.stat().st_size
+
+
+def test_weights_that_do_not_fit_stay_packed(tiny_model, text_file, tmp_path, monkeypatch):
+    out = quantized_file(tiny_model(), text_file, tmp_path / "q.safetensors", "--wbits", "4", "--exponent", "4")
+    monkeypatch.setattr("leanquant.linear._free_host_bytes", lambda: 1000.0)
+    with pytest.warns(UserWarning, match="do not fit: they stay packed"):
+        model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), out)
+    assert {m.form for m in model.modules() if isinstance(m, QuantizedLinear)} == {"packed"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("bits", [4, 2])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_fused_kernels_give_the_published_logits(bits, dtype):
+    expected = load_file(FIXTURES / f"llama_{bits}bit_expected.safetensors")
+    model = LeanQuantModelForCausalLM.from_pretrained(
+        FIXTURES / "llama_base", FIXTURES / f"llama_{bits}bit.safetensors", torch_dtype=dtype, device="cuda"
+    )
+    assert {m.form for m in model.modules() if isinstance(m, QuantizedLinear)} == {"tiles"}
+    found = logits(model, expected["test_ids"].cuda()).float().cpu()
+    assert (found - expected["logits"]).norm() <= (5e-3 if dtype == torch.float16 else 3e-2) * expected["logits"].norm()
+    out = model.generate(expected["test_ids"][:1, :8].cuda(), max_new_tokens=8, do_sample=False, cache_implementation="static")
+    assert out.shape == (1, 16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_what_does_not_fit_the_gpu_stays_on_the_host():
+    expected = load_file(FIXTURES / "llama_4bit_expected.safetensors")
+    with pytest.warns(UserWarning, match="do not fit the GPUs"):
+        model = LeanQuantModelForCausalLM.from_pretrained(
+            FIXTURES / "llama_base",
+            FIXTURES / "llama_4bit.safetensors",
+            torch_dtype=torch.float32,
+            max_memory={0: 100_000, "cpu": "1GB"},
+        )
+    found = logits(model, expected["test_ids"].cuda()).cpu()
+    torch.testing.assert_close(found, expected["logits"], atol=1e-3, rtol=0)
 
 
 @pytest.mark.gpu

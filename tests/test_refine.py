@@ -328,3 +328,17 @@ def test_a_part_of_a_grid_takes_scales_and_zeros_along():
     part = ours.rows(slice(1, 3))
     assert torch.equal(part.levels, ours.levels[1:3]) and torch.equal(part.affine.zero, affine.zero[1:3])
     assert Grid(ours.levels, None).where(keep, Grid(theirs.levels, None)).affine is None
+
+
+@pytest.mark.parametrize("groupsize", [-1, 16])
+def test_a_row_of_zeros_keeps_its_scale(groupsize):
+    """All its codes stand for 0, so that the least squares problem of its scale is singular."""
+    generator = torch.Generator().manual_seed(0)
+    W, X = torch.randn(5, 32, generator=generator), torch.randn(100, 32, generator=generator)
+    W[2] = 0
+    config = QuantConfig(bits=3, grid="affine", groupsize=groupsize)
+    factor = factorize((X.T @ X / 100).triu(), 0.1, False)
+    grid = learn_grid(W, factor, config)
+    found_grid, found = refine(W, grid, quantize(W, grid, factor, config), factor, config)
+    assert torch.equal(found_grid.affine.scale[2], grid.affine.scale[2])
+    assert found.loss[2] == 0

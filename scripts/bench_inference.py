@@ -1,0 +1,201 @@
+"""Inference speed: products with packed weights beside fp16, for the linears of Llama-3-8B and 70B, and a whole 8B-shaped model.
+
+    python scripts/bench_inference.py [--bits 4 3 2] [--out docs/results/inference-gpu.json]
+
+Each product in turn reads one of several copies of the weight, so that no cache holds it; medians of CUDA events over graphs of
+those calls. "gather" is what the published package does: rebuild the weight by indexing, then multiply. Shares are of
+the bandwidth of a device-to-device copy in the same run, counting the bytes of codes and levels once. The whole model
+generates one token at batch 1 in a CUDA graph. Random weights; under 8 minutes on an H200. `--smoke` runs it all on tiny sizes.
+"""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench_quantize import LLAMA_3_8B, machine, save  # noqa: E402
+from leanquant import lut_gemm  # noqa: E402
+from leanquant.linear import QuantizedLinear  # noqa: E402
+from leanquant.packing import PackedLinear, packed_width, unpack_codes  # noqa: E402
+
+SHAPES = {  # out x in features
+    "Llama-3-8B": [(4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)],
+    "Llama-3-70B": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
+}
+TOKENS = (1, 2, 4, 8, 64, 512)
+# At least so many times fp16's speed at one token on the 8B shapes, and at least that share of the copy bandwidth on large layers.
+PROMISED = {4: (2.4, 0.6), 3: (3.5, 0.8), 2: (4.0, 0.6)}
+LARGE = 30e6  # bytes of fp16
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    add = parser.add_argument
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--bits", type=int, nargs="+", default=[4, 3, 2])
+    add("--smoke", action="store_true", help="tiny sizes: does it all run?")
+    add("--out", type=Path, help="write the results to this JSON file")
+    args = parser.parse_args()
+    torch.set_grad_enabled(False)
+    os.environ.pop("LEANQUANT_KERNELS", None)
+    warnings.filterwarnings("error", message=".*runs in torch, which is slower")  # a twin's time must not pass for a kernel's
+    device = torch.device(args.device)
+    results = {"machine": machine(device), "copy_tb_s": copy_bandwidth(device), "products": [], "model": []}
+    print(f"device-to-device copy: {results['copy_tb_s']:.2f} TB/s")
+    for model, shapes in SHAPES.items():
+        for O, I in [(48, 128)] if args.smoke else shapes:
+            for bits in args.bits:
+                results["products"] += bench_products(model, O, I, bits, results["copy_tb_s"], device)
+                save(results, args.out)
+    results["model"] = bench_model(args, device)
+    results["promises"] = {} if args.smoke or device.type == "cpu" else promises(results["products"])
+    save(results, args.out)
+
+
+def milliseconds(operations: list[Callable], device: torch.device, repeats: int = 20) -> float:
+    """Median time of one of `operations`, which are run one after the other: captured in a graph, timed by events."""
+    if device.type == "cpu":
+        return 1e3 * median(_seconds(operation) for operation in operations)
+    for operation in operations:
+        operation()
+    torch.cuda.synchronize()
+    graph, times = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        kept = [operation() for operation in operations]  # noqa: F841 - keeps outputs apart
+    for _ in range(repeats + 3):
+        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / len(operations))
+    return median(times[3:])
+
+
+def _seconds(operation: Callable) -> float:
+    start = time.perf_counter()
+    operation()
+    return time.perf_counter() - start
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """TB/s of a large copy, bytes read and written."""
+    size = 2**30 if device.type == "cuda" else 2**24
+    source = torch.zeros(size, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * size / milliseconds([lambda: target.copy_(source)], device) / 1e9
+
+
+# --- products --------------------------------------------------------------------------------------------------
+
+
+def random_packed(O: int, I: int, bits: int, device: torch.device) -> PackedLinear:
+    codes = torch.randint(256, (O, packed_width(I, bits)), dtype=torch.uint8, device=device)
+    return PackedLinear(codes, torch.randn(O, 2**bits, device=device).half() * 0.02)
+
+
+def gather(x: torch.Tensor, packed: PackedLinear, bits: int) -> torch.Tensor:
+    """As the published package multiplies: index the levels with all codes, then a plain product."""
+    codes = unpack_codes(packed.codes, bits, x.shape[1])
+    return x @ packed.grid.gather(1, codes.long()).T
+
+
+def bench_products(model: str, O: int, I: int, bits: int, copy_tb_s: float, device: torch.device) -> list[dict]:
+    """One row for each number of tokens: milliseconds of ours, of fp16 and of gather-then-multiply."""
+    copies = max(4, int(300e6 / (O * I * bits / 8)) if O * I > 1e6 else 4)  # beyond any cache
+    weights = [random_packed(O, I, bits, device) for _ in range(copies)]
+    tiles = []
+    for packed in weights:
+        codes = lut_gemm.tile_codes(unpack_codes(packed.codes, bits, I), bits)
+        tiles.append(lut_gemm.Tiles(codes, lut_gemm.level_planes(packed.grid), None, None, bits, O, I))
+    plain = [torch.randn(O, I, dtype=torch.float16, device=device) for _ in range(max(4, min(copies, int(600e6 / (2 * O * I)))))]
+    moved = tiles[0].codes.numel() * 4 + tiles[0].planes.numel()
+    rows = []
+    for N in TOKENS:
+        x = torch.randn(N, I, dtype=torch.float16, device=device)
+        ours = milliseconds([partial(lut_gemm.lut_linear, x, *t[:4], None, bits, O) for t in tiles], device)
+        fp16 = milliseconds([partial(nn.functional.linear, x, w) for w in plain], device)
+        by_gather = milliseconds([partial(gather, x, w, bits) for w in weights[:4]], device, repeats=5)
+        share = moved / ours / 1e9 / copy_tb_s
+        row = {"model": model, "rows": O, "columns": I, "bits": bits, "tokens": N, "ms": ours, "fp16_ms": fp16, "gather_ms": by_gather}
+        rows.append(row | {"copy_share": share, "copies": copies})
+        speeds = f"{fp16 / ours:6.2f} x fp16 {by_gather / ours:7.1f} x gather {100 * share:5.0f} % of the copy"
+        print(f"{O:>6} x {I:<6} {bits} bits {N:>4} tokens {1e3 * ours:9.1f} us {speeds}", flush=True)
+    return rows
+
+
+def promises(rows: list[dict]) -> dict:
+    """What the project promises for an H200 beside what was measured: the worst case of each."""
+    found = {}
+    for bits, (speed, share) in PROMISED.items():
+        one = [r for r in rows if r["bits"] == bits and r["tokens"] == 1]
+        if not one:
+            continue
+        eight = [r["fp16_ms"] / r["ms"] for r in one if r["model"] == "Llama-3-8B"]
+        found[f"{bits} bits, one token, times fp16 on 8B's shapes"] = (min(eight), speed)
+        found[f"{bits} bits, share of the copy on layers of 30 MB"] = (
+            min(r["copy_share"] for r in one if 2 * r["rows"] * r["columns"] >= LARGE),
+            share,
+        )
+        few = [r["fp16_ms"] / r["ms"] for r in rows if r["bits"] == bits and r["tokens"] <= 64]
+        many = [r["fp16_ms"] / r["ms"] for r in rows if r["bits"] == bits and r["tokens"] == 512]
+        found[f"{bits} bits, up to 64 tokens, times fp16"] = (min(few), 1.0)
+        found[f"{bits} bits, 512 tokens, times fp16"] = (min(many), 1 / 1.3)
+    for name, (measured, least) in found.items():
+        print(f"{'kept  ' if measured >= least else 'BROKEN'} {name}: {measured:.3g}, promised {least:.3g}")
+    return {name: {"measured": measured, "promised": least} for name, (measured, least) in found.items()}
+
+
+# --- a whole model ---------------------------------------------------------------------------------------------
+
+
+def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
+    """Tokens a second of an 8B-shaped model at batch 1, fp16 and each width, one decoding step in a CUDA graph."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    sizes = LLAMA_3_8B | {"num_hidden_layers": 32, "vocab_size": 128256}
+    if args.smoke:
+        sizes |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+        sizes["vocab_size"] = 100
+    rows = []
+    for bits in (16, *args.bits):
+        torch.manual_seed(0)
+        with torch.device(device):
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float16).eval()
+        if bits < 16:
+            for name, linear in list(model.model.named_modules()):
+                if isinstance(linear, nn.Linear):
+                    quantized = QuantizedLinear(
+                        random_packed(linear.out_features, linear.in_features, bits, device), bits, linear.in_features, None
+                    )
+                    quantized.prepare("tiles", torch.float16)
+                    model.model.set_submodule(name, quantized)
+        rows.append({"bits": bits, "tokens_per_second": 1e3 / step_milliseconds(model, device)})
+        print(f"{'fp16' if bits == 16 else f'{bits} bits'}: {rows[-1]['tokens_per_second']:.1f} tokens/s", flush=True)
+        del model
+    return rows
+
+
+def step_milliseconds(model: nn.Module, device: torch.device, context: int = 128) -> float:
+    """One token after `context` others, with a static cache."""
+    from transformers import StaticCache
+
+    cache = StaticCache(model.config, max_cache_len=2 * context)
+    model(torch.randint(100, (1, context), device=device), past_key_values=cache)
+    token, position = torch.tensor([[7]], device=device), torch.tensor([[context]], device=device)
+    return milliseconds([lambda: model(token, past_key_values=cache, position_ids=position).logits], device)
+
+
+if __name__ == "__main__":
+    main()
