@@ -8,6 +8,7 @@ import pytest
 
 import eval_quantized
 import llama
+from leanquant import __main__ as leanquant_main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
@@ -23,6 +24,10 @@ def test_every_command_parses():
     assert len(lines) >= 4
     for line in lines:
         _, script, *arguments = shlex.split(line, comments=True)
+        if script == "-m":
+            assert arguments.pop(0) == "leanquant"
+            leanquant_main.parse(arguments)
+            continue
         parsed = parsers[script](arguments)
         if script == "llama.py":
             assert llama.quant_config(parsed, None).bits == parsed.wbits
