@@ -39,14 +39,18 @@ PROMISED = {4: (2.4, 0.6), 3: (3.5, 0.8), 2: (4.0, 0.6)}
 LARGE = 30e6  # bytes of fp16
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--smoke", action="store_true", help="tiny sizes: does it all run?")
     add("--out", type=Path, help="write the results to this JSON file")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(None)
     torch.set_grad_enabled(False)
     os.environ.pop("LEANQUANT_KERNELS", None)
     warnings.filterwarnings("error", message=".*runs in torch, which is slower")  # a twin's time must not pass for a kernel's

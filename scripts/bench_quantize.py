@@ -50,7 +50,7 @@ LLAMA_3_8B = {
 }
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -62,7 +62,11 @@ def main() -> None:
     add("--recipes", nargs="*", default=["best", "published"], help="for the end-to-end runs")
     add("--smoke", action="store_true", help="tiny sizes: does it all run?")
     add("--out", type=Path, help="write the results to this JSON file")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(None)
     torch.set_grad_enabled(False)
     torch.backends.cuda.matmul.fp32_precision = "ieee"
     os.environ.pop("LEANQUANT_KERNELS", None)

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+import bench_inference
+import bench_quantize
 import eval_quantized
 import llama
 from leanquant import __main__ as leanquant_main
@@ -60,7 +62,7 @@ def test_named_files_exist():
 
 
 def test_options_that_the_readme_names_exist(capsys):
-    for parse in (llama.parse, eval_quantized.parse):
+    for parse in (llama.parse, eval_quantized.parse, bench_quantize.parse, bench_inference.parse):
         with pytest.raises(SystemExit):
             parse(["--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
