@@ -348,15 +348,23 @@ def _best_zero(w, A, B, low, high, t: torch.Tensor, K: int, T: int):
 def _reachable_zeros(S, low, high, t: torch.Tensor, K: int, T: int) -> torch.Tensor:
     """Which zeros Z some split t = t_min + t_max leads to: bool [R, N, K].
 
-    Z falls as t_min grows, so an inner Z is reached if it is by the t_min that brings -low/S nearest to it; 0 and K-1,
-    onto which the rest is clamped, also by either end of the range of t_min.
+    Z falls as t_min grows. Where it moves by less than 1 each time (all but the most extreme shrinks), all between its ends are
+    reached. Else an inner Z is reached if it is by the t_min that brings -low/S nearest to it; 0 and K-1, onto which the rest
+    is clamped, also by either end of the range of t_min.
     """
-    first, last = (t - T // 2 + 1).clamp(min=0).unsqueeze(2), t.clamp(max=T // 2 - 1).unsqueeze(2)
-    step = ((high - low) / T).unsqueeze(2)
+    S, step = S.squeeze(2), (high - low) / T
+    inverse, inverse_step = 1 / S, 1 / step.clamp(min=1e-300)
+    zero_of = lambda t_min, low, step, inverse: (-(low + t_min * step) * inverse).round().clamp(0, K - 1)  # noqa: E731
+    first, last = (t - T // 2 + 1).clamp(min=0), t.clamp(max=T // 2 - 1)
+    most, least = zero_of(first, low, step, inverse), zero_of(last, low, step, inverse)
     Z = torch.arange(K, device=t.device, dtype=torch.float64)
-    low = low.unsqueeze(2)
-    inverse = 1 / S
-    zero_of = lambda t_min: (-(low + t_min * step) * inverse).round().clamp(0, K - 1)  # noqa: E731
-    nearest = ((-Z * S - low) * (1 / step.clamp(min=1e-300))).round()
-    nearest = torch.minimum(torch.maximum(nearest, first), last)
-    return (zero_of(nearest) == Z) | (zero_of(first) == Z) | (zero_of(last) == Z)
+    reached = (Z <= most.unsqueeze(2)) & (Z >= least.unsqueeze(2))
+    some = (step * inverse >= 1).nonzero(as_tuple=True)
+    if len(some[0]):
+        pick = lambda values: values.expand_as(t)[some].unsqueeze(1)  # noqa: E731
+        S, low, step, inverse, inverse_step, first, last, most, least = map(
+            pick, (S, low, step, inverse, inverse_step, first, last, most, least)
+        )
+        nearest = torch.minimum(torch.maximum(((-Z * S - low) * inverse_step).round(), first), last)
+        reached[some] = (zero_of(nearest, low, step, inverse) == Z) | (most == Z) | (least == Z)
+    return reached
