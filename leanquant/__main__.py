@@ -27,6 +27,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--max_new_tokens", type=int, default=512 if name == "chat" else 64, help="most tokens in an answer (default: %(default)s)")
         add("--temperature", type=float, help="0 takes the likeliest token (unset: as the model's generation config says)")
         add("--device", help="cpu, cuda or cuda:1 (unset: the GPUs if there are any)")
+        add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
         add("--dequantize", choices=["auto", "always", "never"], default="auto", help="keep rebuilt weights too (default: on a CPU)")
     return parser.parse_args(argv)
 
@@ -48,12 +49,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def info(args: argparse.Namespace) -> None:
     for name, value in describe(Checkpoint.open(args.path)).items():
-        print(f"{name + ':':<14}{value}")
+        text = "".join(c if c.isprintable() else "?" for c in str(value))  # it is the file's word: no escapes for the terminal
+        print(f"{name + ':':<14}{text}")
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, str]:
+def describe(checkpoint: Checkpoint) -> dict:
     """What a quantized checkpoint is, from its header alone."""
-    checkpoint.check_bits(None, next(iter(checkpoint.files.values())))
+    checkpoint.check_bits(None, "it")
+    checkpoint.check_headers()
     settings, linears = checkpoint.settings, checkpoint.quantized
     bits = sorted({checkpoint.bits_of(linear) for linear in linears})
     weights = sum(checkpoint.weights_of(linear) for linear in linears)
@@ -96,8 +99,12 @@ def load(args: argparse.Namespace):
     if args.base is None and not Path(args.path).is_dir():
         Checkpoint.open(args.path)  # a file that is not there is the more useful thing to say
         raise InputError(f"{args.path} is a single file, without config and tokenizer: name the unquantized model with --base")
-    model = LeanQuantModelForCausalLM.from_pretrained(base, args.path, device=args.device, dequantize=args.dequantize)
-    return model, AutoTokenizer.from_pretrained(base)
+    trust = {"trust_remote_code": args.trust_remote_code}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(base, **trust)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{base} has no usable tokenizer ({str(error).splitlines()[0]}): copy its tokenizer files there") from None
+    return LeanQuantModelForCausalLM.from_pretrained(base, args.path, device=args.device, dequantize=args.dequantize, **trust), tokenizer
 
 
 def sampling(temperature: float | None) -> dict:

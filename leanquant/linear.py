@@ -3,6 +3,7 @@
 Legend: O out_features, I in_features, K = 2**bits levels, G groups.
 """
 
+import re
 import warnings
 from pathlib import Path
 
@@ -11,14 +12,15 @@ from torch import nn
 
 from . import lut_gemm
 from .errors import InputError
-from .packing import Checkpoint, PackedLinear, pack_codes, unpack_codes
+from .packing import CODES, GRID, SCALE, ZERO, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
 
+SUFFIXES = (CODES, GRID, SCALE, ZERO)
 PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
 MIN_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}  # of a GPU, for the fused kernels
 
 
-class QuantizedLinear(nn.Module):
-    """y = x W^T + bias with W = levels[codes], for x [..., I].
+class QuantizedLinear(nn.Linear):
+    """y = x W^T + bias with W = levels[codes], for x [..., I]. A Linear to libraries that put adapters beside linears.
 
     State, under the file's names: weight_codes and quant_grid, or scale and zero (packing.py), and bias. `prepare` chooses
     what the products read: "packed" rebuilds the weight piece by piece, in every forward pass, and needs nothing besides;
@@ -27,13 +29,13 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(self, packed: PackedLinear, bits: int, in_features: int, bias: torch.Tensor | None):
-        super().__init__()
+        nn.Module.__init__(self)  # not Linear's: there is no weight to make
+        self._is_hf_initialized = True  # nor for transformers to initialise
         self.bits, self.in_features, self.out_features = bits, in_features, packed.codes.shape[0]
         self.packed_bytes = packed.codes.shape[1]  # of a row: tells the layout of the stored codes
         for name, tensor in zip(("weight_codes", "quant_grid", "scale", "zero"), packed, strict=True):
             self.register_buffer(name, tensor)
-        for name in ("tiles", "planes", "dense"):
-            self.register_buffer(name, None, persistent=False)
+        self.tiles = self.planes = self.dense = None
         self.form, self.tiles_dtype = "packed", None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -63,11 +65,11 @@ class QuantizedLinear(nn.Module):
         if form == "tiles" and self.can_be_tiled(dtype):
             packed = self.packed()
             if self._row_wise:
-                self.planes = lut_gemm.level_planes(packed.levels(self.bits).squeeze(1).to(dtype))
-            self.tiles = lut_gemm.tile_codes(unpack_codes(packed.codes, self.bits, self.in_features), self.bits)
+                self._hold("planes", lut_gemm.level_planes(packed.levels(self.bits).squeeze(1).to(dtype)))
+            self._hold("tiles", lut_gemm.tile_codes(unpack_codes(packed.codes, self.bits, self.in_features), self.bits))
             self.weight_codes, self.tiles_dtype = None, dtype
         elif form == "dense":
-            self.dense = self.packed().dequantize(self.bits, self.in_features, dtype)
+            self._hold("dense", self.packed().dequantize(self.bits, self.in_features, dtype))
         else:
             return
         self.form = form
@@ -75,8 +77,27 @@ class QuantizedLinear(nn.Module):
     def release(self) -> None:
         """Back to packed codes alone."""
         self.weight_codes = self.packed().codes
-        self.tiles = self.planes = self.dense = None
+        for name in ("tiles", "planes", "dense"):
+            self._hold(name, None)
         self.form = "packed"
+
+    def _hold(self, name: str, tensor: torch.Tensor | None) -> None:
+        """Keep a tensor that is no state. A plain None stands for a missing one: libraries that move modules expect no empty buffers."""
+        self._buffers.pop(name, None)
+        self.__dict__.pop(name, None)
+        if tensor is None:
+            setattr(self, name, None)
+        else:
+            self.register_buffer(name, tensor, persistent=False)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [O, I], rebuilt: for those who look at a linear's weight. Writing to it changes nothing."""
+        return self.packed().dequantize(self.bits, self.in_features, self._levels.dtype)
+
+    @property
+    def _levels(self) -> torch.Tensor:
+        return self.scale if self.quant_grid is None else self.quant_grid
 
     @property
     def _row_wise(self) -> bool:
@@ -98,12 +119,21 @@ class QuantizedLinear(nn.Module):
         if self.tiles is not None:
             destination[prefix + "weight_codes"] = self.packed().codes
 
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        form, dtype = self.form, self.tiles_dtype if self.dense is None else self.dense.dtype
+        self.release()
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if form != "packed":
+            self.prepare(form, dtype)
+
     # --- products ---
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.form == "dense":
             return nn.functional.linear(x, self.dense.to(x.dtype), self.bias)
-        if self.form == "tiles" and x.dtype == self.tiles_dtype:
+        if self.form == "tiles" and x.dtype in lut_gemm.NAMES:
+            if x.dtype != self.tiles_dtype:
+                self.prepare("tiles", x.dtype)  # once: the model was cast
             scale, zero = (None, None) if self._row_wise else (self.scale, self.zero)
             return lut_gemm.lut_linear(x, self.tiles, self.planes, scale, zero, self.bias, self.bits, self.out_features)
         return self._by_pieces(x)
@@ -134,12 +164,48 @@ def replace_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
         model.set_submodule(name, QuantizedLinear.on_meta(checkpoint.packed_shapes(name), checkpoint.bits_of(name), linear))
 
 
+def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise InputError unless what `model`, its linears replaced, has beside them and what the file has agree in names and shapes.
+
+    A head that is tied to the embeddings may be missing, or stored all the same.
+    """
+    quantized = {f"{name}{suffix}" for name in checkpoint.quantized for suffix in SUFFIXES}
+    wanted = {name: t.shape for name, t in model.state_dict(keep_vars=True).items() if name not in quantized}
+    tied = model.config.get_text_config().tie_word_embeddings
+    head = next((f"{name}.weight" for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    for name, shape in wanted.items():
+        if name not in checkpoint:
+            if not (tied and name == head):
+                raise InputError(f"the file has no tensor {name}: get it again, or is it another base model's?")
+        elif checkpoint.shapes[name] != tuple(shape):
+            found = list(checkpoint.shapes[name])
+            raise InputError(f"tensor {name} is {found} where the base model has {list(shape)}: is it the right base model?")
+    ignored = [re.compile(pattern) for pattern in (getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
+    for name in checkpoint.shapes:
+        if name not in wanted and name not in quantized and name != head and not name.endswith("inv_freq"):
+            if not any(pattern.search(name) for pattern in ignored):
+                raise InputError(f"the file has a tensor {name}, which the base model lacks: is it the right base model?")
+
+
+def check_values(model: nn.Module) -> None:
+    """Raise InputError, with its name, for a tensor of the loaded `model` that no writer of this format writes."""
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            if not module._levels.is_meta:  # else it is offloaded, and was checked on its way
+                module.packed().check_values(name, module.bits, module.in_features)
+            continue
+        for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            if tensor is not None and not tensor.is_meta and tensor.is_floating_point() and not is_finite(tensor):
+                if leaf not in module._non_persistent_buffers_set:
+                    raise InputError(f"{name}.{leaf} holds NaN or infinity: the file is damaged, get it again")
+
+
 def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> None:
     """Give every filled QuantizedLinear the form that is fastest where it lies: tiles on a GPU, rebuilt weights on a CPU.
 
     What lies on the CPU because the GPUs are full stays packed: it travels to them for each forward pass.
     """
-    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear) and not module.weight_codes.is_meta]
     rebuild = dequantize == "always" or (dequantize == "auto" and all(linear.weight_codes.device.type == "cpu" for linear in linears))
     needed = sum(linear.in_features * linear.out_features * dtype.itemsize for linear in linears)
     if rebuild and dequantize == "auto" and needed > 0.8 * _free_host_bytes():

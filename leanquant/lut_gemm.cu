@@ -60,7 +60,8 @@ __device__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
 template <bool BF16>
 __device__ uint16 to_bits(float x) {
     if (!BF16) return to_half(x);
-    const unsigned bits = __float_as_uint(x);  // to nearest even; levels and outputs are finite
+    const unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // NaN, which the rounding below might carry over into a number
     return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 

@@ -109,15 +109,42 @@ def _(x, codes, planes, scale, zero, bias, bits, rows):
     return x.new_empty(*x.shape[:-1], rows)
 
 
+@torch.library.custom_op("leanquant::lut_linear_backward", mutates_args=())
+def lut_linear_backward(
+    grad: torch.Tensor,
+    codes: torch.Tensor,
+    planes: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    zero: torch.Tensor | None,
+    bits: int,
+    columns: int,
+) -> torch.Tensor:
+    """grad [..., O] W, by pieces of rows: what `lut_linear` hands back to x [..., I]; columns = I."""
+    tiles = Tiles(codes, planes, scale, zero, bits, grad.shape[-1], columns)
+    flat = grad.reshape(-1, grad.shape[-1])
+    back = torch.zeros(len(flat), columns, dtype=torch.float32, device=grad.device)
+    for first, rows in _pieces(tiles):
+        back += flat[:, first : first + rows] @ dequantize(grad, tiles, first, rows)
+    return back.to(grad.dtype).view(*grad.shape[:-1], columns)
+
+
+@lut_linear_backward.register_fake
+def _(grad, codes, planes, scale, zero, bits, columns):
+    return grad.new_empty(*grad.shape[:-1], columns)
+
+
 def _keep_for_backward(ctx, inputs, output) -> None:
     x, codes, planes, scale, zero, bias, bits, rows = inputs
-    ctx.save_for_backward(*(t for t in (codes, planes, scale, zero) if t is not None))
-    ctx.tiles = Tiles(codes, planes, scale, zero, bits, rows, x.shape[-1])
+    present = [t for t in (codes, planes, scale, zero) if t is not None]
+    ctx.save_for_backward(*present)
+    ctx.missing, ctx.bits, ctx.columns = [t is None for t in (codes, planes, scale, zero)], bits, x.shape[-1]
 
 
 def _backward(ctx, grad: torch.Tensor):
     """Of x alone, so that adapters can be trained on top: codes and levels are fixed."""
-    return grad @ dequantize(grad, ctx.tiles, 0, ctx.tiles.O), *(None,) * 7
+    saved = iter(ctx.saved_tensors)
+    tensors = [None if missing else next(saved) for missing in ctx.missing]
+    return lut_linear_backward(grad, *tensors, ctx.bits, ctx.columns), *(None,) * 7
 
 
 lut_linear.register_autograd(_backward, setup_context=_keep_for_backward)

@@ -9,15 +9,17 @@ from pathlib import Path
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
+from accelerate.utils import get_balanced_memory
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .errors import InputError
-from .linear import QuantizedLinear, prepare_linears, replace_linears
-from .packing import Checkpoint, is_finite
+from .linear import QuantizedLinear, check_names, check_values, prepare_linears, replace_linears
+from .packing import Checkpoint
 from .plugin import mark_quantized
 
 DEQUANTIZE = ("auto", "always", "never")
+SPREAD = ("auto", "balanced", "sequential")
 
 
 class LeanQuantModelForCausalLM:
@@ -40,7 +42,8 @@ class LeanQuantModelForCausalLM:
 
         path: unset if the base is itself a folder of ours. bits: checked against the file if given. torch_dtype:
         unset means the file's type on a GPU and float32 on a CPU. device: everything there; otherwise `device_map`
-        ("auto" spreads layers over the GPUs, within `max_memory`, and the rest over the host's memory). dequantize: "always"
+        ("auto" or "balanced" spreads layers over the GPUs, within `max_memory`, "sequential" fills one after the other; what does
+        not fit stays in the host's memory). dequantize: "always"
         keeps rebuilt weights too, "never" only codes; "auto" rebuilds on a CPU, where that is much faster, if they fit there.
         trust_remote_code: run Python code that comes with the base model. Raises InputError (a ValueError) if the file is
         damaged, or does not fit the base model or `bits`.
@@ -50,18 +53,17 @@ class LeanQuantModelForCausalLM:
         checkpoint = Checkpoint.open(base_model_name_or_path if path is None else path)
         checkpoint.check_bits(bits, path or base_model_name_or_path)
         checkpoint.check_plain_dtypes()
-        config = AutoConfig.from_pretrained(base_model_name_or_path, trust_remote_code=trust_remote_code)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        single = device if device is not None else device_map if device_map != "auto" and not isinstance(device_map, dict) else None
-        on_cpu = torch.device(single).type == "cpu" if single is not None else not torch.cuda.is_available()
+        config = _read_config(base_model_name_or_path, trust_remote_code)
+        single = device if device is not None else device_map if not isinstance(device_map, dict) and device_map not in SPREAD else None
+        on_cpu = _device(single).type == "cpu" if single is not None else not torch.cuda.is_available() and not isinstance(device_map, dict)
         dtype = torch_dtype or (torch.float32 if on_cpu else checkpoint.stored_dtype)
-        with init_empty_weights(include_buffers=False):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+        model = _build(config, dtype, trust_remote_code)
         replace_linears(model, checkpoint)
+        check_names(model, checkpoint)
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
         model.tie_weights()
+        check_values(model)
         prepare_linears(model, dtype, dequantize)
         mark_quantized(model, checkpoint.settings or {"bits": checkpoint.bits_of(checkpoint.quantized[0])})
         if len(set(devices.values())) > 1:
@@ -72,12 +74,51 @@ class LeanQuantModelForCausalLM:
         return model
 
 
+def _read_config(base: str | Path, trust_remote_code: bool):
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except InputError:
+        raise
+    except Exception as error:  # a config that lies fails in as many ways as there are fields
+        raise InputError(f"{base} has no usable config.json ({_one_line(error)}): check the name, or get it again") from None
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return config
+
+
+def _build(config, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+    """The model of `config`, on the meta device."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+    except Exception as error:
+        raise InputError(f"no causal language model can be made of the base model's config.json ({_one_line(error)})") from None
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
+
+
+def _device(name) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"unknown device {name}: give cpu, cuda or cuda:1, or device_map auto, balanced or sequential") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device {name}, but torch sees {torch.cuda.device_count()} CUDA devices: use cpu")
+    return device
+
+
 def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) -> dict:
     """Module path -> device; {"": device} for a single one. Sizes are those of the packed model."""
     if single is not None or on_cpu:
-        return {"": torch.device(single if single is not None else "cpu")}
+        return {"": _device(single if single is not None else "cpu")}
     if isinstance(device_map, dict):
+        if "disk" in device_map.values():
+            raise InputError("device_map names the disk, from which nothing can be run here: give devices, or cpu")
         return device_map
+    if device_map != "sequential":
+        max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=model._no_split_modules)  # leaves room for caches
     devices = infer_auto_device_map(model, max_memory, no_split_module_classes=model._no_split_modules)
     if "disk" in devices.values():
         raise InputError("the model does not fit the GPUs and the host memory: raise max_memory or use a larger machine")
@@ -99,32 +140,18 @@ def _device_of(name: str, devices: dict):
 
 
 def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.dtype) -> None:
-    """Give every parameter and every packed linear its tensors from the file."""
-    head = model.get_output_embeddings()
-    tied = model.config.get_text_config().tie_word_embeddings
-    used = set()
+    """Give every parameter, persistent buffer and packed linear its tensors from the file."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
             module.fill(checkpoint.packed(name, module.out_features, module.in_features).to(_device_of(name, devices)))
+        read = lambda leaf, tensor: checkpoint.weight(f"{name}.{leaf}", tuple(tensor.shape), dtype, _device_of(name, devices))  # noqa: E731, B023
         for leaf, parameter in list(module.named_parameters(recurse=False)):
-            full_name = f"{name}.{leaf}"
-            if module is head and tied and full_name not in checkpoint:
-                continue  # tie_weights gives it the embeddings
-            value = checkpoint.weight(full_name, tuple(parameter.shape), dtype, _device_of(name, devices))
-            if not is_finite(value):
-                raise InputError(f"{full_name} holds NaN or infinity: the file is damaged, get it again")
-            setattr(module, leaf, nn.Parameter(value, requires_grad=False))
-            used.add(full_name)
-    check_all_used(checkpoint, used)
-
-
-def check_all_used(checkpoint: Checkpoint, used: set[str]) -> None:
-    """Raise InputError for a tensor of the file that the model has no place for; a stored copy of a tied head is one it has."""
-    quantized = set(checkpoint.quantized)
-    for name in checkpoint.shapes:
-        linear = name.rpartition(".")[0]
-        if name not in used and linear not in quantized and not name.endswith(("inv_freq", "lm_head.weight", "masked_bias", "attn.bias")):
-            raise InputError(f"the file has a tensor {name}, which the base model lacks: is it the right base model?")
+            if f"{name}.{leaf}" in checkpoint:  # else it is a tied head, which gets the embeddings
+                setattr(module, leaf, nn.Parameter(read(leaf, parameter), requires_grad=False))
+        plain_buffers = [] if isinstance(module, QuantizedLinear) else list(module.named_buffers(recurse=False))
+        for leaf, buffer in plain_buffers:
+            if leaf not in module._non_persistent_buffers_set and f"{name}.{leaf}" in checkpoint:
+                setattr(module, leaf, read(leaf, buffer))
 
 
 def _load_generation_config(model: nn.Module, base) -> None:

@@ -125,6 +125,10 @@ class PackedLinear(NamedTuple):
         for suffix, levels in ((GRID, self.grid), (SCALE, self.scale)):
             if levels is not None and not is_finite(levels):
                 raise InputError(f"{linear}{suffix} holds NaN or infinity: the file is damaged, get it again")
+        if self.scale is not None and self.scale.numel() and self.scale.abs().max() * (2**bits - 1) > 65504:
+            raise InputError(
+                f"{linear}{SCALE} holds {self.scale.abs().max():.4g}, whose levels overflow: the file is damaged, get it again"
+            )
         if self.zero is not None and self.zero.numel() and int(self.zero.max()) >= 2**bits:
             raise InputError(f"{linear}{ZERO} holds {int(self.zero.max())}, not below {2**bits}: the file is damaged, get it again")
         # Only a nibble can hold more than `bits` bits: its upper ones must be clear.
@@ -196,6 +200,8 @@ class Checkpoint:
             with safe_open(file, "pt") as f:
                 for name in f.keys():
                     piece = f.get_slice(name)
+                    if name in self.files:
+                        raise InputError(f"{name} is in {self.files[name].name} and in {file.name}: get the files again")
                     self.files[name], self.shapes[name], self.dtypes[name] = file, tuple(piece.get_shape()), piece.get_dtype()
                 settings = json.loads((f.metadata() or {}).get("leanquant", "null")) or self.settings
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -261,7 +267,7 @@ class Checkpoint:
                 )
             return bits
         bits = self.settings.get("bits")
-        if bits not in (2, 3, 4) or isinstance(bits, bool):
+        if type(bits) is not int or bits not in (2, 3, 4):
             raise InputError(
                 f"{linear}{CODES}: an affine file's leanquant metadata must give its bits, 2, 3 or 4, not {bits!r}: quantize again"
             )
@@ -287,6 +293,18 @@ class Checkpoint:
             layout_of(there[CODES][1], self.bits_of(linear), columns)
         except InputError as error:
             raise InputError(f"{linear}{CODES}: {error}") from None
+
+    def check_headers(self) -> None:
+        """Raise InputError unless every quantized linear's header makes sense by itself, whatever the base model is."""
+        for linear in self.quantized:
+            shape = self.shapes[linear + CODES]
+            if len(shape) != 2 or 0 in shape:
+                raise InputError(f"{linear}{CODES} is {list(shape)}, not rows of bytes: the file is damaged, get it again")
+            groups = self.shapes.get(linear + SCALE, (0, 1))
+            columns = self.weights_of(linear) // shape[0]
+            if len(groups) == 2 and groups[1] > 0 and self.settings.get("packing") != "dense":
+                columns = columns // groups[1] * groups[1]
+            self.check_linear(linear, shape[0], columns)
 
     def weights_of(self, linear: str) -> int:
         """Weights of a quantized linear, from the header alone: up to a byte's worth too many a row, where rows are padded."""
@@ -348,8 +366,10 @@ class Checkpoint:
 def _shards_of(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        if any(Path(name).name != name or len(name) > 255 for name in names):
+            raise ValueError("a shard's name is not that of a file beside the index")
         shards = [index.parent / name for name in names]
-    except (ValueError, KeyError, AttributeError, TypeError):
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
         raise InputError(f"{index} is not a readable index: download it again") from None
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:

@@ -11,7 +11,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .linear import QuantizedLinear, prepare_linears, replace_linears
+from .linear import QuantizedLinear, check_names, check_values, prepare_linears, replace_linears
 from .packing import Checkpoint
 
 METHOD = "leanquant"
@@ -21,7 +21,7 @@ METHOD = "leanquant"
 class LeanQuantConfig(QuantizationConfigMixin):
     """What config.json says under quantization_config: the settings of the run that wrote the folder, as they are."""
 
-    def __init__(self, **settings):
+    def __init__(self, /, **settings):
         self.quant_method = METHOD
         self.settings = {name: value for name, value in settings.items() if name != "quant_method"}
 
@@ -49,11 +49,10 @@ class LeanQuantizer(HfQuantizer):
         checkpoint.check_bits(None, checkpoint_files[0])
         checkpoint.check_plain_dtypes()
         replace_linears(model, checkpoint)
+        check_names(model, checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        for name, module in model.named_modules():
-            if isinstance(module, QuantizedLinear):
-                module.packed().check_values(name, module.bits, module.in_features)
+        check_values(model)
         prepare_linears(model, model.dtype, "auto")
         return model
 
@@ -61,12 +60,13 @@ class LeanQuantizer(HfQuantizer):
         return model.state_dict(), {METHOD: json.dumps(self.quantization_config.settings, sort_keys=True)}
 
     def _dequantize(self, model: nn.Module, dtype=None) -> nn.Module:
-        """Plain linears in the place of quantized ones, in the model's dtype."""
+        """Plain linears in the place of quantized ones, in `dtype` or the model's."""
+        dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
                 with torch.device("meta"):
                     linear = nn.Linear(module.in_features, module.out_features, bias=False)
-                weight = module.packed().dequantize(module.bits, module.in_features, model.dtype)
+                weight = module.packed().dequantize(module.bits, module.in_features, dtype)
                 linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
                 model.set_submodule(name, linear)
         return model

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import leanquant
 import llama
 from leanquant import InputError, LeanQuantModelForCausalLM
+from leanquant import __main__ as info
 from leanquant.packing import Checkpoint
 
 Q = "model.layers.1.mlp.up_proj"
@@ -79,6 +80,8 @@ NU, NIBBLES, AFFINE = KINDS
 DAMAGE = {
     "levels with NaN": (NU, setter(Q + ".quant_grid", with_value(float("nan"))), "up_proj.quant_grid holds NaN"),
     "scales with infinity": (AFFINE, setter(Q + ".scale", with_value(float("inf"))), "up_proj.scale holds NaN or infinity"),
+    "scales whose levels overflow": (AFFINE, setter(Q + ".scale", with_value(60000.0)), "up_proj.scale holds 6e.04, whose levels overflow"),
+    "a bias that the base lacks": (NU, lambda tensors: tensors.update({Q + ".bias": torch.ones(96)}), "up_proj.bias, which the base"),
     "a zero out of range": (AFFINE, setter(Q + ".zero", with_value(4)), "up_proj.zero holds 4, not below 4"),
     "a code out of range": (
         NIBBLES,
@@ -125,6 +128,7 @@ def test_damage_is_named(tiny_model, files, tmp_path, name):
         (AFFINE, {"bits": True}, "must give its bits"),
         (AFFINE, {"bits": 9}, "must give its bits"),
         (AFFINE, {"grid": "affine"}, "must give its bits"),
+        (AFFINE, {"bits": 4.0}, "must give its bits"),
         (NU, ["bits"], "not a JSON object"),
     ],
 )
@@ -154,13 +158,65 @@ def test_a_header_of_100_gigabytes(tiny_model, tmp_path):
         load(tiny_model(), tmp_path / "huge.safetensors")
 
 
+INDEXES = {
+    "outside the folder": {"weight_map": {"a": "../model.safetensors"}},
+    "an absolute path": {"weight_map": {"a": "/model.safetensors"}},
+    "a long name": {"weight_map": {"a": "x" * 5000}},
+    "no map": {"weight_map": 3},
+    "deep": None,
+}
+
+
+@pytest.mark.parametrize("name", INDEXES)
+def test_an_index_that_lies(tiny_model, tmp_path, name):
+    text = json.dumps(INDEXES[name]) if INDEXES[name] else "[" * 100000
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    with pytest.raises(InputError, match="not a readable index"):
+        load(tiny_model(), tmp_path)
+
+
+def test_a_tensor_in_two_shards(tiny_model, files, tmp_path):
+    for shard in ("a", "b"):
+        (tmp_path / f"{shard}.safetensors").write_bytes(files[NU].read_bytes())
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}))
+    with pytest.raises(InputError, match="is in a.safetensors and in b.safetensors"):
+        load(tiny_model(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_attention_heads": 0}, {"rope_parameters": {"rope_type": "x"}}, {"model_type": "x"}, {"hidden_size": "y"}]
+)
+def test_a_base_config_that_lies(tiny_model, files, tmp_path, change):
+    config = json.loads((tiny_model() / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="config.json"):
+        load(tmp_path, files[NU])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_info_survives_700_mutations(files, tmp_path, kind):
+    data, rng = files[kind].read_bytes(), random.Random(1)
+    for _ in range(700):
+        (tmp_path / "m.safetensors").write_bytes(mutated(data, rng))
+        try:
+            info.describe(Checkpoint.open(tmp_path / "m.safetensors"))
+        except InputError as error:
+            assert str(error)
+
+
+def test_info_prints_no_escapes(files, tmp_path, capsys):
+    settings = Checkpoint.open(files[NU]).settings | {"base_model": "\x1b[31mred"}
+    assert info.main(["info", str(rewritten(files[NU], tmp_path / "e.safetensors", lambda tensors: None, settings))]) == 0
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_a_pickle_is_not_opened(tiny_model, tmp_path):
     torch.save({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     with pytest.raises(InputError, match="not a complete safetensors file"):
         load(tiny_model(), tmp_path / "model.safetensors")
 
 
-def test_remote_code_is_not_run(tiny_model, files, tmp_path):
+def test_remote_code_is_not_run(tiny_model, files, tmp_path, monkeypatch):
     """A base model that brings code: refused, and the code is not executed."""
     base = tmp_path / "base"
     base.mkdir()
@@ -173,6 +229,11 @@ def test_remote_code_is_not_run(tiny_model, files, tmp_path):
     (base / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="trust_remote_code"):
         load(base, files[NU])
+    config = json.loads((tiny_model() / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["modeling.Model", None]}}))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert info.main(["generate", str(files[NU]), "x", "--base", str(base)]) == 2
     assert not trap.exists()
 
 

@@ -145,6 +145,26 @@ def test_gradients_reach_the_input():
     torch.testing.assert_close(x.grad, W.sum(0).expand(4, -1), rtol=0.02, atol=0.1)
 
 
+def test_gradients_under_torch_compile():
+    tiles, W = make_tiles(35, 192, 0, 3, torch.float16)
+    multiply = torch.compile(lambda x: lut_linear(x, *tiles[:4], None, 3, 35) * 2, backend="aot_eager", fullgraph=True)
+    x = draw(4, 192, dtype=torch.float16).requires_grad_()
+    multiply(x).sum().backward()
+    torch.testing.assert_close(x.grad, 2 * W.sum(0).expand(4, -1), rtol=0.01, atol=0.05)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nan_and_infinity_come_through(built, monkeypatch, dtype):
+    """A model that overflows must not look sane: every NaN stays one, whatever its bits."""
+    tiles, W = make_tiles(16, 64, 0, 4, dtype)
+    host.run_on(monkeypatch, built)
+    for bits in (0x7FFF, -1, 0x7FC0 if dtype == torch.bfloat16 else 0x7E00):
+        x = draw(2, 64, dtype=dtype)
+        x.view(torch.int16)[1, 3] = bits
+        y = lut_gemm._multiply_cuda(x, tiles, None)
+        assert y[1].isnan().all() and y[0].isfinite().all()
+
+
 def test_no_tokens_and_many_tokens(monkeypatch):
     monkeypatch.setattr(lut_gemm, "PIECE_BYTES", 2 * 16 * 200)  # several pieces
     tiles, W = make_tiles(50, 200, 0, 4, torch.float16)

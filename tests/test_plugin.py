@@ -1,10 +1,12 @@
 """Folders of ours are transformers models: Auto classes, save_pretrained, generate, pipelines, adapters, lm-eval's loader."""
 
+import copy
 import json
 import shutil
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -151,3 +153,81 @@ def test_moving_the_model_keeps_its_levels(folder):
 
 def test_tokenizer_comes_along(folder):
     assert AutoTokenizer.from_pretrained(folder)("river")["input_ids"]
+
+
+def test_peft_trains_adapters_on_top(folder):
+    from peft import LoraConfig, get_peft_model  # takes seconds to import
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    expected = logits(model)
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], lora_dropout=0.0))
+    torch.testing.assert_close(logits(adapted), expected)
+    optimizer = torch.optim.SGD([p for p in adapted.parameters() if p.requires_grad], 0.5)
+    losses = []
+    for _ in range(4):
+        loss = adapted(input_ids=IDS, labels=IDS).loss
+        losses.append(loss.item())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert losses[-1] < losses[0]
+
+
+FOLDER_DAMAGE = {
+    "a missing norm": lambda t: t.pop("model.norm.weight"),
+    "a missing linear": lambda t: [t.pop(n) for n in list(t) if n.startswith("model.layers.0.mlp.up_proj.")],
+    "missing codes": lambda t: t.pop("model.layers.0.mlp.up_proj.weight_codes"),
+    "an unknown tensor": lambda t: t.update({"model.extra": torch.ones(2)}),
+    "a norm with NaN": lambda t: t.update({"model.norm.weight": t["model.norm.weight"] * float("nan")}),
+    "a norm of another size": lambda t: t.update({"model.norm.weight": t["model.norm.weight"][:-1].clone()}),
+    "a bias the model lacks": lambda t: t.update({"model.layers.0.mlp.up_proj.bias": torch.ones(96)}),
+}
+
+
+@pytest.mark.parametrize("damage", FOLDER_DAMAGE)
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LeanQuantModelForCausalLM])
+def test_damaged_folders_are_refused_by_both_loaders(folder, tmp_path, damage, loader):
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    settings = Checkpoint.open(folder).settings
+    tensors = load_file(broken / "model.safetensors")
+    FOLDER_DAMAGE[damage](tensors)
+    save_file(tensors, broken / "model.safetensors", metadata={"leanquant": json.dumps(settings)})
+    with pytest.raises(InputError, match="norm|up_proj|extra"):
+        loader.from_pretrained(broken)
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LeanQuantModelForCausalLM])
+def test_offloaded_to_disk_or_host(folder, tmp_path, loader):
+    """accelerate moves the layers' tensors in and out: nothing of a quantized linear may be left behind."""
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    if loader is AutoModelForCausalLM:
+        layers = {f"model.layers.{i}": "disk" if i else "cpu" for i in range(2)}
+        device_map = {"model.embed_tokens": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu"} | layers
+        options = {"device_map": device_map, "offload_folder": tmp_path / "offload", "offload_buffers": True, "dtype": torch.float32}
+        model = loader.from_pretrained(folder, **options)
+    else:
+        model = cpu_offload(loader.from_pretrained(folder, dequantize="never"), torch.device("cpu"), offload_buffers=True)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["packed", "tiles", "dense"])
+def test_load_state_dict_takes_effect_in_every_form(folder, form):
+    model, other = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16) for _ in range(2))
+    for module in other.modules():
+        if isinstance(module, QuantizedLinear):
+            module._levels.mul_(0.5)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.prepare(form, torch.float16)
+    model.load_state_dict(other.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedLinear):
+            assert module.form == form
+            x = torch.randn(2, module.in_features).half()
+            torch.testing.assert_close(module(x), x @ other.get_submodule(name).weight.half().T, rtol=0.01, atol=0.02)
+
+
+def test_a_copy_is_equal(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    torch.testing.assert_close(logits(copy.deepcopy(model)), logits(model), rtol=0, atol=0)
