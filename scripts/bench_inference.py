@@ -5,7 +5,7 @@
 Each product in turn reads one of several copies of the weight, so that no cache holds it; medians of CUDA events over graphs of
 those calls. "gather" is what the published package does: rebuild the weight by indexing, then multiply. Shares are of
 the bandwidth of a device-to-device copy in the same run, counting the bytes of codes and levels once. The whole model
-generates one token at batch 1 in a CUDA graph. Random weights; under 8 minutes on an H200. `--smoke` runs it all on tiny sizes.
+generates one token at batch 1, in a CUDA graph and without. Random weights; under 8 minutes on an H200. `--smoke` runs it all on tiny sizes.
 """
 
 import argparse
@@ -185,20 +185,25 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
                     )
                     quantized.prepare("tiles", torch.float16)
                     model.model.set_submodule(name, quantized)
-        rows.append({"bits": bits, "tokens_per_second": 1e3 / step_milliseconds(model, device)})
-        print(f"{'fp16' if bits == 16 else f'{bits} bits'}: {rows[-1]['tokens_per_second']:.1f} tokens/s", flush=True)
+        graph, eager = (1e3 / step_milliseconds(model, device, captured) for captured in (True, False))
+        rows.append({"bits": bits, "tokens_per_second": graph, "eager_tokens_per_second": eager})
+        print(f"{'fp16' if bits == 16 else f'{bits} bits'}: {graph:.1f} tokens/s, without a graph {eager:.1f}", flush=True)
         del model
     return rows
 
 
-def step_milliseconds(model: nn.Module, device: torch.device, context: int = 128) -> float:
-    """One token after `context` others, with a static cache."""
+def step_milliseconds(model: nn.Module, device: torch.device, captured: bool, context: int = 128) -> float:
+    """One token after `context` others, with a static cache; from a CUDA graph or launch by launch."""
     from transformers import StaticCache
 
     cache = StaticCache(model.config, max_cache_len=2 * context)
     model(torch.randint(100, (1, context), device=device), past_key_values=cache)
     token, position = torch.tensor([[7]], device=device), torch.tensor([[context]], device=device)
-    return milliseconds([lambda: model(token, past_key_values=cache, position_ids=position).logits], device)
+    step = lambda: model(token, past_key_values=cache, position_ids=position).logits  # noqa: E731
+    if captured:
+        return milliseconds([step], device)
+    step().sum().item()
+    return 1e3 * median(_seconds(lambda: step().sum().item()) for _ in range(10))
 
 
 if __name__ == "__main__":
