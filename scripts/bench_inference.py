@@ -5,7 +5,8 @@
 Each product in turn reads one of several copies of the weight, so that no cache holds it; medians of CUDA events over graphs of
 those calls. "gather" is what the published package does: rebuild the weight by indexing, then multiply. Shares are of
 the bandwidth of a device-to-device copy in the same run, counting the bytes of codes and levels once. The whole model
-generates one token at batch 1, in a CUDA graph and without. Random weights; under 8 minutes on an H200. `--smoke` runs it all on tiny sizes.
+generates one token at batch 1, in a CUDA graph and without. Random weights. Meant to take less than 8 minutes on an H200;
+`--smoke` runs it all on tiny sizes.
 """
 
 import argparse

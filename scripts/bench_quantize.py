@@ -5,7 +5,7 @@
 Per matrix, random weights, medians of CUDA events. The brute force runs on a few rows and is scaled to all; the twins are
 what a machine without kernels runs. End to end: random weights of the 8B model's decoder layers, random tokens (the time
 does not depend on what they say), the whole pipeline from reading the layer to the packed file, a few layers timed and
-scaled to 32. Prints tables and what the project promises beside what was measured. Under 8 minutes on an H200.
+scaled to 32. Prints tables and what the project promises beside what was measured. Meant to take less than 8 minutes on an H200.
 `--smoke` runs everything on tiny sizes, also without a GPU.
 """
 
