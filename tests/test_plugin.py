@@ -126,11 +126,18 @@ def test_an_adapter_on_top_learns(folder):
     assert losses[-1] < losses[0]
 
 
-def test_lm_eval_loads_the_folder_by_its_own_class(folder):
+def test_lm_eval_scores_with_its_own_class(folder):
+    from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM  # takes seconds to import
 
     evaluated = HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=1)
     assert any(isinstance(m, QuantizedLinear) for m in evaluated.model.modules())
+    request = Instance(request_type="loglikelihood", doc={}, arguments=("the river", " water"), idx=0)
+    (score, _), ids = evaluated.loglikelihood([request])[0], AutoTokenizer.from_pretrained(folder)("the river water")["input_ids"]
+    log_p = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), torch.tensor([ids]))[0].log_softmax(1)
+    last = len(" water")  # one token a byte
+    expected = sum(log_p[at - 1, ids[at]].item() for at in range(len(ids) - last, len(ids)))
+    assert abs(score - expected) < 1e-3 * abs(expected)
 
 
 def test_a_damaged_folder_is_refused_by_the_auto_class_too(folder, tmp_path):
