@@ -16,7 +16,7 @@ from .packing import CODES, GRID, SCALE, ZERO, Checkpoint, PackedLinear, is_fini
 
 SUFFIXES = (CODES, GRID, SCALE, ZERO)
 PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
-MIN_CAPABILITY = {torch.float16: (7, 5), torch.bfloat16: (8, 0)}  # of a GPU, for the fused kernels
+MIN_CAPABILITY = (7, 0)  # of a GPU, for the fused kernels
 
 
 class QuantizedLinear(nn.Linear):
@@ -219,7 +219,7 @@ def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> No
 
 
 def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    return dtype in MIN_CAPABILITY and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY[dtype]
+    return dtype in lut_gemm.NAMES and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
 def _free_host_bytes() -> float:

@@ -16,6 +16,7 @@
 // permutation picks four bytes by four nibbles. 16 levels take two permutations a plane and one that chooses between them by
 // the nibbles' top bits. Per 4 weights that is 8 permutations (4 for up to 8 levels) and 3 other instructions.
 
+#define FULL_WARP 0xffffffffu
 typedef unsigned char uint8;
 typedef unsigned short uint16;
 
@@ -34,9 +35,9 @@ __device__ float from_half(uint16 bits) {
     return x;
 }
 
-// C [16, 8] += A [16, 16] B [16, 8], the warp's fragments.
+// C [16, 8] += A [16, 16] B [16, 8], the warp's fragments, on tensor cores. False: this GPU has none for the type.
 template <bool BF16>
-__device__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+__device__ bool multiply_on_tensor_cores(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
 #if __CUDA_ARCH__ >= 800
     if (BF16)
         asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
@@ -46,13 +47,18 @@ __device__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
             : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
-#else  // sm_75 multiplies half of it at a time, and has no bfloat16: lut_gemm.py does not ask for it there
+    return true;
+#elif __CUDA_ARCH__ >= 750
+    if (BF16) return false;
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(b0));
     asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[2]), "r"(a[3]), "r"(b1));
+    return true;
+#else
+    return false;
 #endif
 }
 #endif
@@ -68,6 +74,31 @@ __device__ uint16 to_bits(float x) {
 template <bool BF16>
 __device__ float from_bits(uint16 bits) {
     return BF16 ? __uint_as_float((unsigned)bits << 16) : from_half(bits);
+}
+
+// The same on any GPU, from the fragments' definition: lane 4 g + t has row g (and g + 8) of A at k = 2 t, 2 t + 1 (and 8 more),
+// token g of B at the same k, and C's rows g and g + 8 for tokens 2 t and 2 t + 1.
+template <bool BF16>
+__device__ void multiply_by_shuffles(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const int lane = threadIdx.x % 32, row = lane / 4 * 4, token = lane % 4 * 8;
+#pragma unroll
+    for (int pair = 0; pair < 8; ++pair) {
+        const int from = pair % 4, later = pair / 4;
+        const unsigned b = later ? b1 : b0;
+        const unsigned above = __shfl_sync(FULL_WARP, a[2 * later], row + from), below = __shfl_sync(FULL_WARP, a[2 * later + 1], row + from);
+        const unsigned first = __shfl_sync(FULL_WARP, b, token + from), second = __shfl_sync(FULL_WARP, b, token + 4 + from);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float x = from_bits<BF16>((uint16)(first >> 16 * half)), y = from_bits<BF16>((uint16)(second >> 16 * half));
+            const float u = from_bits<BF16>((uint16)(above >> 16 * half)), v = from_bits<BF16>((uint16)(below >> 16 * half));
+            c[0] += u * x, c[1] += u * y, c[2] += v * x, c[3] += v * y;
+        }
+    }
+}
+
+template <bool BF16>
+__device__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    if (!multiply_on_tensor_cores<BF16>(c, a, b0, b1)) multiply_by_shuffles<BF16>(c, a, b0, b1);
 }
 
 const int TILE_ROWS = 16, TILE_COLUMNS = 64, STEPS = 4, LANE_COLUMNS = 16, WARPS = 8;
@@ -289,8 +320,6 @@ __device__ void dequantize(const Weight& weight, uint16* out, int first_row, int
 KERNELS(4, half, false)
 KERNELS(3, half, false)
 KERNELS(2, half, false)
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
 KERNELS(4, bfloat16, true)
 KERNELS(3, bfloat16, true)
 KERNELS(2, bfloat16, true)
-#endif

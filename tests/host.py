@@ -59,8 +59,8 @@ def build(source: str, out: Path, *flags: str) -> Path:
     return out
 
 
-def library(cuda: Path, names: list[str], folder: Path) -> ctypes.CDLL:
-    return ctypes.CDLL(str(build(source_of(cuda, names), folder / "host.so", "-shared", "-fPIC")))
+def library(cuda: Path, names: list[str], folder: Path, *flags: str) -> ctypes.CDLL:
+    return ctypes.CDLL(str(build(source_of(cuda, names), folder / "host.so", "-shared", "-fPIC", *flags)))
 
 
 def executable(cuda: Path, names: list[str], folder: Path) -> Path:

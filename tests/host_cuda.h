@@ -152,6 +152,10 @@ static float __shfl_sync(unsigned, float mine, int lane) {
     const int parity = host::exchange(as_bits(mine)), first = threadIdx.x / 32 * 32;
     return __int_as_float((int)host::slots[parity][first + (lane & 31)]);
 }
+static unsigned __shfl_sync(unsigned, unsigned mine, int lane) {
+    const int parity = host::exchange(mine), first = threadIdx.x / 32 * 32;
+    return host::slots[parity][first + (lane & 31)];
+}
 static float __shfl_down_sync(unsigned, float mine, int by) {
     const int lane = threadIdx.x % 32;
     return __shfl_sync(0, mine, lane + by < 32 ? lane + by : lane);
@@ -184,8 +188,12 @@ static float from_half(unsigned short bits) {
 }
 
 // mma.m16n8k16 by the fragments' definition in the PTX manual: C [16, 8] += A [16, 16] B [16, 8].
+// Built with -DNO_TENSOR_CORES: a GPU without them.
 template <bool BF16>
-static void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+static bool multiply_on_tensor_cores(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+#ifdef NO_TENSOR_CORES
+    return false;
+#endif
     const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     unsigned all[6][32];
     const int first = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
@@ -202,4 +210,5 @@ static void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigne
         for (int k = 0; k < 16; ++k)
             c[i] += value(all[k / 8 * 2 + row / 8][row % 8 * 4 + k % 8 / 2], k) * value(all[4 + k / 8][column * 4 + k % 8 / 2], k);
     }
+    return true;
 }

@@ -90,6 +90,22 @@ def test_kernels_on_the_host(built, monkeypatch, shape, bits, dtype):
     assert {name for name, *_ in launches} >= {f"dequantize_{bits}_{lut_gemm.NAMES[dtype]}", f"lut_gemm_{bits}_{lut_gemm.NAMES[dtype]}_1"}
 
 
+@pytest.fixture(scope="module")
+def built_without_tensor_cores(tmp_path_factory):
+    return host.library(CUDA_SOURCE, host.kernel_names(CUDA_SOURCE), tmp_path_factory.mktemp("shuffles"), "-DNO_TENSOR_CORES")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("shape", [(20, 77, 0), (18, 96, 1)], ids=str)
+def test_kernels_of_older_gpus_on_the_host(built_without_tensor_cores, monkeypatch, shape, bits, dtype):
+    tiles, W = make_tiles(*shape, bits, dtype)
+    host.run_on(monkeypatch, built_without_tensor_cores)
+    for N in (1, 3, 8, 11):
+        x = draw(N, tiles.I, dtype=dtype)
+        assert_like(lut_gemm._multiply_cuda(x, tiles, None), x, W, None)
+
+
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_hostile_levels_on_the_host(built, monkeypatch, bits):
     """Denormals, zeros, the largest numbers, equal levels: every bit pattern comes through the byte planes."""
