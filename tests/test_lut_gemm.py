@@ -146,7 +146,7 @@ def operator_arguments(N: int = 3, dtype: torch.dtype = torch.float16) -> tuple:
 
 
 def test_operator_is_well_formed():
-    torch.library.opcheck(lut_linear, operator_arguments())
+    torch.library.opcheck(torch.ops.leanquant.lut_linear.default, operator_arguments())
 
 
 def test_operator_in_torch_compile_without_graph_breaks():
