@@ -77,8 +77,6 @@ class LeanQuantModelForCausalLM:
 def _read_config(base: str | Path, trust_remote_code: bool):
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except InputError:
-        raise
     except Exception as error:  # a config that lies fails in as many ways as there are fields
         raise InputError(f"{base} has no usable config.json ({_one_line(error)}): check the name, or get it again") from None
     if hasattr(config, "quantization_config"):

@@ -204,6 +204,8 @@ class Checkpoint:
                         raise InputError(f"{name} is in {self.files[name].name} and in {file.name}: get the files again")
                     self.files[name], self.shapes[name], self.dtypes[name] = file, tuple(piece.get_shape()), piece.get_dtype()
                 settings = json.loads((f.metadata() or {}).get("leanquant", "null")) or self.settings
+        except InputError:
+            raise  # it is a ValueError too, and says what is wrong
         except (SafetensorError, OSError, ValueError, RecursionError) as error:
             raise InputError(f"{file} is not a complete safetensors file ({error}): download or copy it again") from None
         if not isinstance(settings, dict):

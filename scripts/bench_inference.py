@@ -10,10 +10,8 @@ generates one token at batch 1, in a CUDA graph and without. Random weights. Mea
 """
 
 import argparse
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -25,7 +23,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench_quantize import LLAMA_3_8B, machine, save  # noqa: E402
+from bench_quantize import LLAMA_3_8B, machine, ready, save  # noqa: E402
 from leanquant import lut_gemm  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
 from leanquant.packing import PackedLinear, packed_width, unpack_codes  # noqa: E402
@@ -52,10 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(None)
-    torch.set_grad_enabled(False)
-    os.environ.pop("LEANQUANT_KERNELS", None)
-    warnings.filterwarnings("error", message=".*runs in torch, which is slower")  # a twin's time must not pass for a kernel's
-    device = torch.device(args.device)
+    device = ready(args.device)
     results = {"machine": machine(device), "copy_tb_s": copy_bandwidth(device), "products": [], "model": []}
     print(f"device-to-device copy: {results['copy_tb_s']:.2f} TB/s")
     for model, shapes in SHAPES.items():

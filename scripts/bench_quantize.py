@@ -67,11 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse(None)
-    torch.set_grad_enabled(False)
-    torch.backends.cuda.matmul.fp32_precision = "ieee"
-    os.environ.pop("LEANQUANT_KERNELS", None)
-    warnings.filterwarnings("error", message=".*runs in torch, which is slower")  # a twin's time must not pass for a kernel's
-    device = torch.device(args.device)
+    device = ready(args.device)
     shapes = ["32x64"] if args.smoke else args.shapes
     results = {"machine": machine(device), "bits": args.bits, "matrices": [], "end_to_end": []}
     for O, I in (map(int, shape.split("x")) for shape in shapes):
@@ -82,6 +78,15 @@ def main() -> None:
         save(results, args.out)
     results["promises"] = promises(results, args)
     save(results, args.out)
+
+
+def ready(device: str) -> torch.device:
+    """Nothing of the environment changes what is timed, and a twin's time does not pass for a kernel's: falling back is an error."""
+    torch.set_grad_enabled(False)
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    os.environ.pop("LEANQUANT_KERNELS", None)
+    warnings.filterwarnings("error", message=".*runs in torch, which is slower")
+    return torch.device(device)
 
 
 def save(results: dict, out: Path | None) -> None:
