@@ -31,7 +31,7 @@ CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
 DTYPE_ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 ITEM_BYTES = dict.fromkeys(("U64", "I64", "F64"), 8) | dict.fromkeys(("F32", "U32", "I32"), 4)
 ITEM_BYTES |= dict.fromkeys(("BF16", "F16", "U16", "I16"), 2)
-PIECE_BYTES = 2**22  # of a large tensor read at a time
+PIECE_BYTES = 2**20  # of a large tensor read at a time
 # What a run keeps in its own folder while it works.
 WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable")
 # What a folder written here can hold: anything else in it is the user's.
