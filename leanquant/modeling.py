@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .errors import InputError
-from .linear import QuantizedLinear, check_names, check_values, prepare_linears, replace_linears
+from .linear import QuantizedLinear, check_names, prepare_linears, replace_linears
 from .packing import Checkpoint
 from .plugin import mark_quantized
 
@@ -63,7 +63,6 @@ class LeanQuantModelForCausalLM:
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
         model.tie_weights()
-        check_values(model)
         prepare_linears(model, dtype, dequantize)
         mark_quantized(model, checkpoint.settings or {"bits": checkpoint.bits_of(checkpoint.quantized[0])})
         if len(set(devices.values())) > 1:

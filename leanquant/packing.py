@@ -354,12 +354,17 @@ class Checkpoint:
         return PackedLinear(*(s and torch.empty(s, dtype=kinds[suffix], device="meta") for suffix, s in found.items()))
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's. `shape` is what must come out."""
+        """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's.
+
+        Raises InputError unless it has `shape` and finite values.
+        """
         linear = name.removesuffix(".weight")
         if name not in self and self.is_quantized(linear):
             tensor = self.packed(linear, *shape).to(device).dequantize(self.bits_of(linear), shape[1], dtype)
         else:
             tensor = self.get(name).to(device, dtype)
+            if not is_finite(tensor):
+                raise InputError(f"{name} holds NaN or infinity, or more than {dtype} can: the file is damaged, or needs another dtype")
         if tensor.shape != torch.Size(shape):
             raise InputError(f"tensor {name} is {list(tensor.shape)} where the config wants {list(shape)}: wrong base model?")
         return tensor
