@@ -1,12 +1,16 @@
 """Token windows for calibration and evaluation, from the six published corpora or from a local file.
 
 A corpus is a row of `CORPORA`; sampling is in two functions. Local files: .txt, .jsonl (`text` field), .parquet
-(`text` column). Windows come back as int64 [n, seqlen]. Nothing is downloaded or imported before it is asked for.
+(`text` column). Windows come back as int64 [n, seqlen], from a cache if the same were asked for before. Nothing is
+downloaded or imported before it is asked for.
 """
 
+import contextlib
+import hashlib
 import json
+import os
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -58,6 +62,7 @@ CORPORA = {
 }
 TEST_SETS = ("wikitext2", "ptb", "c4")
 NEW_TEST_SETS = ("wikitext2", "ptb-new", "c4-new")
+CACHE_VERSION = 1  # goes up with every change of what windows a text gives
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -75,6 +80,10 @@ def check_source(source: str) -> None:
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`nsamples` windows of `seqlen` tokens [nsamples, seqlen], the same for the same seed."""
     check_source(source)
+    return _cached(partial(_calibration_windows, source, tokenizer, nsamples, seqlen, seed), source, tokenizer, nsamples, seqlen, seed)
+
+
+def _calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     if source not in CORPORA:
         return _random_windows(_tokens("\n\n".join(_local_documents(source)), tokenizer), nsamples, seqlen, seed, source)
     corpus = CORPORA[source]
@@ -85,17 +94,60 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
     return pick(documents, tokenizer, nsamples, seqlen, seed, source)
 
 
-def evaluation_windows(source: str, tokenizer, seqlen: int) -> torch.Tensor:
-    """The windows [n, seqlen] on which the field measures perplexity for `source`."""
+def evaluation_windows(source: str, tokenizer, seqlen: int, stride: int | None = None) -> torch.Tensor:
+    """The windows [n, seqlen] on which the field measures perplexity for `source`; `stride` tokens apart instead of seqlen, if given."""
     check_source(source)
+    stride = stride or seqlen
+    if source in CORPORA and CORPORA[source].evaluate == "documents" and stride != seqlen:
+        raise InputError(f"{source} is measured on windows of random documents, not of one text: leave out --stride, or take c4-new")
+    return _cached(partial(_evaluation_windows, source, tokenizer, seqlen, stride), source, tokenizer, seqlen, stride)
+
+
+def _evaluation_windows(source: str, tokenizer, seqlen: int, stride: int) -> torch.Tensor:
     if source not in CORPORA:
-        return _all_windows(_tokens("\n\n".join(_local_documents(source)), tokenizer), seqlen, None, source)
+        return _all_windows(_tokens("\n\n".join(_local_documents(source)), tokenizer), seqlen, stride, None, source)
     corpus = CORPORA[source]
     documents = _hub_documents(corpus, corpus.test)
     if corpus.evaluate == "documents":
         return _random_documents(documents, tokenizer, corpus.test_windows, seqlen, 0, source)
     text = corpus.joiner.join(documents[: corpus.test_documents])
-    return _all_windows(_tokens(text, tokenizer), seqlen, corpus.test_windows, source)
+    return _all_windows(_tokens(text, tokenizer), seqlen, stride, corpus.test_windows, source)
+
+
+# --- the cache -------------------------------------------------------------------------------------------------
+
+
+def cache_folder() -> Path:
+    """Where token windows are kept: $LEANQUANT_CACHE, or leanquant under the user's cache folder. May be deleted at any time."""
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leanquant"
+    return Path(os.environ.get("LEANQUANT_CACHE") or default)
+
+
+def _cached(make: Callable[[], torch.Tensor], source: str, tokenizer, *settings: int) -> torch.Tensor:
+    """What `make` gives, or gave before for the same text, tokenizer and settings."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    text = repr(CORPORA[source]) if source in CORPORA else hashlib.sha256(Path(source).read_bytes()).hexdigest() + Path(source).suffix
+    key = hashlib.sha256(repr((CACHE_VERSION, make.func.__name__, text, _fingerprint(tokenizer), settings)).encode()).hexdigest()
+    file = cache_folder() / f"{key[:32]}.safetensors"
+    with contextlib.suppress(OSError, SafetensorError, KeyError):
+        return load_file(file)["windows"]
+    windows = make()
+    with contextlib.suppress(OSError):  # no place for a cache: it is only for speed
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial_file = file.with_suffix(f".{os.getpid()}.partial")
+        save_file({"windows": windows}, partial_file)
+        partial_file.replace(file)
+    return windows
+
+
+def _fingerprint(tokenizer) -> str:
+    """Of all that decides which tokens a text becomes."""
+    if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:
+        return backend.to_str()
+    flags = [getattr(tokenizer, name, None) for name in ("add_bos_token", "add_eos_token")]
+    return repr((type(tokenizer).__name__, flags, sorted(tokenizer.get_vocab().items())))
 
 
 # --- sampling --------------------------------------------------------------------------------------------------
@@ -118,10 +170,11 @@ def _random_windows(tokens: torch.Tensor, count: int, seqlen: int, seed: int, so
     return torch.stack([tokens[start : start + seqlen] for start in starts])
 
 
-def _all_windows(tokens: torch.Tensor, seqlen: int, limit: int | None, source: str) -> torch.Tensor:
+def _all_windows(tokens: torch.Tensor, seqlen: int, stride: int, limit: int | None, source: str) -> torch.Tensor:
+    """Windows of the tokens that `limit` windows side by side (None: as many as there are) would cover."""
     _check_length(tokens, seqlen, source)
     count = min(len(tokens) // seqlen, limit or len(tokens))
-    return tokens[: count * seqlen].view(count, seqlen)
+    return tokens[: count * seqlen].unfold(0, seqlen, stride).contiguous()
 
 
 def _random_documents(documents: Sequence[str], tokenizer, count: int, seqlen: int, seed: int, source: str) -> torch.Tensor:

@@ -1,15 +1,24 @@
-"""Perplexity of a quantized model, or of a base model, one decoder layer at a time.
+"""Benchmark a quantized model, or a base model: lm-eval tasks and perplexity, beside the original if you like.
 
-    python eval_quantized.py --base_model_name_or_path MODEL --leanquant_path FILE --perplexity wikitext2 text.txt
+    python eval_quantized.py --base_model_name_or_path MODEL --leanquant_path FILE --tasks arc_easy --perplexity wikitext2
 
-The convention of the field: consecutive windows of --seqlen tokens, no context across windows, the mean token loss
-of a window averaged over windows. Benchmark tasks (lm-eval) are not here yet.
+Perplexity is per token, by the convention of the field: consecutive windows of --seqlen tokens, no context across windows
+unless --stride asks for it, the mean of all next-token losses. A tokenizer that puts a BOS in front of a text does so once
+a text, not once a window, and results say in how many windows it is. The model is held whole if it fits the device, else it
+passes one decoder layer at a time. Tasks are run by lm-eval itself; this file chooses, tabulates and compares.
 """
 
 import argparse
+import contextlib
+import difflib
+import gc
 import json
+import logging
+import math
 import os
 import sys
+import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,32 +27,97 @@ from tqdm import tqdm
 
 import datautils
 import modelutils
+from leanquant import LeanQuantModelForCausalLM
 from leanquant.errors import InputError
+from leanquant.linear import free_host_bytes
+from leanquant.modeling import parse_device
 from leanquant.packing import Checkpoint
+
+# --- perplexity ------------------------------------------------------------------------------------------------
+
+
+class Windows(NamedTuple):
+    """Token windows `ids` [n, T] of one text, each `stride` tokens after the one before; `with_bos` of them begin with a BOS."""
+
+    source: str
+    ids: torch.Tensor
+    stride: int
+    with_bos: int
+
+    @classmethod
+    def of(cls, source: str, tokenizer, seqlen: int, stride: int | None = None) -> "Windows":
+        ids = datautils.evaluation_windows(source, tokenizer, seqlen, stride)
+        bos = tokenizer.bos_token_id
+        return cls(source, ids, stride or seqlen, 0 if bos is None else int((ids[:, 0] == bos).sum()))
 
 
 class Perplexity(NamedTuple):
-    """Perplexity of one text, with what it takes to compare it: windows of `seqlen` tokens, `tokens` in all."""
+    """Perplexity of one text per token, with what it takes to compare it.
+
+    stderr: standard error, from the spread of the windows' mean losses; None for a single window. stride: tokens by which
+    windows advance. tokens: covered by the windows, each counted once. windows_with_bos: how many begin with a BOS.
+    """
 
     source: str
     perplexity: float
+    stderr: float | None
     seqlen: int
+    stride: int
     windows: int
     tokens: int
+    windows_with_bos: int
+    window_losses: list[float]
 
     def __str__(self) -> str:
-        return f"{self.source}: perplexity {self.perplexity:.4f}  ({self.windows} windows of {self.seqlen}, {self.tokens} tokens)"
+        spread = "" if self.stderr is None else f" ± {self.stderr:.4f}"
+        stride = "" if self.stride == self.seqlen else f", stride {self.stride}"
+        return (
+            f"{self.source}: perplexity {self.perplexity:.4f}{spread} per token  ({self.windows} windows of {self.seqlen}{stride}, "
+            f"{self.tokens} tokens, BOS in {self.windows_with_bos})"
+        )
 
 
-def perplexity(model: modelutils.StreamedModel, source: str, windows: torch.Tensor, batch_size: int) -> Perplexity:
-    """exp(mean over windows of the mean next-token loss) of token `windows` [n, T]."""
-    hidden = last_hidden(model, windows, batch_size, f"eval {source}")
-    losses = []
+def perplexity(windows: Windows, losses: torch.Tensor) -> Perplexity:
+    """exp of the mean of next-token `losses` [n, T - 1]; of overlapping windows, only of tokens that no window before has scored."""
+    scored = [row if number == 0 else row[-windows.stride :] for number, row in enumerate(losses.double())]
+    value = torch.cat(scored).mean().exp().item()
+    means = torch.stack([row.mean() for row in scored])
+    n, T = windows.ids.shape
+    return Perplexity(
+        source=windows.source,
+        perplexity=value,
+        stderr=value * standard_error(means.tolist()) if n > 1 else None,
+        seqlen=T,
+        stride=windows.stride,
+        windows=n,
+        tokens=T + (n - 1) * windows.stride,
+        windows_with_bos=windows.with_bos,
+        window_losses=[round(mean, 6) for mean in means.tolist()],
+    )
+
+
+def standard_error(values: list[float]) -> float:
+    """Of the mean of two or more independent values."""
+    return torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(len(values))
+
+
+def streamed_losses(model: modelutils.StreamedModel, windows: torch.Tensor, batch_size: int, label: str) -> torch.Tensor:
+    """Next-token losses [n, T - 1] of token `windows` [n, T], layer by layer."""
+    hidden = last_hidden(model, windows, batch_size, f"eval {label}")
     with model.head() as logits:
-        for states, ids in zip(hidden, windows, strict=True):
-            losses.append(token_losses(logits(states.unsqueeze(0))[0], ids.to(model.device)).mean())
-    value = torch.stack(losses).double().mean().exp().item()
-    return Perplexity(source, value, windows.shape[1], windows.shape[0], windows.numel())
+        pairs = zip(hidden, windows, strict=True)
+        return torch.stack([token_losses(logits(states.unsqueeze(0))[0], ids.to(model.device)).cpu() for states, ids in pairs])
+
+
+@torch.no_grad()
+def whole_losses(model: torch.nn.Module, windows: torch.Tensor, batch_size: int, label: str) -> torch.Tensor:
+    """The same of a transformers model in memory."""
+    losses = []
+    batches = windows.split(batch_size)
+    for batch in tqdm(batches, desc=f"eval {label}", unit="batch", ncols=80, leave=False, disable=None):
+        logits = model(input_ids=batch.to(model.device), use_cache=False).logits
+        losses += [token_losses(row, ids.to(row.device)).cpu() for row, ids in zip(logits, batch, strict=True)]
+    return torch.stack(losses)
 
 
 def last_hidden(model: modelutils.StreamedModel, windows: torch.Tensor, batch_size: int, label: str) -> torch.Tensor:
@@ -61,6 +135,284 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor, chunk: int = 256) -> t
     return torch.cat([torch.nn.functional.cross_entropy(piece.float(), targets, reduction="none") for piece, targets in pieces])
 
 
+# --- lm-eval ---------------------------------------------------------------------------------------------------
+
+
+class Score(NamedTuple):
+    """One metric of one task, or of a group of tasks taken together. `stderr` is None where lm-eval gives none.
+
+    leaves, weights: the single tasks behind it, and what share of the value each has.
+    """
+
+    task: str
+    metric: str
+    value: float
+    stderr: float | None
+    higher_is_better: bool
+    shots: int
+    items: int
+    leaves: list[str]
+    weights: list[float]
+
+
+class Tasks(NamedTuple):
+    """What --tasks named: each name with its leaf tasks, lm-eval's objects for all of them, and where they came from."""
+
+    leaves: dict[str, list[str]]
+    objects: list
+    manager: object
+
+
+def find_tasks(names: list[str], include_path: Path | None) -> Tasks:
+    """The tasks, groups and tags called `names` (also with wildcards). Raises InputError for what is not there, or cannot be read."""
+    from lm_eval.tasks import TaskManager
+
+    if include_path and not include_path.is_dir():
+        raise InputError(f"--include_path: {include_path} is not a folder: give the one that holds your tasks' YAML files")
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    wanted = []
+    for name in ",".join(names).split(","):
+        found = manager.match_tasks([name])
+        if not found:
+            near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
+            raise InputError(f"unknown task {name}: " + (f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"))
+        wanted += [task for task in found if task not in wanted]
+    leaves, objects = {}, {}
+    for name in wanted:
+        loaded = _load_task(manager, name)
+        leaves[name] = list(loaded["tasks"])
+        repeated = [leaf for other, theirs in leaves.items() if other != name for leaf in theirs if leaf in loaded["tasks"]]
+        if repeated:
+            raise InputError(f"--tasks names {repeated[0]} twice, once within a group: leave one of them out")
+        objects |= {name: loaded["groups"][name]} if name in loaded["groups"] else loaded["tasks"]
+    return Tasks(leaves, list(objects.values()), manager)
+
+
+def _load_task(manager, name: str) -> dict:
+    """lm-eval's own loader, which fetches the task's data."""
+    try:
+        return manager.load([name])
+    except Exception as error:  # YAML, a data set's script, the hub: each fails in its own way
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"task {name} cannot be loaded ({reason}): check the network, or the task's files") from None
+
+
+def run_tasks(model, tokenizer, tasks: Tasks, args: argparse.Namespace) -> dict:
+    """lm-eval's results, samples included, for a transformers `model`."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    automatic = "auto" if model.device.type == "cuda" else 16
+    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.eval_batch_size or automatic)
+    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), args.seed)
+    settings = {"num_fewshot": args.num_fewshot, "limit": args.limit, "log_samples": args.compare, **seeds}
+    with contextlib.redirect_stdout(sys.stderr):  # it chats
+        return simple_evaluate(lm, tasks=tasks.objects, task_manager=tasks.manager, bootstrap_iters=1000, **settings)
+
+
+def scores(results: dict, tasks: Tasks) -> list[Score]:
+    """One row for each metric of each name that was asked for; subtasks of groups and tags are aggregated."""
+    return [score for name, leaves in tasks.leaves.items() for score in _scores_of(results, name, leaves)]
+
+
+def _scores_of(results: dict, name: str, leaves: list[str]) -> list[Score]:
+    """A group's mean as lm-eval weights it; a tag has none: its tasks count alike."""
+    parts = [_leaf_scores(results, leaf) for leaf in leaves]
+    if leaves == [name]:
+        return parts[0]
+    official = {score.metric: score for score in _leaf_scores(results, name)} if name in results["results"] else {}
+    rows = []
+    for metric in dict.fromkeys(score.metric for part in parts for score in part):
+        found = [score for part in parts for score in part if score.metric == metric]
+        items = sum(score.items for score in found)
+        weights = [score.items / items if metric in official else 1 / len(found) for score in found]
+        errors = [score.stderr for score in found]
+        stderr = None if None in errors else math.sqrt(sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True)))
+        value = official[metric].value if metric in official else sum(score.value for score in found) / len(found)
+        label = f"{name} ({len(found)} tasks)" if len(found) > 1 else found[0].task
+        first = found[0]._replace(task=label, value=value, stderr=stderr, items=items)
+        rows.append(first._replace(leaves=[score.task for score in found], weights=weights))
+    return rows
+
+
+def _leaf_scores(results: dict, name: str) -> list[Score]:
+    better = results.get("higher_is_better", {}).get(name, {})
+    items = results.get("n-samples", {}).get(name, {}).get("effective", 0)
+    rows = []
+    for key, value in results["results"][name].items():
+        metric, _, kind = key.partition(",")
+        if not isinstance(value, int | float) or not kind or metric.endswith("_stderr"):
+            continue
+        stderr = results["results"][name].get(f"{metric}_stderr,{kind}")
+        stderr = stderr if isinstance(stderr, float) and math.isfinite(stderr) else None
+        upwards, shots = better.get(metric) is not False, results.get("n-shot", {}).get(name, 0)
+        label = metric if kind == "none" else f"{metric} ({kind})"
+        rows.append(Score(name, label, float(value), stderr, upwards, shots, items, [name], [1.0]))
+    return rows
+
+
+# --- comparison ------------------------------------------------------------------------------------------------
+
+
+class Row(NamedTuple):
+    """A line of the table. difference: this model minus the original, with its standard error; None without --compare."""
+
+    name: str
+    metric: str
+    detail: str
+    value: float
+    stderr: float | None
+    original: float | None = None
+    original_stderr: float | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+
+
+class Evaluation(NamedTuple):
+    """Everything measured on one model: perplexities, and lm-eval's results (empty without tasks)."""
+
+    perplexities: list[Perplexity]
+    results: dict
+
+    def rows(self, tasks: Tasks | None, original: "Evaluation | None") -> list[Row]:
+        rows = []
+        for number, text in enumerate(self.perplexities):
+            row = Row(text.source, "perplexity", f"{text.windows} windows of {text.seqlen}", text.perplexity, text.stderr)
+            if original:
+                other = original.perplexities[number]
+                row = _beside(row, other.perplexity, other.stderr, _perplexity_error(text, other))
+            rows.append(row)
+        for number, score in enumerate(scores(self.results, tasks) if tasks else []):
+            detail = f"{score.items} items, {score.shots} shots" + ("" if score.higher_is_better else ", lower is better")
+            row = Row(score.task, score.metric, detail, score.value, score.stderr)
+            if original:
+                other = scores(original.results, tasks)[number]
+                row = _beside(row, other.value, other.stderr, _score_error(self.results, original.results, score, other))
+            rows.append(row)
+        return rows
+
+
+def _beside(row: Row, original: float, original_stderr: float | None, difference_stderr: float | None) -> Row:
+    return row._replace(
+        original=original, original_stderr=original_stderr, difference=row.value - original, difference_stderr=difference_stderr
+    )
+
+
+def _perplexity_error(ours: Perplexity, theirs: Perplexity) -> float | None:
+    """Standard error of the difference of two perplexities of the same windows, to first order in the windows' mean losses."""
+    if ours.windows < 2:
+        return None
+    pairs = zip(ours.window_losses, theirs.window_losses, strict=True)
+    return standard_error([ours.perplexity * mine - theirs.perplexity * other for mine, other in pairs])
+
+
+def _score_error(ours: dict, theirs: dict, score: Score, other: Score) -> float | None:
+    """Standard error of score - other. For means over the same items it comes from the items' differences, which vary less."""
+    paired = [_paired_error(ours, theirs, leaf, score.metric) for leaf in score.leaves]
+    if None not in paired:
+        return math.sqrt(sum((weight * error) ** 2 for weight, error in zip(score.weights, paired, strict=True)))
+    if score.stderr is None or other.stderr is None:
+        return None
+    return math.hypot(score.stderr, other.stderr)
+
+
+def _paired_error(ours: dict, theirs: dict, leaf: str, metric: str) -> float | None:
+    """Standard error of the difference of a leaf task's mean; None if its metric is not a mean over items."""
+    key = metric.split(" ")[0]
+    mine, others = ({s["doc_id"]: s.get(key) for s in results["samples"][leaf]} for results in (ours, theirs))
+    if mine.keys() != others.keys() or len(mine) < 2 or not all(isinstance(v, int | float) for v in [*mine.values(), *others.values()]):
+        return None
+    value = next(score.value for score in _leaf_scores(ours, leaf) if score.metric == metric)
+    if abs(sum(mine.values()) / len(mine) - value) > 1e-6:
+        return None
+    return standard_error([mine[item] - others[item] for item in mine])
+
+
+def as_table(rows: list[Row]) -> str:
+    """Markdown; with columns for the original and the difference if there is one."""
+    compared = any(row.original is not None for row in rows)
+    header = ["", "metric", "on", "value"] + (["original", "difference"] if compared else [])
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        cells = [row.name, row.metric, row.detail, _with_error(row.value, row.stderr)]
+        if compared:
+            cells += [_with_error(row.original, row.original_stderr), _with_error(row.difference, row.difference_stderr, "+")]
+        lines.append(cells)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _with_error(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+
+
+# --- one model -------------------------------------------------------------------------------------------------
+
+
+class Model(NamedTuple):
+    """What is evaluated: a quantized file or folder with its base, or a folder by itself."""
+
+    base: str
+    quantized: str | None
+    folder: Path
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, base: str, quantized: str | None, bits: int | None) -> "Model":
+        folder = modelutils.resolve_model(base)
+        checkpoint = Checkpoint.open(quantized or folder)
+        if quantized or bits is not None:
+            checkpoint.check_bits(bits, quantized or base)
+        return cls(base, quantized, folder, checkpoint)
+
+    @property
+    def is_foreign(self) -> bool:
+        """Is it quantized by other software, whose layers transformers must build?"""
+        config = json.loads((self.folder / "config.json").read_text())
+        return not self.quantized and config.get("quantization_config", {}).get("quant_method", "leanquant") != "leanquant"
+
+    def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
+        """Can it be held whole, with a fifth of the memory left over? Packed on a GPU, rebuilt in `dtype` on a CPU."""
+        if device.type == "cuda":
+            return self.checkpoint.file_bytes() < 0.8 * torch.cuda.mem_get_info(device)[0]
+        plain = sum(math.prod(shape) for shape in self.checkpoint.shapes.values())
+        rebuilt = sum(self.checkpoint.weights_of(linear) for linear in self.checkpoint.quantized)
+        return (plain + rebuilt) * dtype.itemsize < 0.8 * free_host_bytes()
+
+    def load(self, dtype: torch.dtype, device: str) -> torch.nn.Module:
+        """In memory; spread over the GPUs if `device` is auto."""
+        place = "auto" if device == "auto" and torch.cuda.is_available() else {"": str(pick_device(device))}
+        if self.checkpoint.quantized:
+            return LeanQuantModelForCausalLM.from_pretrained(self.folder, self.quantized, torch_dtype=dtype, device_map=place)
+        from transformers import AutoModelForCausalLM
+
+        try:
+            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, device_map=place).eval()
+        except (ImportError, OSError, ValueError) as error:
+            raise InputError(f"{self.base} cannot be loaded ({str(error).splitlines()[0]})") from None
+
+
+def evaluate(model: Model, dtype: torch.dtype, windows: list[Windows], tasks: Tasks | None, args: argparse.Namespace) -> Evaluation:
+    device = pick_device(args.device)
+    tokenizer = modelutils.load_tokenizer(model.folder)
+    batch_size = args.eval_batch_size or default_batch_size(args.seqlen, device)
+    if tasks or model.is_foreign or model.fits(dtype, device):
+        runner, losses = model.load(dtype, args.device), whole_losses
+    else:
+        runner, losses = modelutils.StreamedModel(model.folder, model.checkpoint, dtype, device), streamed_losses
+    perplexities = []
+    for text in windows:
+        perplexities.append(perplexity(text, losses(runner, text.ids, batch_size, text.source)))
+        print(perplexities[-1], flush=True)
+    results = run_tasks(runner, tokenizer, tasks, args) if tasks else {}
+    del runner
+    gc.collect()
+    torch.cuda.empty_cache()
+    return Evaluation(perplexities, results)
+
+
+# --- the command line ------------------------------------------------------------------------------------------
+
+
 def default_batch_size(seqlen: int, device: torch.device) -> int:
     """As many sequences as make 1024 tokens, on a GPU 8192: enough to keep matrix products busy, little memory."""
     return max(1, (1024 if device.type == "cpu" else 8192) // seqlen)
@@ -76,15 +428,7 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the first GPU, or the CPU where there is none. Raises InputError for a device that is not there."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise InputError(f"unknown device {name}: give auto, cpu, cuda or cuda:1") from None
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device {name} is not supported: give auto, cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {name}, but torch sees {torch.cuda.device_count()} CUDA devices: use --device cpu")
-    return device
+    return parse_device(name)
 
 
 def pick_dtype(name: str, checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
@@ -106,18 +450,23 @@ class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=HelpWithDefaults, allow_abbrev=False)
     add = parser.add_argument
-    add("--base_model_name_or_path", required=True, help="hub name or folder of the unquantized model (its config and tokenizer are used)")
-    add("--leanquant_path", help="quantized .safetensors file or folder (unset: the base model is evaluated)")
-    add("--bits", type=int, help="bits of the quantized file, checked if given (unset: read from the file)")
     add(
-        "--perplexity",
-        nargs="+",
+        "--base_model_name_or_path",
         required=True,
-        metavar="NAME|PATH",
-        help="test sets: wikitext2, ptb, c4, ptb-new, c4-new or local text files",
+        metavar="MODEL",
+        help="hub name or folder: the unquantized model (its config and tokenizer are used), or a quantized folder by itself",
     )
-    add("--seqlen", type=int, default=2048, help="tokens a window")
-    add("--eval_batch_size", type=int, help="sequences per forward pass (unset: as many as make 1024 tokens, on a GPU 8192)")
+    add("--leanquant_path", metavar="FILE", help="quantized .safetensors file or folder (unset: MODEL itself is evaluated)")
+    add("--bits", type=int, help="bits of the quantized file, checked if given (unset: read from the file)")
+    add("--tasks", nargs="+", metavar="NAME", help="lm-eval tasks, groups or tags, also with wildcards: arc_easy mmlu 'hellaswag*'")
+    add("--include_path", type=Path, metavar="FOLDER", help="folder with YAML files of tasks of your own")
+    add("--num_fewshot", type=int, help="worked examples before each item (unset: what each task says)")
+    add("--limit", type=float, help="only the first so many items of each task, or that share of them if below 1 (unset: all)")
+    add("--perplexity", nargs="+", default=[], metavar="NAME|PATH", help=f"texts: {', '.join(datautils.CORPORA)} or local text files")
+    add("--seqlen", type=int, default=2048, help="tokens a window of --perplexity")
+    add("--stride", type=int, help="advance windows by so many tokens; each token is scored once, with more context (unset: --seqlen)")
+    add("--compare", action="store_true", help="evaluate the base model too, and print both with the difference and its standard error")
+    add("--eval_batch_size", type=batch_size, metavar="N|auto", help="sequences per forward pass (unset: auto)")
     add("--use_bf16", action="store_true", help="compute in bfloat16, same as --dtype bfloat16")
     add(
         "--dtype",
@@ -125,43 +474,99 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=["auto", "float16", "bfloat16", "float32"],
         help="type of weights and activations; auto: float32 on a CPU, the model's 16-bit type on a GPU",
     )
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--output", type=Path, help="write the results to this JSON file (unset: only print them)")
+    add("--device", default="auto", help="auto (all GPUs if there are any), cpu, cuda or cuda:N")
+    add("--seed", type=int, default=0, help="of the choice of worked examples, and of tasks that sample")
+    add("--output", type=Path, metavar="FILE.json", help="write the results to this file (unset: only print them)")
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> None:
+def batch_size(text: str) -> int | None:
+    """`auto` is None: what fits a GPU, for tasks; for perplexity and on a CPU `default_batch_size`, or 16 items of a task."""
+    if text == "auto":
+        return None
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is neither auto nor a number of sequences")
+    return int(text)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raise InputError for what can be seen to be wrong before anything is loaded."""
+    if not args.tasks and not args.perplexity:
+        raise InputError("nothing to evaluate: give --tasks, --perplexity or both")
+    if args.seqlen < 2:
+        raise InputError(f"--seqlen is {args.seqlen}: give at least 2")
+    if args.stride is not None and not 1 <= args.stride <= args.seqlen:
+        raise InputError(f"--stride is {args.stride}: give 1 to --seqlen, which is {args.seqlen}")
+    if args.limit is not None and args.limit <= 0 or args.num_fewshot is not None and args.num_fewshot < 0:
+        raise InputError("--limit must be above 0, and --num_fewshot at least 0")
+    if args.compare and not args.leanquant_path:
+        raise InputError("--compare needs two models: give the quantized one with --leanquant_path")
     for source in args.perplexity:
         datautils.check_source(source)
-    if args.seqlen < 2 or (args.eval_batch_size or 1) < 1:
-        raise InputError("--seqlen must be at least 2 and --eval_batch_size at least 1")
     check_json_path("--output", args.output)
+
+
+def run(args: argparse.Namespace) -> None:
+    check(args)
     device = pick_device(args.device)
-    folder = modelutils.resolve_model(args.base_model_name_or_path)
-    checkpoint = Checkpoint.open(args.leanquant_path or folder)
-    if args.leanquant_path:
-        checkpoint.check_bits(args.bits, args.leanquant_path)
-    dtype = torch.bfloat16 if args.use_bf16 else pick_dtype(args.dtype, checkpoint, device)
-    model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
-    model.check_seqlen(args.seqlen)
-    tokenizer = modelutils.load_tokenizer(folder)
-    windows = {source: datautils.evaluation_windows(source, tokenizer, args.seqlen) for source in args.perplexity}
-    results = []
-    for source, ids in windows.items():
-        results.append(perplexity(model, source, ids, args.eval_batch_size or default_batch_size(args.seqlen, device)))
-        print(results[-1], flush=True)
+    model = Model.open(args.base_model_name_or_path, args.leanquant_path, args.bits)
+    dtype = torch.bfloat16 if args.use_bf16 else pick_dtype(args.dtype, model.checkpoint, device)
+    modelutils.check_seqlen(model.folder, args.seqlen) if args.perplexity else None
+    tasks = find_tasks(args.tasks, args.include_path) if args.tasks else None
+    tokenizer = modelutils.load_tokenizer(model.folder)
+    windows = [Windows.of(source, tokenizer, args.seqlen, args.stride) for source in args.perplexity]
+    print(describe(model, dtype), flush=True)
+    found, original = evaluate(model, dtype, windows, tasks, args), None
+    if args.compare:
+        base = Model.open(args.base_model_name_or_path, None, None)
+        print(describe(base, dtype), flush=True)
+        original = evaluate(base, dtype, windows, tasks, args)
+    rows = found.rows(tasks, original)
+    if tasks or original:
+        print(f"\n{as_table(rows)}")
     if args.output:
-        report = {
-            "base_model": args.base_model_name_or_path,
-            "leanquant_path": args.leanquant_path,
-            "settings": checkpoint.settings,
-            "dtype": str(dtype).removeprefix("torch."),
-            "perplexity": [result._asdict() for result in results],
+        write_results(args, model, dtype, rows, found, original)
+
+
+def describe(model: Model, dtype: torch.dtype) -> str:
+    settings, named = model.checkpoint.settings, ("method", "grid", "exponent", "groupsize", "recipe")
+    bits = sorted({model.checkpoint.bits_of(linear) for linear in model.checkpoint.quantized})
+    kind = f"{'/'.join(map(str, bits))} bits" if bits else "not quantized"
+    details = [f"{name} {settings[name]}" for name in named if settings.get(name) is not None]
+    return f"{model.quantized or model.base}: {', '.join([kind, *details])}; computed in {str(dtype).removeprefix('torch.')}"
+
+
+def write_results(args, model: Model, dtype: torch.dtype, rows: list[Row], found: Evaluation, original: Evaluation | None) -> None:
+    """What was measured, and all that is needed to measure it again."""
+    checkpoint = model.checkpoint
+    report = {
+        "base_model": args.base_model_name_or_path,
+        "leanquant_path": args.leanquant_path,
+        "bits": sorted({checkpoint.bits_of(linear) for linear in checkpoint.quantized}),
+        "settings": checkpoint.settings,
+        "dtype": str(dtype).removeprefix("torch."),
+        "seed": args.seed,
+        "limit": args.limit,
+        "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval", "datasets", "tokenizers")},
+        "rows": [row._asdict() for row in rows],
+        "perplexity": [text._asdict() for text in found.perplexities],
+        "tasks": without_samples(found.results),
+    }
+    if original:
+        report["original"] = {
+            "perplexity": [text._asdict() for text in original.perplexities],
+            "tasks": without_samples(original.results),
         }
-        args.output.write_text(json.dumps(report, indent=2) + "\n")
+    args.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
+
+
+def without_samples(results: dict) -> dict:
+    return {name: results[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better") if name in results}
 
 
 def main(argv: list[str] | None = None) -> int:
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         run(parse(argv))
     except InputError as error:

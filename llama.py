@@ -556,13 +556,13 @@ def run_command(args: argparse.Namespace) -> None:
     model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
     if config and checkpoint.quantized:
         raise InputError(f"{args.model} is already quantized: give the original model")
-    model.check_seqlen(run.seqlen)
+    modelutils.check_seqlen(folder, run.seqlen)
     writer = packing.ModelWriter(run.save_path, run.overwrite, check_model(model, run, config)) if config else None
     settings = settings_of(run, config) if config else {"method": "none", "base_model": run.model, "versions": versions()}
     contents = {"settings": settings, "run": asdict(run), "dtype": str(dtype).removeprefix("torch.")}
     try:
         tokenizer = modelutils.load_tokenizer(folder)
-        tests = {source: datautils.evaluation_windows(source, tokenizer, run.seqlen) for source in run.eval}
+        tests = [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval]
         if config:
             ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
         checkpoint.check_finite()  # last: it reads everything
@@ -577,8 +577,9 @@ def run_command(args: argparse.Namespace) -> None:
             print_summary(contents, run)
             write_report(run, contents)
         contents["perplexity"] = []
-        for source, windows in tests.items():
-            result = eval_quantized.perplexity(model, source, windows, run.batch_size)
+        for windows in tests:
+            losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source)
+            result = eval_quantized.perplexity(windows, losses)
             contents["perplexity"].append(result._asdict())
             print(result, flush=True)
         write_report(run, contents)

@@ -52,6 +52,17 @@ def load_tokenizer(folder: Path):
         raise InputError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): copy its tokenizer files there") from None
 
 
+def check_seqlen(folder: Path, seqlen: int) -> None:
+    """Raise InputError if windows of `seqlen` tokens exceed the context of the model in `folder`."""
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError):
+        return  # who builds the model says what is wrong
+    limit = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if limit and seqlen > limit:
+        raise InputError(f"--seqlen is {seqlen} and the model's context is {limit}: give a smaller one")
+
+
 def release_memory() -> None:
     """Hand freed memory back to the system: glibc keeps it in fragments, and the peak would grow layer by layer."""
     with contextlib.suppress(OSError, AttributeError):
@@ -140,12 +151,6 @@ class StreamedModel:
         """The tensor of the checkpoint that parameter `name` is read from: a tied head reads the embeddings."""
         tied = self.config.get_text_config().tie_word_embeddings and name == self.head_name and name not in self.checkpoint
         return self.embedding_name if tied else name
-
-    def check_seqlen(self, seqlen: int) -> None:
-        """Raise InputError if windows of `seqlen` tokens exceed the model's context."""
-        limit = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        if limit and seqlen > limit:
-            raise InputError(f"--seqlen is {seqlen} and the model's context is {limit}: give a smaller one")
 
     def check(self) -> None:
         """Every tensor the config asks for is in the checkpoint with its shape, and every layer is one we can quantize."""

@@ -208,7 +208,7 @@ def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> No
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear) and not module.weight_codes.is_meta]
     rebuild = dequantize == "always" or (dequantize == "auto" and all(linear.weight_codes.device.type == "cpu" for linear in linears))
     needed = sum(linear.in_features * linear.out_features * dtype.itemsize for linear in linears)
-    if rebuild and dequantize == "auto" and needed > 0.8 * _free_host_bytes():
+    if rebuild and dequantize == "auto" and needed > 0.8 * free_host_bytes():
         warnings.warn(f"{needed / 1e9:.1f} GB of rebuilt weights do not fit: they stay packed, which is slower on a CPU", stacklevel=3)
         rebuild = False
     for linear in linears:
@@ -222,7 +222,7 @@ def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in lut_gemm.NAMES and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
-def _free_host_bytes() -> float:
+def free_host_bytes() -> float:
     """Memory that can still be had on the host; infinite where the system does not say."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()

@@ -55,7 +55,9 @@ class LeanQuantModelForCausalLM:
         checkpoint.check_plain_dtypes()
         config = _read_config(base_model_name_or_path, trust_remote_code)
         single = device if device is not None else device_map if not isinstance(device_map, dict) and device_map not in SPREAD else None
-        on_cpu = _device(single).type == "cpu" if single is not None else not torch.cuda.is_available() and not isinstance(device_map, dict)
+        on_cpu = (
+            parse_device(single).type == "cpu" if single is not None else not torch.cuda.is_available() and not isinstance(device_map, dict)
+        )
         dtype = torch_dtype or (torch.float32 if on_cpu else checkpoint.stored_dtype)
         model = _build(config, dtype, trust_remote_code)
         replace_linears(model, checkpoint)
@@ -96,11 +98,14 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
-def _device(name) -> torch.device:
+def parse_device(name) -> torch.device:
+    """Raises InputError unless `name` is the CPU or a GPU that is there."""
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise InputError(f"unknown device {name}: give cpu, cuda or cuda:1, or device_map auto, balanced or sequential") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InputError(f"unknown device {name}: give auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name}, but torch sees {torch.cuda.device_count()} CUDA devices: use cpu")
     return device
@@ -109,7 +114,7 @@ def _device(name) -> torch.device:
 def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) -> dict:
     """Module path -> device; {"": device} for a single one. Sizes are those of the packed model."""
     if single is not None or on_cpu:
-        return {"": _device(single if single is not None else "cpu")}
+        return {"": parse_device(single if single is not None else "cpu")}
     if isinstance(device_map, dict):
         if "disk" in device_map.values():
             raise InputError("device_map names the disk, from which nothing can be run here: give devices, or cpu")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 DUMP = "test/test_data/enwiki-latest-pages-articles1.xml-p000000010p000030302-shortened.bz2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+CALIBRATION_SHARE = 0.75  # of the articles' characters
 
 
 def make_model(folder: Path) -> None:
@@ -47,17 +48,27 @@ def news() -> list[str]:
     return (_package_folder("gensim") / "test/test_data/lee_background.cor").read_text().splitlines()
 
 
-def make_texts(folder: Path, calibration_share: float = 0.75) -> tuple[Path, Path]:
+def make_texts(folder: Path, calibration_share: float = CALIBRATION_SHARE) -> tuple[Path, Path]:
     """Write calibration.txt and heldout.txt, split by article: the first share of the characters calibrates."""
     calibration, heldout = folder / "calibration.txt", folder / "heldout.txt"
     if not heldout.is_file():
-        texts = articles()
-        budget, first = calibration_share * sum(map(len, texts)), 0
-        while sum(map(len, texts[: first + 1])) < budget:
-            first += 1
-        write_text(calibration, "\n\n".join(texts[: first + 1]))
-        write_text(heldout, "\n\n".join(texts[first + 1 :]))
+        for_calibration, for_tests = split_articles(articles(), calibration_share)
+        write_text(calibration, "\n\n".join(for_calibration))
+        write_text(heldout, "\n\n".join(for_tests))
     return calibration, heldout
+
+
+def split_articles(texts: list[str], share: float) -> tuple[list[str], list[str]]:
+    """The articles that hold the first `share` of the characters, and the others."""
+    budget, count = share * sum(map(len, texts)), 0
+    while sum(map(len, texts[: count + 1])) < budget:
+        count += 1
+    return texts[: count + 1], texts[count + 1 :]
+
+
+def held_out_articles() -> list[str]:
+    """Those that no calibration text of the demo holds."""
+    return split_articles(articles(), CALIBRATION_SHARE)[1]
 
 
 def write_text(file: Path, text: str) -> None:

@@ -109,6 +109,21 @@ def output_error(W: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, H: 
     return ((E @ H) * E).sum(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_cache_of_the_user(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEANQUANT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch) -> Path:
+    """A cache of token windows for this test alone: stand-ins for the hub differ from test to test."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("LEANQUANT_CACHE", str(folder))
+    return folder
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Factory: tiny_model(family, tied, sharded, dtype, **sizes) -> folder. Folders are shared: copy one before breaking it."""

@@ -151,7 +151,7 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path):
 
 def test_weights_that_do_not_fit_stay_packed(tiny_model, text_file, tmp_path, monkeypatch):
     out = quantized_file(tiny_model(), text_file, tmp_path / "q.safetensors", "--wbits", "4", "--exponent", "4")
-    monkeypatch.setattr("leanquant.linear._free_host_bytes", lambda: 1000.0)
+    monkeypatch.setattr("leanquant.linear.free_host_bytes", lambda: 1000.0)
     with pytest.warns(UserWarning, match="do not fit: they stay packed"):
         model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), out)
     assert {m.form for m in model.modules() if isinstance(m, QuantizedLinear)} == {"packed"}

@@ -1,0 +1,331 @@
+"""eval_quantized.py: perplexity against transformers' own loss, lm-eval on tasks of our own, comparisons, the offline task pack.
+
+lm-eval is the real library; its tasks here need no network. What the command refuses is in test_cli.py too.
+"""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import datautils
+import eval_quantized
+from conftest import make_text
+from leanquant import LeanQuantModelForCausalLM
+from test_cli import GRIDS, quantize
+
+ROOT = Path(__file__).resolve().parent.parent
+
+TASKS_PY = """
+import random
+import datasets
+
+def items(**_):
+    rng = random.Random(0)
+    rows = [{"context": rng.choice(["the old ", "a river "]) * 3, "endings": ["house", "water"], "label": i % 2} for i in range(13)]
+    return datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
+"""
+TASK = """
+tag:
+  - mine_tag
+task: {name}
+custom_dataset: !function items.items
+output_type: multiple_choice
+test_split: test
+fewshot_split: test
+doc_to_text: "{{{{context}}}}"
+doc_to_choice: "{{{{endings}}}}"
+doc_to_target: "{{{{label}}}}"
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+"""
+GROUP = """
+group: mine_group
+task: [mine_a, mine_b]
+aggregate_metric_list:
+  - metric: acc
+    weight_by_size: true
+"""
+
+
+@pytest.fixture
+def task_folder(tmp_path) -> Path:
+    """Two tasks with the same 13 items, a tag and a group over both."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    (folder / "items.py").write_text(TASKS_PY)
+    for name in ("mine_a", "mine_b"):
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name))
+    (folder / "group.yaml").write_text(GROUP)
+    return folder
+
+
+@pytest.fixture
+def quantized(tiny_model, text_file, tmp_path) -> Path:
+    quantize(tiny_model(), text_file, "--wbits", 2, *GRIDS["nonuniform"], "--save_path", tmp_path / "q.safetensors")
+    return tmp_path / "q.safetensors"
+
+
+def evaluate(output: Path, *options) -> dict:
+    assert eval_quantized.main([*map(str, options), "--output", str(output)]) == 0
+    return json.loads(output.read_text())
+
+
+def refusal(capsys, *options) -> str:
+    assert eval_quantized.main([*map(str, options)]) == 2
+    return capsys.readouterr().err
+
+
+# --- perplexity ------------------------------------------------------------------------------------------------
+
+
+def own_loss(model, windows: torch.Tensor) -> torch.Tensor:
+    """transformers' mean loss of each window."""
+    with torch.no_grad():
+        return torch.stack([model(input_ids=ids[None], labels=ids[None]).loss for ids in windows]).double()
+
+
+@pytest.mark.parametrize("held", ["whole", "streamed"])
+def test_perplexity_is_transformers_own_loss(tiny_model, test_text, tokenizer, tmp_path, monkeypatch, held):
+    used = []
+    for name in ("whole_losses", "streamed_losses"):
+        real = getattr(eval_quantized, name)
+        monkeypatch.setattr(eval_quantized, name, lambda *a, real=real, name=name: used.append(name) or real(*a))
+    if held == "streamed":
+        monkeypatch.setattr(eval_quantized, "free_host_bytes", lambda: 1000.0)
+    base = ["--base_model_name_or_path", tiny_model(), "--perplexity", test_text, "--seqlen", 32, "--device", "cpu"]
+    row = evaluate(tmp_path / "e.json", *base)["perplexity"][0]
+    windows = datautils.evaluation_windows(str(test_text), tokenizer, 32)
+    expected = own_loss(AutoModelForCausalLM.from_pretrained(tiny_model()), windows)
+    assert used == [f"{held}_losses"]
+    assert math.log(row["perplexity"]) == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert row["window_losses"] == pytest.approx(expected.tolist(), abs=1e-5)
+    assert row["stderr"] == pytest.approx(row["perplexity"] * expected.std().item() / len(windows) ** 0.5, rel=1e-3)
+    assert (row["windows_with_bos"], row["tokens"], row["windows"]) == (1, 18 * 32, 18)
+
+
+@pytest.mark.parametrize("stride", [1, 5, 31])
+def test_stride_scores_each_token_once_with_all_the_context_there_is(tiny_model, tokenizer, tmp_path, stride):
+    text = tmp_path / "short.txt"
+    text.write_text(make_text(70, seed=3))
+    base = ["--base_model_name_or_path", tiny_model(), "--perplexity", text, "--seqlen", 32, "--stride", stride]
+    row = evaluate(tmp_path / "e.json", *base)["perplexity"][0]
+    ids = torch.tensor(tokenizer(text.read_text())["input_ids"])[: 71 // 32 * 32]
+    model, losses, end = AutoModelForCausalLM.from_pretrained(tiny_model()), [], 32
+    losses += eval_quantized.token_losses(model(ids[None, :32]).logits[0], ids[:32]).tolist()
+    while end + stride <= len(ids):
+        window = ids[end + stride - 32 : end + stride]
+        losses += eval_quantized.token_losses(model(window[None]).logits[0], window)[-stride:].tolist()
+        end += stride
+    assert row["perplexity"] == pytest.approx(math.exp(sum(losses) / len(losses)), rel=1e-5)
+    assert (row["stride"], row["tokens"]) == (stride, end) and len(losses) == end - 1
+
+
+def test_stride_needs_one_text_and_fits_the_window(tiny_model, test_text, capsys):
+    base = ["--base_model_name_or_path", tiny_model(), "--seqlen", 32]
+    assert "--stride" in refusal(capsys, *base, "--perplexity", "c4", "--stride", 8)
+    assert "--stride is 33" in refusal(capsys, *base, "--perplexity", test_text, "--stride", 33)
+    assert "--stride is 0" in refusal(capsys, *base, "--perplexity", test_text, "--stride", 0)
+
+
+@pytest.mark.parametrize("grid", ["nonuniform", "affine"])
+def test_a_folder_of_ours_is_a_model_by_itself(tiny_model, text_file, test_text, tmp_path, monkeypatch, grid):
+    quantize(tiny_model(), text_file, "--wbits", 3, *GRIDS[grid], "--save_path", tmp_path / "folder")
+    text = ["--perplexity", test_text, "--seqlen", 32]
+    alone = evaluate(tmp_path / "a.json", "--base_model_name_or_path", tmp_path / "folder", "--bits", 3, *text)
+    base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", tmp_path / "folder"]
+    beside = evaluate(tmp_path / "b.json", *base, *text)
+    monkeypatch.setattr(eval_quantized, "free_host_bytes", lambda: 1000.0)
+    streamed = evaluate(tmp_path / "c.json", "--base_model_name_or_path", tmp_path / "folder", *text)
+    assert alone["perplexity"] == beside["perplexity"]
+    assert streamed["perplexity"][0]["perplexity"] == pytest.approx(alone["perplexity"][0]["perplexity"], rel=1e-5)
+    assert alone["bits"] == [3] and alone["settings"]["grid"] == grid and "torch" in alone["versions"]
+
+
+# --- lm-eval ---------------------------------------------------------------------------------------------------
+
+
+def own_choices(model, tokenizer, contexts, endings) -> list[int]:
+    """The likelier ending after each context, from the model's logits alone."""
+    choices = []
+    for context in contexts:
+        sums = []
+        for ending in endings:
+            before, ids = (tokenizer(text, return_tensors="pt")["input_ids"] for text in (context, f"{context} {ending}"))
+            log_p = torch.log_softmax(model(ids).logits[0, :-1].float(), 1).gather(1, ids[0, 1:, None])
+            sums.append(log_p[before.shape[1] - 1 :].sum().item())
+        choices.append(max(range(len(sums)), key=sums.__getitem__))
+    return choices
+
+
+def test_tasks_give_what_the_models_own_logits_say(tiny_model, quantized, tokenizer, task_folder, tmp_path):
+    base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized, "--include_path", task_folder]
+    found = evaluate(tmp_path / "e.json", *base, "--tasks", "mine_a", "--eval_batch_size", 4, "--device", "cpu")
+    scope: dict = {}
+    exec(TASKS_PY, scope)
+    items = scope["items"]()["test"]
+    model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), quantized)
+    with torch.no_grad():
+        chosen = own_choices(model, tokenizer, items["context"], ["house", "water"])
+    right = [choice == label for choice, label in zip(chosen, items["label"], strict=True)]
+    row = found["rows"][0]
+    assert row["value"] == pytest.approx(sum(right) / 13) and 0 < sum(right) < 13
+    assert row["stderr"] == pytest.approx(eval_quantized.standard_error([float(r) for r in right]), rel=1e-6)
+    assert found["tasks"]["n-samples"]["mine_a"]["effective"] == 13
+    assert found["bits"] == [2]
+
+
+def test_groups_and_tags_are_one_row(tiny_model, task_folder, tmp_path, capsys):
+    base = ["--base_model_name_or_path", tiny_model(), "--include_path", task_folder]
+    for name in ("mine_group", "mine_tag"):
+        found = evaluate(tmp_path / "e.json", *base, "--tasks", name, "--limit", 7)
+        (row,) = found["rows"]
+        leaves = [found["tasks"]["results"][leaf] for leaf in ("mine_a", "mine_b")]
+        assert row["name"] == f"{name} (2 tasks)" and "14 items" in row["detail"]
+        assert row["value"] == pytest.approx(sum(leaf["acc,none"] for leaf in leaves) / 2)
+        assert row["stderr"] == pytest.approx(leaves[0]["acc_stderr,none"] / 2**0.5)
+        assert capsys.readouterr().out.count("| acc |") == 1
+
+
+def test_the_same_model_twice_differs_by_nothing(tiny_model, text_file, test_text, task_folder, tmp_path):
+    folder = tmp_path / "folder"
+    quantize(tiny_model(), text_file, "--wbits", 4, *GRIDS["nonuniform"], "--save_path", folder)
+    base = ["--base_model_name_or_path", folder, "--leanquant_path", folder, "--include_path", task_folder, "--seqlen", 32]
+    found = evaluate(
+        tmp_path / "e.json", *base, "--tasks", "mine_a", "--num_fewshot", 2, "--perplexity", test_text, "--seqlen", 32, "--compare"
+    )
+    assert [(row["difference"], row["difference_stderr"]) for row in found["rows"]] == [(0, 0), (0, 0)]
+    assert "2 shots" in found["rows"][1]["detail"]
+
+
+def test_comparison_pairs_items_and_windows(tiny_model, quantized, test_text, task_folder, tmp_path, capsys):
+    base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized, "--include_path", task_folder]
+    found = evaluate(tmp_path / "e.json", *base, "--tasks", "mine_tag", "--perplexity", test_text, "--seqlen", 32, "--compare")
+    text, task = found["rows"]
+    ours, theirs = found["perplexity"][0], found["original"]["perplexity"][0]
+    assert text["difference"] == pytest.approx(ours["perplexity"] - theirs["perplexity"])
+    pairs = zip(ours["window_losses"], theirs["window_losses"], strict=True)
+    differences = torch.tensor([ours["perplexity"] * a - theirs["perplexity"] * b for a, b in pairs]).double()
+    assert text["difference_stderr"] == pytest.approx((differences.std() / len(differences) ** 0.5).item(), rel=1e-5)
+    assert task["difference"] == pytest.approx(task["value"] - task["original"])
+    assert "| original | difference |" in capsys.readouterr().out
+    scores = [eval_quantized._leaf_scores(found["tasks"], leaf)[0] for leaf in ("mine_a", "mine_b")]
+    assert task["value"] == pytest.approx(sum(score.value for score in scores) / 2)
+    assert 0 < task["difference_stderr"] < math.hypot(task["stderr"], task["original_stderr"]) * 2
+
+
+def test_paired_error_is_that_of_the_items_differences():
+    def results(values):
+        samples = {"t": [{"doc_id": number, "acc": value} for number, value in enumerate(values)]}
+        return {"samples": samples, "results": {"t": {"acc,none": sum(values) / len(values)}}}
+
+    ours, theirs = results([1.0, 0.0, 1.0, 1.0]), results([1.0, 1.0, 0.0, 1.0])
+    assert eval_quantized._paired_error(ours, theirs, "t", "acc") == pytest.approx((2 / 3) ** 0.5 / 2)
+    assert eval_quantized._paired_error(ours, results([1.0] * 3), "t", "acc") is None
+    ours["results"]["t"]["acc,none"] = 0.3  # not a mean over items
+    assert eval_quantized._paired_error(ours, theirs, "t", "acc") is None
+
+
+def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantized, task_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval_quantized, "evaluate", lambda *_: pytest.fail("evaluation began"))
+    base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized]
+    assert "hellaswag," in refusal(capsys, *base, "--tasks", "hellaswagg")
+    assert re.search("unknown task mine_aa.*mine_a", refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_aa"))
+    assert "not a folder" in refusal(capsys, *base, "--include_path", tmp_path / "none", "--tasks", "mine_a")
+    assert "twice" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_tag", "mine_a")
+    assert "nothing to evaluate" in refusal(capsys, *base)
+    assert "--compare" in refusal(capsys, "--base_model_name_or_path", tiny_model(), "--tasks", "mine_a", "--compare")
+    assert "--limit" in refusal(capsys, *base, "--tasks", "mine_a", "--limit", 0)
+    (task_folder / "items.py").write_text("raise RuntimeError('no data')")
+    assert "mine_a cannot be loaded" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_a")
+    with pytest.raises(SystemExit):
+        eval_quantized.parse([*map(str, base), "--eval_batch_size", "none"])
+    assert eval_quantized.parse([*map(str, base), "--eval_batch_size", "auto"]).eval_batch_size is None
+
+
+def test_models_of_other_software_are_left_to_transformers(tiny_model, test_text, tmp_path, capsys):
+    """A folder that names another method goes to transformers, and what that says is passed on."""
+    model = AutoModelForCausalLM.from_pretrained(tiny_model())
+    model.save_pretrained(tmp_path / "awq")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "awq" / file).write_bytes((tiny_model() / file).read_bytes())
+    config = json.loads((tmp_path / "awq/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+    (tmp_path / "awq/config.json").write_text(json.dumps(config))
+    assert eval_quantized.Model.open(str(tmp_path / "awq"), None, None).is_foreign
+    assert "cannot be loaded" in refusal(capsys, "--base_model_name_or_path", tmp_path / "awq", "--perplexity", test_text, "--seqlen", 32)
+
+
+# --- the offline task pack -------------------------------------------------------------------------------------
+
+
+def test_task_pack_runs_with_lm_eval_and_keeps_to_held_out_articles(monkeypatch):
+    import demo_data
+
+    tasks = eval_quantized.find_tasks(["demo_words,demo_continuations"], ROOT / "scripts" / "tasks")
+    words, continuations = (task.dataset["test"] for task in tasks.objects)
+    assert len(words) >= 500 and len(continuations) >= 500
+    calibration, tests = ("\n".join(texts) for texts in demo_data.split_articles(demo_data.articles(), demo_data.CALIBRATION_SHARE))
+    plain = lambda text: text.replace("'''", "").replace("''", "")  # noqa: E731
+    calibration, tests = plain(calibration), plain(tests)
+    for item in words.select(range(0, len(words), 40)):
+        assert item["context"][:60] in tests and item["context"][:60] not in calibration
+        assert 39 <= len(item["context"].split()) < 90 and item["word"] in item["context"]
+    for item in continuations.select(range(0, len(continuations), 40)):
+        assert f"{item['context']} {item['endings'][item['label']]}" in tests
+        assert len(set(item["endings"])) == 4
+    counts = torch.bincount(torch.tensor(continuations["label"]))
+    assert counts.min() > 0.15 * len(continuations)
+
+
+# --- the cache of token windows --------------------------------------------------------------------------------
+
+
+def test_windows_come_from_the_cache(tokenizer, tmp_path, cache):
+    text = tmp_path / "text.txt"
+    text.write_text(make_text(500, seed=4))
+    first = datautils.evaluation_windows(str(text), tokenizer, 32)
+    sampled = datautils.calibration_windows(str(text), tokenizer, 4, 32, 0)
+    assert len(list(cache.iterdir())) == 2
+
+    class Untouchable:
+        backend_tokenizer = tokenizer.backend_tokenizer
+
+    assert torch.equal(datautils.evaluation_windows(str(text), Untouchable, 32), first)
+    assert torch.equal(datautils.calibration_windows(str(text), Untouchable, 4, 32, 0), sampled)
+    assert not torch.equal(datautils.calibration_windows(str(text), tokenizer, 4, 32, 1), sampled)
+    assert datautils.evaluation_windows(str(text), tokenizer, 32, 8).shape != first.shape
+
+
+def test_another_text_or_tokenizer_or_a_damaged_cache_gives_no_stale_windows(tokenizer, tmp_path, cache):
+    text = tmp_path / "text.txt"
+    text.write_text(make_text(500, seed=4))
+    first = datautils.evaluation_windows(str(text), tokenizer, 32)
+    (file,) = cache.iterdir()
+    file.write_bytes(file.read_bytes()[:-9])
+    assert torch.equal(datautils.evaluation_windows(str(text), tokenizer, 32), first)
+    assert torch.equal(load_file(file)["windows"], first)
+    text.write_text(make_text(500, seed=5))
+    assert not torch.equal(datautils.evaluation_windows(str(text), tokenizer, 32), first)
+    from tokenizers import processors
+
+    from conftest import make_tokenizer
+
+    other = make_tokenizer()
+    other.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<s> <s> $A", special_tokens=[("<s>", 0)])
+    assert datautils.evaluation_windows(str(text), other, 32)[0, :2].tolist() == [0, 0]
+
+
+def test_without_a_place_for_the_cache_all_works(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LEANQUANT_CACHE", str(tmp_path / "file" / "below"))
+    text = tmp_path / "text.txt"
+    text.write_text(make_text(500, seed=4))
+    assert datautils.evaluation_windows(str(text), tokenizer, 32).shape == (15, 32)
