@@ -27,14 +27,18 @@ MIN_SCALE = 2.0**-24
 NOISE = 1e-14
 
 
-def sensitivity(U: torch.Tensor, exponent: float) -> torch.Tensor:
-    """How much the loss minds an error in each column: a_i = U_ii^-exponent, geometric mean 1.
+def sensitivity(U: torch.Tensor, exponent: float, reading: str = "cholesky") -> torch.Tensor:
+    """How much the loss minds an error in each column: a_i = d_i^-exponent, geometric mean 1.
 
-    `U` [I, I] is the upper Cholesky factor of the inverse damped Hessian in the solver's order, as in the
-    published code; the paper (section 3.2) writes diag(H^-1)^-p. Returns float64 [I]. Computed through
-    logarithms, because 1e-10 ** -4 overflows float32, and limited to e^+-60.
+    `U` [I, I] is the upper Cholesky factor of the inverse damped Hessian in the solver's order. reading: "cholesky",
+    d = diag(U), as in the published code; "inverse", d = diag(inv(H)), the squared lengths of U's columns, as in the paper's
+    text (section 3.2). Returns float64 [I]. Computed through logarithms, because 1e-10 ** -4 overflows float32, and limited
+    to e^+-60.
     """
-    log_diagonal = U.diagonal().double().log()
+    if reading == "cholesky":
+        log_diagonal = U.diagonal().double().log()
+    else:
+        log_diagonal = 2 * torch.linalg.vector_norm(U, dim=0, dtype=torch.float64).log()
     return ((log_diagonal.mean() - log_diagonal) * exponent).clamp(-60, 60).exp()
 
 
@@ -82,24 +86,25 @@ def _sort_rows(W: torch.Tensor, a: torch.Tensor, centered: bool) -> _Sorted:
     return _Sorted(w, A, B, a, center)
 
 
-def local_kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, seed: int = 0) -> torch.Tensor:
-    """The published code's grid: Lloyd's iteration from one start, min-max for 4 and 8 levels, k-means++ for 16.
+def local_kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, seed: int = 0, start: str = "published") -> torch.Tensor:
+    """The published code's grid: Lloyd's iteration from one start, a local optimum of the objective of `kmeans_levels`.
 
-    A local optimum of the objective of `kmeans_levels`; the same arguments and result. The start of a row depends on
-    `seed` and on its place among the rows.
+    start: "uniform", equally spaced levels from the smallest to the largest weight; "plusplus", drawn at random, depending on
+    `seed` and on a row's place among the rows; "published", uniform for 4 and 8 levels and plusplus for 16.
     """
     K = 2**bits
+    is_uniform = start == "uniform" or (start == "published" and K <= 8)
     chunk = max(1, (2**18 if W.device.type == "cpu" else 2**24) // W.shape[1])  # k-means++ takes about 200 bytes an element
     generator = torch.Generator(W.device).manual_seed(seed)
     levels = []
     for rows, a_rows in _row_chunks(W, a, chunk):
         s = _sort_rows(rows, a_rows, centered=True)
-        start = _minmax_start(s, K) if K <= 8 else _plusplus_start(s, K, generator)
-        levels.append(_lloyd(s, _borders_between(s, start)).float())
+        first = _uniform_start(s, K) if is_uniform else _plusplus_start(s, K, generator)
+        levels.append(_lloyd(s, _borders_between(s, first)).float())
     return torch.cat(levels)
 
 
-def _minmax_start(s: _Sorted, K: int) -> torch.Tensor:
+def _uniform_start(s: _Sorted, K: int) -> torch.Tensor:
     """K equally spaced levels [R, K] from the smallest to the largest weight."""
     return s.w[:, :1] + (s.w[:, -1:] - s.w[:, :1]) * torch.linspace(0, 1, K, device=s.w.device)
 
@@ -305,23 +310,26 @@ def _search_affine(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
     t = torch.arange(T - 1, device=w.device).expand(len(w), -1)
     if not exhaustive:
         coarse = t[:, ::16]
-        gain, _ = _best_zero(w, A, B, low, high, coarse, K, T)
+        gain = _gains(w, A, B, low, high, coarse, K, T).amax(2)
         best = coarse.gather(1, gain.sort(dim=1, descending=True, stable=True).indices[:, :4])
         t = (best.unsqueeze(2) + torch.arange(-15, 16, device=w.device)).flatten(1).clamp(0, T - 2).sort(1).values
-    gain, zero = _best_zero(w, A, B, low, high, t, K, T)
-    # argmax promises nothing about ties: take the first of the largest.
-    first = torch.where(gain == gain.amax(1, keepdim=True), torch.arange(t.shape[1], device=w.device), t.shape[1])
-    first = first.amin(1, keepdim=True)
-    scale = _scales(low, high, t.gather(1, first), K, T)
-    return Affine(scale.squeeze(1).float(), zero.gather(1, first).squeeze(1).to(torch.uint8))
+    t = t.gather(1, _first_largest(_gains(w, A, B, low, high, t, K, T).amax(2)))
+    zero = _first_largest(_gains(w, A, B, low, high, t, K, T).squeeze(1))
+    return Affine(_scales(low, high, t, K, T).squeeze(1).float(), zero.squeeze(1).to(torch.uint8))
+
+
+def _first_largest(values: torch.Tensor) -> torch.Tensor:
+    """Index [R, 1] of the first of the largest of `values` [R, N]; argmax promises nothing about ties."""
+    places = torch.arange(values.shape[1], device=values.device)
+    return torch.where(values == values.amax(1, keepdim=True), places, len(places)).amin(1, keepdim=True)
 
 
 def _scales(low, high, t, K: int, T: int) -> torch.Tensor:
     return stored_scale((high - low) * (1 - t.double() / T) / (K - 1))
 
 
-def _best_zero(w, A, B, low, high, t: torch.Tensor, K: int, T: int):
-    """For each t [R, N]: the largest gain (sum a w^2 minus the cost) over the reachable zeros, and that zero; [R, N].
+def _gains(w, A, B, low, high, t: torch.Tensor, K: int, T: int) -> torch.Tensor:
+    """For each t [R, N] and zero: sum a w^2 minus the cost; -inf for zeros that t cannot reach; [R, N, K].
 
     With r = code - Z and borders S (r + 1/2), the run of points below border r has prefix sums PA_r, PB_r. Summing
     by parts, gain(Z) = 2S (r_t B - sum PB_r) - S^2 (r_t^2 A - sum (2r+1) PA_r), r_t = K-1-Z, r from -Z to r_t - 1:
@@ -339,10 +347,7 @@ def _best_zero(w, A, B, low, high, t: torch.Tensor, K: int, T: int):
     top = torch.arange(K, device=t.device, dtype=torch.float64)  # r_t = k
     A, B = A[:, -1].view(-1, 1, 1), B[:, -1].view(-1, 1, 1)
     gain = S * (top * (2 * B - S * top * A) - windows)
-    gain = gain.flip(2).masked_fill(~_reachable_zeros(S, low, high, t, K, T), -math.inf)
-    best = gain.amax(2)
-    zeros = torch.arange(K, device=t.device)
-    return best, torch.where(gain == best.unsqueeze(2), zeros, K - 1).amin(2)
+    return gain.flip(2).masked_fill_(~_reachable_zeros(S, low, high, t, K, T), -math.inf)
 
 
 def _reachable_zeros(S, low, high, t: torch.Tensor, K: int, T: int) -> torch.Tensor:

@@ -36,8 +36,8 @@ DEFAULT_EXPONENT = {"nonuniform": 4.0, "affine": 2.0}
 
 
 # The pieces of --recipe (README, How it works): how --recipe published sets them, and what --recipe best sets otherwise.
-PUBLISHED = {"exact_grid": False, "shift": 0.0, "residual": False, "refine": 0}
-BEST = {"exact_grid": True, "shift": 0.5, "residual": True, "refine": 2}
+PUBLISHED = {"kmeans": "published", "shift": 0.0, "residual": False, "refine": 0}
+BEST = {"kmeans": "exact", "shift": 0.5, "residual": True, "refine": 2}
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ def quantize_model(model: modelutils.StreamedModel, ids: torch.Tensor, run: Run,
     with phases("forward"):
         stream = model.embed(ids, run.batch_size)
         reference = stream.twin() if config.shift > 0 else None
-    count = len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
-    rows = []
+    count, rows = quantized_layers(model, run), []
     for index in tqdm(range(count), desc="quantizing", unit="layer", ncols=80, disable=None):
         start = time.perf_counter()
         tensors, linears = quantize_layer(model, index, stream, reference, run, config, phases)
@@ -199,6 +198,8 @@ def quantize_group(model, index: int, group, statistics: quant.Statistics, run: 
         parts = zip(names, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
         for name, codes, loss, its_grid in parts:
             row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(codes)}
+            if run.report and factor is not None and index in example_layers(model, run):
+                row["example"] = example_row(W.split(sizes)[names.index(name)], its_grid, loss, factor)
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
             yield name, its_grid, codes, row
@@ -320,6 +321,37 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "safetensors")} | {"leanquant": leanquant.__version__}
 
 
+def example_layers(model, run: Run) -> set[int]:
+    """The first, the middle and the last of the layers that are quantized."""
+    count = quantized_layers(model, run)
+    return {0, count // 2, count - 1}
+
+
+def quantized_layers(model, run: Run) -> int:
+    return len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
+
+
+def example_row(W: torch.Tensor, grid: quant.Grid, loss: torch.Tensor, factor: quant.Factor, bins: int = 80) -> dict:
+    """What scripts/plot.py draws of a linear `W` [O, I]: of the row of median loss, or of its first group, the weights counted in
+    `bins` between `low` and `high`, the levels, and the weights of the columns, one in a hundred, that are outliers of
+    1 / diag(inv(H)), with how many times the median that is."""
+    row = int(loss.argsort()[len(loss) // 2])
+    w = W[row, : W.shape[1] // grid.levels.shape[1]].float()
+    diagonal = torch.empty(W.shape[1])
+    diagonal[factor.order.cpu()] = torch.linalg.vector_norm(factor.U, dim=0).square().cpu()
+    diagonal = diagonal[: len(w)]
+    outliers = diagonal.argsort()[: max(1, len(w) // 100)]
+    return {
+        "row": row,
+        "low": w.min().item(),
+        "high": w.max().item(),
+        "counts": torch.histc(w, bins).int().tolist(),
+        "levels": grid.levels[row, 0].tolist(),
+        "outlier_weights": w[outliers.to(w.device)].tolist(),
+        "outlier_sizes": (diagonal.median() / diagonal[outliers]).tolist(),
+    }
+
+
 def write_report(run: Run, contents: dict) -> None:
     if run.report:
         device = {"device": str(run.device)}
@@ -351,6 +383,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=float,
         help="how strongly the grid favours sensitive weights; 3 or 4 is recommended (unset: 4 for --grid nonuniform, 2 for affine)",
     )
+    add(
+        "--sensitivity",
+        choices=quant.SENSITIVITIES,
+        default="cholesky",
+        help="what is raised to -exponent: the diagonal of the inverse Hessian's Cholesky factor, as in the published code, or of the "
+        "inverse Hessian itself, as in the paper's text",
+    )
     add("--groupsize", type=int, default=-1, help="columns that share a scale and zero point (affine and minmax); -1: the whole row")
     add("--sym", action="store_true", help="symmetric min-max grid")
     add("--nearest", action="store_true", help="baseline: round to the nearest level of a min-max grid")
@@ -376,9 +415,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     switch = argparse.BooleanOptionalAction
     add(
-        "--exact-grid",
-        action=switch,
-        help="optimal non-uniform grid instead of the published code's local one; costs no more (unset: as --recipe)",
+        "--kmeans",
+        choices=quant.KMEANS,
+        help="how non-uniform levels are found: exact, the optimal ones, which costs no more; or one local optimum, from equally spaced "
+        "levels (uniform), random ones (plusplus), or as the published code does it: plusplus at 4 bits, else uniform "
+        "(unset: exact for --recipe best, else published)",
     )
     add(
         "--shift",
@@ -397,7 +438,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="rounds of coordinate descent on codes and least squares on levels; +30 %% of the time of published each "
         "(unset: 2 for --recipe best, else 0)",
     )
-    add("--kmeans_seed", type=int, default=0, help="of the random start that the published recipe's grid has at 4 bits")
+    add("--kmeans_seed", type=int, default=0, help="of the random start that --kmeans plusplus has, and the published recipe at 4 bits")
     add("--grid_partitions", type=int, default=2048, help="T of the affine search: range ends move in steps of range / T")
     add(
         "--grid_search",
@@ -452,6 +493,8 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
     pieces = recipe(args, grid)
     if args.nearest and pieces != PUBLISHED:
         raise InputError("--nearest only rounds: leave out --recipe best and its pieces")
+    if grid != "nonuniform" and args.kmeans:
+        raise InputError(f"--kmeans belongs to --grid nonuniform, not to {grid}: leave it out")
     if pieces["shift"] > 1:
         raise InputError(f"--shift is {pieces['shift']}: give 0 (not at all) to 1 (all the way)")
     if args.sym and grid != "minmax":
@@ -475,6 +518,7 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         bits=args.wbits,
         grid=grid,
         exponent=DEFAULT_EXPONENT.get(grid, 0.0) if args.exponent is None else args.exponent,
+        sensitivity=args.sensitivity,
         groupsize=args.groupsize,
         sym=args.sym,
         nearest=args.nearest,
@@ -533,7 +577,7 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
 def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig) -> int:
     """What only the model can tell: do the settings fit it? Returns the bytes the quantized model will take, about."""
     stored = model.checkpoint.file_bytes()
-    for index in range(len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))):
+    for index in range(quantized_layers(model, run)):
         for name, module in model.layers[index].named_modules():
             if isinstance(module, torch.nn.Linear):
                 O, I = module.weight.shape
@@ -573,7 +617,8 @@ def run_command(args: argparse.Namespace) -> None:
             with phases("pack"):
                 model.checkpoint = writer.finish(settings, folder)
             contents |= {"quantization_seconds": time.perf_counter() - start, "phase_seconds": phases.seconds, "linears": rows}
-            contents |= {"peak_host_bytes_quantizing": peak_host_bytes(), "shift_bytes": shift_bytes(model, run, config)}
+            contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
+            contents |= {"shift_bytes": shift_bytes(model, run, config)}
             print_summary(contents, run)
             write_report(run, contents)
         contents["perplexity"] = []

@@ -26,6 +26,8 @@ from leanquant_grid import (
 )
 
 GRIDS = ("nonuniform", "affine", "minmax")
+KMEANS = ("exact", "published", "uniform", "plusplus")
+SENSITIVITIES = ("cholesky", "inverse")
 # fused_kernel.cu: w, U; levels, group_of, codes, errors; B, O, K
 SOLVE_BLOCK = kernels.Kernel(
     CUDA_SOURCE, "solve_block", (*2 * [torch.float32], torch.float32, torch.int32, torch.uint8, torch.float32, int, int, int)
@@ -42,6 +44,7 @@ class QuantConfig:
     bits: int  # 2, 3 or 4
     grid: str = "nonuniform"  # one of GRIDS
     exponent: float = 4.0  # of the sensitivity; minmax has none
+    sensitivity: str = "cholesky"  # one of SENSITIVITIES: of which diagonal
     groupsize: int = -1  # columns that share a scale and zero; -1 = the whole row; not for nonuniform
     sym: bool = False  # minmax only
     nearest: bool = False  # round to nearest: no error compensation
@@ -51,8 +54,8 @@ class QuantConfig:
     grid_partitions: int = 2048  # T of the affine search
     exhaustive: bool = False  # affine search over every distinct candidate
     kmeans_bins: int = 128  # m of the non-uniform grid
-    exact_grid: bool = True  # non-uniform: the optimal grid, not the published code's local one
-    kmeans_seed: int = 0  # of the local grid's random start
+    kmeans: str = "exact"  # one of KMEANS; non-uniform: the optimal grid, or Lloyd's iteration from one of these starts
+    kmeans_seed: int = 0  # of the random start
     shift: float = 0.5  # how far to aim at the unquantized model's outputs on its own inputs: 0 = not at all, 1 = all the way
     residual: bool = True  # with shift: also at what the residual stream lacks
     refine: int = 2  # rounds of coordinate descent on the codes and least squares on the levels
@@ -258,12 +261,12 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
     O, I = W.shape
     a = torch.ones(I, dtype=torch.float64, device=W.device)
     if factor is not None and config.grid != "minmax":
-        a[factor.order.to(W.device)] = sensitivity(factor.U, config.exponent).to(W.device)
+        a[factor.order.to(W.device)] = sensitivity(factor.U, config.exponent, config.sensitivity).to(W.device)
     if config.grid == "nonuniform":
-        if config.exact_grid:
+        if config.kmeans == "exact":
             levels = kmeans_levels(W, a, config.bits, config.kmeans_bins)
         else:
-            levels = local_kmeans_levels(W, a, config.bits, config.kmeans_seed)
+            levels = local_kmeans_levels(W, a, config.bits, config.kmeans_seed, config.kmeans)
         return Grid(levels.to(config.levels_dtype).float().unsqueeze(1), None)
     size = I if config.groupsize == -1 else config.groupsize
     groups = W.reshape(-1, size)

@@ -60,14 +60,13 @@ def describe(checkpoint: Checkpoint) -> dict:
     settings, linears = checkpoint.settings, checkpoint.quantized
     bits = sorted({checkpoint.bits_of(linear) for linear in linears})
     weights = sum(checkpoint.weights_of(linear) for linear in linears)
-    packed = sum(checkpoint.tensor_bytes(name) for name in checkpoint.shapes if name.rpartition(".")[0] in set(linears))
     size = checkpoint.file_bytes()
-    original = size - packed + 2 * weights
+    original = size - weights * checkpoint.bits_per_weight / 8 + 2 * weights
     groups = {checkpoint.shapes[linear + SCALE][1] for linear in linears if linear + SCALE in checkpoint}
     grid = "non-uniform levels" if linears[0] + GRID in checkpoint else f"affine, {'row-wise' if groups == {1} else 'in groups'}"
     found = {
         "method": settings.get("method", "leanquant (no metadata: a file of the published tool)"),
-        "bits": f"{', '.join(map(str, bits))} ({8 * packed / weights:.2f} a weight with levels)",
+        "bits": f"{', '.join(map(str, bits))} ({checkpoint.bits_per_weight:.2f} a weight with levels)",
         "grid": grid,
         "linears": f"{len(linears)}, {weights / 1e6:.1f} M weights",
         "size": f"{size / 1e6:.1f} MB, {original / size:.2f} times less than 16 bits ({original / 1e6:.1f} MB)",

@@ -314,6 +314,13 @@ class Checkpoint:
         dense = self.settings.get("packing", "nibble") == "dense"
         return rows * (width * 8 // self.bits_of(linear) if dense else 2 * width)
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the quantized linears: codes with their levels, or scales and zeros."""
+        names = (linear + suffix for linear in self.quantized for suffix in (CODES, GRID, SCALE, ZERO))
+        stored = sum(self.tensor_bytes(name) for name in names if name in self)
+        return 8 * stored / sum(map(self.weights_of, self.quantized))
+
     def check_bits(self, bits: int | None, path) -> None:
         """Raise InputError unless this holds quantized linears, of `bits` bits if that is given."""
         held = sorted({self.bits_of(linear) for linear in self.quantized})

@@ -39,7 +39,7 @@ METHODS = {
     "gptq": ["--grid", "minmax"],
     "published": ["--recipe", "published"],
     "best": [],
-    "best, local grid": ["--no-exact-grid"],
+    "best, local grid": ["--kmeans", "published"],
     "best, no shift": ["--shift", "0"],
     "best, no residual": ["--no-residual"],
     "best, no refinement": ["--refine", "0"],

@@ -323,11 +323,11 @@ def pieces(settings: dict) -> dict:
         (["--recipe", "best"], "best", {}),
         (["--exponent", "4", "--recipe", "published"], "published", {}),
         (["--grid", "affine", "--recipe", "published"], "published", {}),
-        (["--exponent", "4", "--no-exact-grid"], "best", {"exact_grid": False}),
+        (["--exponent", "4", "--kmeans", "plusplus"], "best", {"kmeans": "plusplus"}),
         (["--exponent", "4", "--shift", "0"], "best", {"shift": 0.0}),
         (["--exponent", "4", "--no-residual"], "best", {"residual": False}),
         (["--exponent", "4", "--refine", "0"], "best", {"refine": 0}),
-        (["--exponent", "4", "--recipe", "published", "--exact-grid"], "published", {"exact_grid": True}),
+        (["--exponent", "4", "--recipe", "published", "--kmeans", "exact"], "published", {"kmeans": "exact"}),
         (["--exponent", "4", "--recipe", "published", "--shift", "1"], "published", {"shift": 1.0}),
         (["--exponent", "4", "--recipe", "published", "--residual"], "published", {"residual": True}),
         (["--exponent", "4", "--recipe", "published", "--refine", "3"], "published", {"refine": 3}),
@@ -336,10 +336,10 @@ def pieces(settings: dict) -> dict:
     ids=lambda value: " ".join(value) or "no options" if isinstance(value, list) else "",
 )
 def test_a_recipe_is_its_pieces_and_each_has_a_flag_of_its_own(options, recipe, changed):
-    expected = {"best": llama.BEST, "published": {"exact_grid": False, "shift": 0.0, "residual": False, "refine": 0}}[recipe]
+    expected = {"best": llama.BEST, "published": {"kmeans": "published", "shift": 0.0, "residual": False, "refine": 0}}[recipe]
     config = llama.quant_config(llama.parse(["model", "text", "--wbits", "3", *options]), torch.float16)
     assert pieces(vars(config)) == expected | changed
-    assert llama.BEST["exact_grid"] and llama.BEST["shift"] > 0 and llama.BEST["residual"] and llama.BEST["refine"] > 0
+    assert llama.BEST["kmeans"] == "exact" and llama.BEST["shift"] > 0 and llama.BEST["residual"] and llama.BEST["refine"] > 0
 
 
 @pytest.mark.parametrize("sequential", [[], SEQUENTIAL], ids=["plain", "sequential"])
@@ -355,7 +355,7 @@ def test_recipes_record_their_pieces_and_what_they_took(tiny_model, text_file, o
 
 
 def test_every_piece_changes_the_weights(tiny_model, text_file, out):
-    changes = {"exact_grid": ["--no-exact-grid"], "shift": ["--shift", 0], "residual": ["--no-residual"], "refine": ["--refine", 0]}
+    changes = {"kmeans": ["--kmeans", "published"], "shift": ["--shift", 0], "residual": ["--no-residual"], "refine": ["--refine", 0]}
     found = {}
     for name, options in {"best": [], **changes}.items():
         file = out / f"{name}.safetensors"

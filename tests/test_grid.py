@@ -223,6 +223,14 @@ def test_local_kmeans_depends_on_its_seed_at_4_bits_only():
         assert torch.equal(first, other) == (bits != 4)
 
 
+def test_local_kmeans_starts_where_it_is_told():
+    W, a = gaussian(12, 300), heavy(12, 300)
+    for bits in (2, 3, 4):
+        uniform, plusplus, published = (local_kmeans_levels(W, a, bits, 0, start) for start in ("uniform", "plusplus", "published"))
+        assert torch.equal(published, plusplus if bits == 4 else uniform)
+        assert not torch.equal(uniform, plusplus)
+
+
 def test_local_kmeans_leaves_the_global_random_numbers_alone():
     before = torch.get_rng_state()
     local_kmeans_levels(gaussian(4, 60), heavy(4, 60), 4)
@@ -404,6 +412,14 @@ def test_sensitivity_is_the_power_of_the_diagonal_up_to_a_factor(exponent):
     assert a.dtype == torch.float64
     torch.testing.assert_close(ratio, ratio[:1].expand(50), rtol=1e-12, atol=0)
     assert math.isclose(a.log().sum(), 0, abs_tol=1e-9), "the geometric mean is not 1"
+
+
+@pytest.mark.parametrize("exponent", [0.0, 2.0])
+def test_sensitivity_can_be_of_the_inverse_hessian_itself(exponent):
+    U = torch.diag(torch.rand(50, generator=generator(21)) + 0.01) + 0.1 * gaussian(50, 50).triu(1)
+    expected = (U.double().T @ U.double()).diagonal() ** -exponent
+    found = sensitivity(U, exponent, "inverse")
+    torch.testing.assert_close(found, expected / expected.log().mean().exp(), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("diagonal", [[1e-10] * 8, [1e-10] + [1.0] * 63, [1e-30, 1e30], [1e-38, 1.0, 1e10]])

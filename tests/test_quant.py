@@ -353,7 +353,7 @@ def test_the_local_grid_is_learned_where_the_exact_one_is_not_wanted(act_order):
     learn = lambda **settings: learn_grid(W, factor, QuantConfig(4, exponent=3.0, **settings)).levels[:, 0]  # noqa: E731
     assert torch.equal(learn(), kmeans_levels(W, a, 4).half().float())
     for seed in (0, 5):
-        assert torch.equal(learn(exact_grid=False, kmeans_seed=seed), local_kmeans_levels(W, a, 4, seed).half().float())
+        assert torch.equal(learn(kmeans="published", kmeans_seed=seed), local_kmeans_levels(W, a, 4, seed).half().float())
 
 
 @pytest.mark.parametrize("kind", GRIDS)

@@ -1,0 +1,198 @@
+"""Draw what llama.py's reports hold: losses, times, grids and, over several reports, perplexity against size.
+
+    python scripts/plot.py report.json [more.json ...] [--out FOLDER]
+
+loss.png   loss of each linear by layer, a panel a report
+time.png   seconds of each phase, a bar a report
+grid.png   weights of one row of each linear (first, middle, last layer of the first report), its levels, and the weights at
+           outliers of the inverse Hessian's diagonal, where an error costs most
+pareto.png perplexity against bits a weight, over reports that have both
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]
+METHODS = {"leanquant": "LeanQuant", "gptq": "GPTQ", "rtn": "round to nearest", "none": "original"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("reports", nargs="+", type=Path, help="JSON files that llama.py --report wrote")
+    parser.add_argument("--out", type=Path, help="folder for the pictures (unset: that of the first report)")
+    args = parser.parse_args(argv)
+    try:
+        reports = [read_report(path) for path in args.reports]
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    out = args.out or args.reports[0].parent
+    out.mkdir(parents=True, exist_ok=True)
+    for name, draw in {"loss": plot_losses, "time": plot_times, "grid": plot_grids, "pareto": plot_pareto}.items():
+        figure = draw(reports)
+        if figure is not None:
+            save(figure, out / f"{name}.png")
+            print(out / f"{name}.png")
+    return 0
+
+
+def read_report(path: Path) -> dict:
+    try:
+        report = json.loads(path.read_text())
+        return report | {"label": label(report), "linears": report.get("linears", [])}
+    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+        raise ValueError(f"{path} is not a report of llama.py: make one with --report FILE.json") from None
+
+
+def label(report: dict) -> str:
+    """Method, bits and grid in a few words, from the report's settings."""
+    settings = report["settings"]
+    method = METHODS.get(settings["method"], settings["method"])
+    if settings["method"] == "none":
+        return method
+    groups = f", groups of {settings['groupsize']}" if settings["groupsize"] != -1 else ""
+    grid = {"nonuniform": " non-uniform", "affine": " affine"}.get(settings["grid"], "")
+    return f"{method}{grid}{groups}"
+
+
+def new_figure(*args, **options):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    figure = Figure(layout="constrained", **options)
+    return figure, figure.subplots(*args, squeeze=False)
+
+
+def save(figure, path: Path) -> None:
+    figure.savefig(path, dpi=100)
+
+
+def plot_losses(reports: list[dict]):
+    """A panel a report, a line a linear."""
+    reports = [report for report in reports if report["linears"]]
+    if not reports:
+        return None
+    columns = min(3, len(reports))
+    rows = -(-len(reports) // columns)
+    figure, axes = new_figure(rows, columns, figsize=(5 * columns + 1, 3.4 * rows))
+    names = list(dict.fromkeys(row["linear"] for report in reports for row in report["linears"]))
+    low, high = loss_range(reports)
+    for axis, report in zip(axes.flat, reports, strict=False):
+        for number, name in enumerate(names):
+            points = [(row["layer"] + 1, row["loss"]) for row in report["linears"] if row["linear"] == name and row["loss"]]
+            axis.plot(*zip(*points, strict=True), ".-", color=COLORS[number % len(COLORS)], lw=1, label=name) if points else None
+        axis.set(yscale="log", ylim=(low, high), xlabel="decoder layer")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.set_title(f"{report['label']}, {report['settings']['bits']} bits", fontsize=10)
+        axis.grid(alpha=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("loss: squared output error a token")
+    for axis in axes.flat[len(reports) :]:
+        axis.remove()
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    return figure
+
+
+def loss_range(reports: list[dict]) -> tuple[float, float]:
+    losses = [row["loss"] for report in reports for row in report["linears"] if row["loss"]]
+    return min(losses, default=1) / 1.5, max(losses, default=1) * 1.5
+
+
+def plot_times(reports: list[dict]):
+    """A stacked bar a report; the smallest phases are taken together."""
+    reports = [report for report in reports if report.get("phase_seconds")]
+    if not reports:
+        return None
+    figure, axes = new_figure(1, 1, figsize=(9, 1.6 + 0.45 * len(reports)))
+    axis = axes[0, 0]
+    total = max(sum(report["phase_seconds"].values()) for report in reports)
+    phases = list(dict.fromkeys(name for report in reports for name in report["phase_seconds"]))
+    large = [name for name in phases if max(report["phase_seconds"].get(name, 0) for report in reports) > 0.02 * total]
+    lefts = [0.0] * len(reports)
+    for number, name in enumerate([*large, "other"]):
+        members = [name] if name != "other" else [phase for phase in phases if phase not in large]
+        widths = [sum(report["phase_seconds"].get(phase, 0) for phase in members) for report in reports]
+        axis.barh(range(len(reports)), widths, left=lefts, color=COLORS[number % len(COLORS)], label=name, alpha=1 if number < 7 else 0.5)
+        lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
+    axis.set_yticks(range(len(reports)), [f"{report['label']}, {report['settings']['bits']} bits" for report in reports], fontsize=9)
+    axis.invert_yaxis()
+    axis.set_xlabel("seconds to quantize")
+    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
+    return figure
+
+
+def plot_grids(reports: list[dict]):
+    """The example rows of the first report that has some."""
+    report = next((report for report in reports if any("example" in row for row in report["linears"])), None)
+    if report is None:
+        return None
+    examples = [row for row in report["linears"] if "example" in row]
+    layers = list(dict.fromkeys(row["layer"] for row in examples))
+    names = list(dict.fromkeys(row["linear"] for row in examples))
+    figure, axes = new_figure(len(names), len(layers), figsize=(4.6 * len(layers), 1.9 * len(names) + 1))
+    for row in examples:
+        axis = axes[names.index(row["linear"]), layers.index(row["layer"])]
+        draw_row(axis, row["example"])
+        axis.set_title(f"layer {row['layer'] + 1}, {row['linear']}, row {row['example']['row']}", fontsize=9)
+    figure.suptitle(f"{report['label']}, {report['settings']['bits']} bits: one row of each linear", fontsize=11)
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    return figure
+
+
+def draw_row(axis, example: dict) -> None:
+    step = (example["high"] - example["low"]) / len(example["counts"])
+    axis.bar(
+        [example["low"] + (i + 0.5) * step for i in range(len(example["counts"]))],
+        example["counts"],
+        step,
+        color="#bbbbbb",
+        label="weights",
+    )
+    top = max(example["counts"])
+    axis.vlines(example["levels"], -0.14 * top, -0.02 * top, color=COLORS[0], lw=1.2, label="levels")
+    axis.plot(
+        example["outlier_weights"],
+        [0.05 * top] * len(example["outlier_weights"]),
+        "v",
+        color=COLORS[1],
+        ms=4,
+        label="outliers of 1 / diag(inv(H))",
+    )
+    axis.set_yticks([])
+    axis.tick_params(labelsize=8)
+
+
+def plot_pareto(reports: list[dict]):
+    """A line a method, over its widths, for the first text of each report."""
+    measured = [report for report in reports if report.get("perplexity") and (report.get("bits_per_weight") or is_original(report))]
+    if len(measured) < 2:
+        return None
+    figure, axes = new_figure(1, 1, figsize=(7.5, 5))
+    axis, text = axes[0, 0], measured[0]["perplexity"][0]["source"]
+    curves: dict[str, list] = {}
+    for report in measured:
+        value = next((row["perplexity"] for row in report["perplexity"] if row["source"] == text), None)
+        if value and is_original(report):
+            axis.axhline(value, color="#555555", lw=1, ls="--", label=f"{report['label']} ({value:.2f})")
+        elif value:
+            curves.setdefault(report["label"], []).append((report["bits_per_weight"], value))
+    for number, (name, points) in enumerate(curves.items()):
+        axis.plot(*zip(*sorted(points), strict=True), "o-", color=COLORS[number % len(COLORS)], label=name)
+    axis.set(yscale="log", xlabel="bits a weight, with levels or scales", ylabel=f"perplexity on {Path(text).name}")
+    axis.grid(alpha=0.3, which="both")
+    for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+        formatter("{x:g}")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    return figure
+
+
+def is_original(report: dict) -> bool:
+    return report["settings"]["method"] == "none"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,83 @@
+"""scripts/plot.py on reports that llama.py wrote: which pictures there are, and what is in them."""
+
+import json
+
+import matplotlib.image
+import pytest
+import torch
+from safetensors import safe_open
+
+import plot
+from test_cli import GRIDS, SEQUENTIAL, quantize
+
+
+@pytest.fixture(scope="module")
+def reports(tiny_model, text_file, tmp_path_factory):
+    """Reports of two methods at two widths each, and of the original."""
+    folder, text = tmp_path_factory.mktemp("reports"), text_file
+    for bits in (2, 3):
+        for name, flags in {"n": GRIDS["nonuniform"], "a": [*GRIDS["affine"], "--groupsize", 16]}.items():
+            options = ["--wbits", bits, *flags, *SEQUENTIAL, "--report", folder / f"{name}{bits}.json"]
+            quantize(tiny_model(), text, *options, "--save_path", folder / f"{name}{bits}.safetensors", evaluate=text)
+    quantize(tiny_model(), text, "--wbits", 16, "--report", folder / "original.json", evaluate=text)
+    return folder
+
+
+def test_all_pictures_are_drawn(reports, tmp_path, capsys):
+    assert plot.main([*map(str, sorted(reports.glob("*.json"))), "--out", str(tmp_path / "new")]) == 0
+    found = sorted(path.name for path in (tmp_path / "new").iterdir())
+    assert found == ["grid.png", "loss.png", "pareto.png", "time.png"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "new" / f"{name}.png") for name in ("loss", "time", "grid", "pareto")]
+    for name in found:
+        pixels = matplotlib.image.imread(tmp_path / "new" / name)
+        assert pixels.std() > 0.02, f"{name} is blank"
+
+
+def test_one_report_gives_what_it_has(reports, tmp_path):
+    assert plot.main([str(reports / "original.json"), "--out", str(tmp_path)]) == 0
+    assert list(tmp_path.iterdir()) == []
+    assert plot.main([str(reports / "n3.json"), "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "loss.png", "time.png"]
+
+
+def test_curves_hold_the_reports_numbers(reports):
+    read = [plot.read_report(reports / name) for name in ("n2.json", "n3.json", "a2.json", "a3.json", "original.json")]
+    (axis,) = plot.plot_pareto(read).axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in axis.lines}
+    expected = [[report["bits_per_weight"], report["perplexity"][0]["perplexity"]] for report in read[:4]]
+    assert lines["LeanQuant non-uniform"] == expected[:2]
+    assert lines["LeanQuant affine, groups of 16"] == expected[2:4]
+    first = plot.plot_losses(read).axes[0].lines[0]
+    rows = [row for row in read[0]["linears"] if row["linear"] == first.get_label()]
+    assert first.get_xydata().tolist() == [[row["layer"] + 1, row["loss"]] for row in rows]
+    bars = plot.plot_times(read).axes[0].patches
+    assert sum(bar.get_width() for bar in bars) == pytest.approx(sum(sum(r.get("phase_seconds", {}).values()) for r in read))
+
+
+@pytest.mark.parametrize("name", ["n", "a"])
+def test_example_rows_are_those_of_the_file(reports, tiny_model, name):
+    report = json.loads((reports / f"{name}3.json").read_text())
+    examples = [row for row in report["linears"] if "example" in row]
+    assert {row["layer"] for row in examples} == {0, 1} and len(examples) == 14
+    with safe_open(reports / f"{name}3.safetensors", "pt") as file, safe_open(tiny_model() / "model.safetensors", "pt") as base:
+        for row in examples:
+            example, linear = row["example"], f"model.layers.{row['layer']}.{row['linear']}"
+            w = base.get_tensor(f"{linear}.weight")[example["row"]]
+            if name == "n":
+                levels = file.get_tensor(f"{linear}.quant_grid")[example["row"]]
+            else:
+                w = w[:16]
+                scale, zero = (file.get_tensor(f"{linear}.{part}")[example["row"], 0].float() for part in ("scale", "zero"))
+                levels = scale * (torch.arange(8) - zero)
+            torch.testing.assert_close(torch.tensor(example["levels"]), levels.float())
+            assert (example["low"], example["high"]) == pytest.approx((w.min().item(), w.max().item()))
+            assert sum(example["counts"]) == len(w)
+            assert all(min(abs(w - outlier)) < 1e-6 for outlier in example["outlier_weights"])
+            assert all(size >= 1 for size in example["outlier_sizes"])
+
+
+def test_what_is_no_report_is_refused(tmp_path, capsys):
+    (tmp_path / "other.json").write_text("[1]")
+    assert plot.main([str(tmp_path / "other.json")]) == 2
+    assert "is not a report" in capsys.readouterr().err
+    assert plot.main([str(tmp_path / "missing.json")]) == 2
