@@ -169,9 +169,12 @@ def find_tasks(names: list[str], include_path: Path | None) -> Tasks:
 
     if include_path and not include_path.is_dir():
         raise InputError(f"--include_path: {include_path} is not a folder: give the one that holds your tasks' YAML files")
-    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    names = ",".join(names).split(",")
+    manager = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
+    if manager is None or not all(manager.match_tasks([name]) for name in names):  # reading lm-eval's own thousands takes seconds
+        manager = TaskManager(include_path=str(include_path) if include_path else None)
     wanted = []
-    for name in ",".join(names).split(","):
+    for name in names:
         found = manager.match_tasks([name])
         if not found:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)

@@ -1,10 +1,10 @@
 """How close the grids come to the optimum, and what they cost, on real rows of SmolLM2-135M with real sensitivities.
 
-    python scripts/bench_grid.py [--rows 500]
+    python scripts/bench_grid.py [--rows 500] [--out docs/results/grid-cpu.json]
 
 Rows are drawn from all linears of four layers; sensitivities come from Hessians of the unquantized model on 8 x 512
 calibration tokens. Non-uniform: excess of 128 and 256 bins over the exact program. Affine: excess of the coarse-to-fine
-search over the exhaustive one. Prints and writes docs/results/grid-cpu.json.
+search over the exhaustive one, and the time of both beside the paper's brute force over all its candidates, on three rows.
 """
 
 import argparse
@@ -23,7 +23,7 @@ import modelutils  # noqa: E402
 import quant  # noqa: E402
 from demo_data import make_model, make_texts  # noqa: E402
 from leanquant.packing import Checkpoint, affine_levels  # noqa: E402
-from leanquant_grid import affine_search, kmeans_levels, sensitivity  # noqa: E402
+from leanquant_grid import affine_search, kmeans_levels, sensitivity, stored_scale  # noqa: E402
 
 LAYERS = (0, 9, 19, 29)
 
@@ -31,17 +31,17 @@ LAYERS = (0, 9, 19, 29)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rows", type=int, default=500)
-    rows = parser.parse_args().rows
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "grid-cpu.json")
+    args = parser.parse_args()
     torch.set_grad_enabled(False)
     (ROOT / "demo").mkdir(exist_ok=True)
     folder = ROOT / "demo" / "SmolLM2-135M-Instruct"
     make_model(folder)
     calibration, _ = make_texts(ROOT / "demo")
-    samples = real_rows(folder, calibration, rows)
+    samples = real_rows(folder, calibration, args.rows)
     results = [compare(samples, bits) for bits in (4, 3, 2)]
-    out = ROOT / "docs" / "results" / "grid-cpu.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(
         json.dumps({"rows": sum(len(W) for W, _ in samples), "threads": torch.get_num_threads(), "results": results}, indent=2) + "\n"
     )
 
@@ -97,7 +97,32 @@ def compare(samples, bits: int) -> dict:
         print(
             f"{bits} bit  {name:<24} mean excess {excess.mean():8.4%}  worst {excess.max():8.3%}  {milliseconds:.2f} ms a row", flush=True
         )
+    result["affine, brute force"] = {"ms_per_row": time_brute_force(samples, bits)}
+    print(f"{bits} bit  affine, brute force over all candidates {result['affine, brute force']['ms_per_row']:.0f} ms a row", flush=True)
     return result
+
+
+def time_brute_force(samples, bits: int, rows: int = 3, T: int = 2048) -> float:
+    """Milliseconds a row for judging each of the paper's (T/2)^2 candidates by a pass over the row's points, in float32."""
+    step = len(samples) // rows
+    start = time.perf_counter()
+    for W, a in samples[: step * rows : step]:
+        brute_force(W[0], a.float(), 2**bits, T)
+    return 1e3 * (time.perf_counter() - start) / rows
+
+
+def brute_force(w: torch.Tensor, a: torch.Tensor, K: int, T: int) -> tuple[float, float]:
+    """The (scale, zero) of least sum a (w - q(w))^2 over all t_min, t_max (paper, section 3.2.2)."""
+    low, high = w.min().clamp(max=0), w.max().clamp(min=0)
+    shrink, best = (high - low) / T * torch.arange(T // 2).float(), (torch.inf, 0.0, 0.0)
+    for rise in shrink:
+        scale = stored_scale((high - shrink - low - rise) / (K - 1)).unsqueeze(1)
+        zero = (-(low + rise) / scale).round().clamp(0, K - 1)
+        q = ((w / scale).round() + zero).clamp(0, K - 1) - zero
+        cost = (a * (w - scale * q).square()).sum(1)
+        least = int(cost.argmin())
+        best = min(best, (cost[least].item(), scale[least].item(), zero[least].item()))
+    return best[1:]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,407 @@
+"""The paper's tables, each made by one command: runs, resumes, and renders ours beside the published values.
+
+    python scripts/reproduce.py --table ppl-4bit --model meta-llama/Meta-Llama-3-8B
+    python scripts/reproduce.py --table all --model demo        # SmolLM2-135M on a CPU: docs/reproduction.md
+
+The tables are data, in paper.py. Every quantized model is one run: llama.py, then eval_quantized.py if a table wants tasks,
+called as a user would call them. One JSON a run lies in --work, and a run that is there with the same command is not made again.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+from datetime import date
+from pathlib import Path
+from typing import NamedTuple
+
+from paper import BITS, GROUPS, PUBLISHED, PUBLISHED_COST, TABLES, Job, Protocol, Table, protocol
+
+ROOT = Path(__file__).resolve().parent.parent
+COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]
+
+
+# --- runs ------------------------------------------------------------------------------------------------------
+
+
+def quantize_command(job: Job, p: Protocol, model_file: Path, report: Path) -> list[str]:
+    command = ["llama.py", p.model, *p.calibration, "--wbits", str(job.bits), *p.flags(job)]
+    command += ["--eval", *p.texts, "--report", from_root(report)]
+    return command if job.bits == 16 else [*command, "--save_path", from_root(model_file), "--overwrite"]
+
+
+def task_command(job: Job, p: Protocol, model_file: Path, output: Path) -> list[str]:
+    command = ["eval_quantized.py", "--base_model_name_or_path", p.model, "--tasks", *p.tasks, *p.task_flags, "--output", from_root(output)]
+    return command if job.bits == 16 else [*command, "--leanquant_path", from_root(model_file)]
+
+
+def from_root(path: Path) -> str:
+    """As the commands, which run in the project's folder, name it: the same on every machine."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def run(job: Job, p: Protocol, work: Path, with_tasks: bool, keep: bool) -> None:
+    """Make the run's JSON, or what it lacks. The model is removed afterwards unless `keep`."""
+    store, file = work / f"{p.name(job)}.json", work / f"{p.name(job)}.safetensors"
+    report, output = work / "report.json.partial", work / "tasks.json.partial"
+    quantize, evaluate = quantize_command(job, p, file, report), task_command(job, p, file, output)
+    done = stored(store)
+    if with_tasks and done.get("task_command") != evaluate and job.bits != 16 and not file.is_file():
+        done = {}  # the model is needed again
+    if done.get("command") != quantize:
+        done = {"command": quantize, "date": date.today().isoformat(), "report": without_details(call(quantize, report))}
+        write(store, done)
+    if with_tasks and done.get("task_command") != evaluate:
+        done |= {"task_command": evaluate, "tasks": call(evaluate, output)["rows"]}
+        write(store, done)
+    if not keep:
+        file.unlink(missing_ok=True)
+
+
+def without_details(report: dict) -> dict:
+    """What no table needs, and takes most of the space."""
+    for row in report.get("linears", []):
+        row.pop("example", None)
+    return report
+
+
+def stored(store: Path) -> dict:
+    return json.loads(store.read_text()) if store.is_file() else {}
+
+
+def call(command: list[str], result: Path) -> dict:
+    """Run one of the project's commands. Returns the JSON that it leaves in `result`."""
+    print("$ python " + " ".join(command), flush=True)
+    if run_program(command):
+        sys.exit("error: the command above failed: mend what it says, then run this again (what is done is kept)")
+    contents = json.loads(result.read_text())
+    result.unlink()
+    return contents
+
+
+def run_program(command: list[str]) -> int:
+    return subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+
+
+def write(store: Path, contents: dict) -> None:
+    store.parent.mkdir(parents=True, exist_ok=True)
+    partial = store.with_name(store.name + ".partial")
+    partial.write_text(json.dumps(contents) + "\n")
+    partial.rename(store)
+
+
+def run_kernels(model: str, work: Path) -> None:
+    """The benchmark of the kernels: on a GPU the kernels' own, else that of their CPU twins on the demo's rows."""
+    import torch
+
+    store = work / "kernels.json"
+    script = "bench_quantize.py" if torch.cuda.is_available() else "bench_grid.py"
+    command = [f"scripts/{script}", "--out", from_root(work / "bench.json.partial")]
+    if stored(store).get("command") != command:
+        write(store, {"command": command, "date": date.today().isoformat(), "report": call(command, work / "bench.json.partial")})
+
+
+# --- tables ----------------------------------------------------------------------------------------------------
+
+
+class Cell(NamedTuple):
+    """A number, its standard error if known, and the published one if known."""
+
+    value: float | None
+    error: float | None = None
+    published: float | None = None
+    digits: int = 2
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return "" if self.published is None else f"(published {plain(self.published, self.digits)})"
+        text = plain(self.value, self.digits) + ("" if self.error is None else f" ± {plain(self.error, self.digits)}")
+        return text + ("" if self.published is None else f" (published {plain(self.published, self.digits)})")
+
+
+def plain(value: float, digits: int) -> str:
+    return f"{value:.2e}" if abs(value) >= 1e5 else f"{value:.{digits}f}"
+
+
+def cells(job: Job, done: dict, columns: tuple[str, ...], model: str, p: Protocol) -> dict[str, Cell]:
+    """Column heading -> cell of one run, which may be missing."""
+    report, found = done.get("report", {}), {}
+    if "perplexity" in columns:
+        rows = {Path(row["source"]).name: row for row in report.get("perplexity", [])}
+        for text in map(lambda source: Path(source).name, p.texts):
+            row, known = rows.get(text, {}), PUBLISHED.get((model, text), {}).get(job.bits, {}).get(job.method)
+            found[f"perplexity, {text}"] = Cell(row.get("perplexity"), row.get("stderr"), known)
+    if "tasks" in columns:
+        for row in done.get("tasks", []):
+            found[f"{row['name']}, {row['metric']}"] = Cell(row["value"], row["stderr"], digits=4)
+    if "loss" in columns:
+        losses = [row["loss"] for row in report.get("linears", []) if row["loss"] is not None]
+        found["sum of losses"] = Cell(sum(losses) if losses else None, digits=1)
+    if "cost" in columns:
+        machine, known = report.get("machine", {}), PUBLISHED_COST.get(model, {}).get(job.method, (None, None))
+        found["seconds"] = Cell(report.get("quantization_seconds"), digits=1)
+        found["peak host, GB"] = Cell(scaled(report.get("peak_host_bytes_quantizing")))
+        found["peak device, GB"] = Cell(scaled(machine.get("peak_device_bytes")), published=known[0])
+        found["hours of grid search"] = Cell(scaled(report.get("phase_seconds", {}).get("grid"), 3600), published=known[1], digits=3)
+    if "size" in columns:
+        found["bits a weight"] = Cell(16.0 if job.bits == 16 else report.get("bits_per_weight"))
+    return found
+
+
+def scaled(value: float | None, unit: float = 1e9) -> float | None:
+    return None if value is None else value / unit
+
+
+def as_markdown(table: Table, model: str, p: Protocol, work: Path) -> str:
+    rows = {job: cells(job, stored(work / f"{p.name(job)}.json"), table.columns, model, p) for job in table.jobs}
+    headings = [
+        heading
+        for heading in dict.fromkeys(h for row in rows.values() for h in row)
+        if any(str(row.get(heading, "")) for row in rows.values())
+    ]
+    lines = [f"| bits | method | {' | '.join(headings)} |", f"|---|---|{'---|' * len(headings)}"]
+    best = {(job.bits, heading): best_of(table, rows, job.bits, heading) for job in table.jobs for heading in headings}
+    for job, row in rows.items():
+        texts = [emphasised(row.get(heading), best[job.bits, heading]) for heading in headings]
+        lines.append(f"| {job.bits} | {shown(job, p)} | {' | '.join(texts)} |")
+    for bits, method, text, value in literature(table, model, p):
+        texts = [str(Cell(None, published=value)) if heading == f"perplexity, {text}" else "" for heading in headings]
+        lines.append(f"| {bits} | {method} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def shown(job: Job, p: Protocol) -> str:
+    for wanted, used in zip(GROUPS, p.groups, strict=True):
+        if job.method.endswith(f"groups of {wanted}"):
+            return job.method.replace(str(wanted), str(used))
+    return job.method
+
+
+def best_of(table: Table, rows: dict, bits: int, heading: str) -> float | None:
+    """The best value of a width, for columns of quality."""
+    values = [row[heading].value for job, row in rows.items() if job.bits == bits and heading in row and row[heading].value is not None]
+    if len(values) < 2 or not heading.startswith(("perplexity", "sum")) and not heading.endswith((", acc", ", acc_norm", ", perplexity")):
+        return None
+    return max(values) if heading.endswith((", acc", ", acc_norm")) else min(values)
+
+
+def emphasised(cell: Cell | None, best: float | None) -> str:
+    text = "" if cell is None else str(cell)
+    return f"**{text}**" if cell is not None and best is not None and cell.value == best else text
+
+
+def literature(table: Table, model: str, p: Protocol) -> list[tuple[int, str, str, float]]:
+    """Published values of methods that are not run here."""
+    if "perplexity" not in table.columns or not table.title.startswith("Perplexity"):
+        return []
+    here, widths = {(job.bits, job.method) for job in table.jobs}, {job.bits for job in table.jobs}
+    return [
+        (bits, method, text, value)
+        for (name, text), values in PUBLISHED.items()
+        for bits, methods in values.items()
+        for method, value in methods.items()
+        if name == model and bits in widths and (bits, method) not in here
+    ]
+
+
+def kernel_markdown(work: Path) -> str:
+    report = stored(work / "kernels.json").get("report", {})
+    if "results" not in report:
+        return "```json\n" + json.dumps(report.get("matrices", report), indent=1) + "\n```"
+    lines = ["| bits | how | ms a row | times faster than brute force |", "|---|---|---|---|"]
+    for result in report["results"]:
+        brute = result["affine, brute force"]["ms_per_row"]
+        for name in ("affine, brute force", "affine, exhaustive", "affine, coarse to fine"):
+            cost = result[name]["ms_per_row"]
+            lines.append(f"| {result['bits']} | {name.removeprefix('affine, ')} | {cost:.2f} | {brute / cost:.0f} |")
+    return "\n".join(lines)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------
+
+
+def plot(name: str, table: Table, model: str, p: Protocol, work: Path, out: Path) -> bool:
+    """Write the table's picture. Returns whether there was anything to draw."""
+    from plot import new_figure, save
+
+    draw = plot_layers if name == "loss" else plot_exponents if "exponent" in name else plot_bars
+    done = {job: stored(work / f"{p.name(job)}.json") for job in table.jobs}
+    done = {job: contents for job, contents in done.items() if contents}
+    if not done:
+        return False
+    figure = draw(new_figure, table, done, model, p)
+    save(figure, out)
+    return True
+
+
+def plot_layers(new_figure, table: Table, done: dict, model: str, p: Protocol):
+    """Loss of each layer, summed over its linears, by grid; a panel a width."""
+    widths = [bits for bits in BITS if any(job.bits == bits for job in done)]
+    figure, axes = new_figure(1, len(widths), figsize=(4.5 * len(widths), 3.8))
+    for axis, bits in zip(axes[0], widths, strict=True):
+        for number, (job, contents) in enumerate((j, c) for j, c in done.items() if j.bits == bits):
+            losses: dict[int, float] = {}
+            for row in contents["report"]["linears"]:
+                losses[row["layer"]] = losses.get(row["layer"], 0.0) + (row["loss"] or 0)
+            axis.plot([layer + 1 for layer in losses], list(losses.values()), ".-", color=COLORS[number], label=job.method)
+        axis.set(yscale="log", xlabel="decoder layer", title=f"{bits} bits")
+        axis.grid(alpha=0.3)
+    axes[0][0].set_ylabel("sum of losses")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_exponents(new_figure, table: Table, done: dict, model: str, p: Protocol):
+    """Perplexity against the exponent, a line a reading, a panel a width."""
+    widths = [bits for bits in BITS if any(job.bits == bits for job in done)]
+    figure, axes = new_figure(1, len(widths), figsize=(4.2 * len(widths), 3.6))
+    for axis, bits in zip(axes[0], widths, strict=True):
+        lines: dict[str, list] = {}
+        for job, contents in done.items():
+            if job.bits == bits:
+                exponent = float(re.search(r"exponent (\d+)", job.method)[1])
+                reading = job.method.rpartition(", ")[2] if "affine" not in job.method else "affine"
+                lines.setdefault(reading, []).append((exponent, contents["report"]["perplexity"][0]["perplexity"]))
+        for number, (reading, points) in enumerate(lines.items()):
+            axis.plot(*zip(*points, strict=True), "o-", color=COLORS[number], label=reading)
+        axis.set(yscale="log", xlabel="exponent", title=f"{bits} bits")
+        for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formatter("{x:g}")
+        axis.grid(alpha=0.3, which="both")
+    axes[0][0].set_ylabel(f"perplexity, {Path(p.texts[0]).name}")
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    return figure
+
+
+def plot_bars(new_figure, table: Table, done: dict, model: str, p: Protocol):
+    """The table's columns side by side, a bar a run with its standard error, published values as crosses."""
+    rows = {job: cells(job, contents, table.columns, model, p) for job, contents in done.items()}
+    headings = [
+        h
+        for h in dict.fromkeys(h for row in rows.values() for h in row)
+        if any(row.get(h, Cell(None)).value is not None for row in rows.values())
+    ]
+    figure, axes = new_figure(1, len(headings), figsize=(2.4 + 2.9 * len(headings), 1.2 + 0.27 * len(rows)))
+    for axis, heading in zip(axes[0], headings, strict=True):
+        for place, (job, row) in enumerate(rows.items()):
+            cell = row.get(heading, Cell(None))
+            if cell.value is not None:
+                color = "#555555" if job.bits == 16 else COLORS[BITS.index(job.bits)]
+                axis.barh(place, cell.value, xerr=cell.error, color=color, error_kw={"elinewidth": 1})
+            if cell.published is not None:
+                axis.plot(cell.published, place, "kx", label="published")
+        values = [row[heading].value for row in rows.values() if heading in row and row[heading].value]
+        if max(values) > 30 * min(values):
+            axis.set_xscale("log")
+        elif heading.startswith("perplexity"):
+            axis.set_xlim(0.9 * min(values))
+        axis.set_title(heading, fontsize=8)
+        axis.set_yticks([])
+        axis.invert_yaxis()
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3, axis="x")
+    axes[0][0].set_yticks(range(len(rows)), [f"{job.bits} bits, {shown(job, p)}" for job in rows], fontsize=7)
+    return figure
+
+
+# --- the command line ------------------------------------------------------------------------------------------
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--table", nargs="+", choices=[*TABLES, "all"], required=True, metavar="NAME", help=f"{', '.join(TABLES)}, or all")
+    add("--model", required=True, help="hub name or folder, or demo: SmolLM2-135M and the demo's articles, on any machine")
+    add(
+        "--work",
+        type=Path,
+        help="folder for the runs' JSON and models (unset: docs/results/reproduction for the demo, else reproduction/MODEL)",
+    )
+    add("--out", type=Path, help="folder for reproduction.md and its pictures (unset: docs for the demo, else --work)")
+    add("--keep", action="store_true", help="keep the quantized models")
+    add("--render", action="store_true", help="run nothing: only make tables and pictures of what is there")
+    add("--dry-run", action="store_true", help="only print the commands")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    names = list(TABLES) if "all" in args.table else args.table
+    p = protocol(args.model)
+    default = ROOT / "docs" / "results" / "reproduction" if args.model == "demo" else ROOT / "reproduction" / args.model.replace("/", "--")
+    work = (args.work or default).absolute()
+    out = args.out or (ROOT / "docs" if args.model == "demo" else work)
+    jobs = wanted(names, p)
+    if args.dry_run:
+        for job, with_tasks in jobs:
+            print("python " + " ".join(quantize_command(job, p, work / f"{p.name(job)}.safetensors", work / "report.json.partial")))
+            if with_tasks:
+                print("python " + " ".join(task_command(job, p, work / f"{p.name(job)}.safetensors", work / "tasks.json.partial")))
+        return 0
+    work.mkdir(parents=True, exist_ok=True)
+    if not args.render:
+        if args.model == "demo":
+            prepare_demo()
+        for number, (job, with_tasks) in enumerate(jobs, 1):
+            print(f"\n{number}/{len(jobs)}: {job.method}, {job.bits} bits", flush=True)
+            run(job, p, work, with_tasks, args.keep)
+        if "kernels" in names:
+            run_kernels(args.model, work)
+    print(render(list(TABLES) if args.render else names, args.model, p, work, out))
+    return 0
+
+
+def wanted(names: list[str], p: Protocol) -> list[tuple[Job, bool]]:
+    """The runs of the named tables, each once, and whether tasks are wanted of it."""
+    jobs: dict[str, tuple[Job, bool]] = {}
+    for name in names:
+        for job in TABLES[name].jobs:
+            first, with_tasks = jobs.get(p.name(job), (job, False))
+            jobs[p.name(job)] = (first, with_tasks or "tasks" in TABLES[name].columns)
+    return list(jobs.values())
+
+
+def prepare_demo() -> None:
+    from demo import FULL, cut_text
+    from demo_data import make_model, make_texts
+
+    FULL.folder.mkdir(exist_ok=True)
+    make_model(FULL.folder / "SmolLM2-135M-Instruct")
+    cut_text(make_texts(FULL.folder)[1], FULL)
+
+
+def conditions(p: Protocol) -> str:
+    flags = f" (`{' '.join(p.task_flags)}`)" if p.task_flags else ""
+    return (
+        f"Calibration: `{' '.join(p.calibration)}`. Perplexity in windows of {p.seqlen} tokens. Tasks: {', '.join(p.tasks)}{flags}. "
+        "± is the standard error over windows or items, which are the same for all rows: it says little about their differences. "
+        "Bold: the best of its width."
+    )
+
+
+def render(names: list[str], model: str, p: Protocol, work: Path, out: Path) -> Path:
+    """Write reproduction.md, a section a table, and the pictures beside it. Returns its path."""
+    (out / "reproduction").mkdir(parents=True, exist_ok=True)
+    command = f"python scripts/reproduce.py --table {'all' if len(names) == len(TABLES) else ' '.join(names)} --model {model}"
+    title = "SmolLM2-135M-Instruct" if model == "demo" else model
+    sections = [f"# {title}: the paper's tables\n\n`{command}`, rendered {date.today()}.\n\n{conditions(p)}"]
+    for name in names:
+        table = TABLES[name]
+        if name == "kernels":
+            if (work / "kernels.json").is_file():
+                sections.append(f"## {table.title}\n\n{kernel_markdown(work)}")
+            continue
+        if not any((work / f"{p.name(job)}.json").is_file() for job in table.jobs):
+            continue
+        body = as_markdown(table, model, p, work)
+        if plot(name, table, model, p, work, out / "reproduction" / f"{name}.png"):
+            body += f"\n\n![{table.title}](reproduction/{name}.png)"
+        sections.append(f"## {table.title}\n\n{body}")
+    path = out / "reproduction.md"
+    path.write_text("\n\n".join(sections) + "\n")
+    return path
+
+
+if __name__ == "__main__":
+    sys.exit(main())

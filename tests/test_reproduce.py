@@ -1,0 +1,207 @@
+"""scripts/reproduce.py and mt_bench.py on tiny models: commands, resuming, tables, pictures, answers."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+from transformers import AutoTokenizer
+
+import eval_quantized
+import llama
+import mt_bench
+import paper
+import reproduce
+from test_cli import GRIDS, quantize
+from test_evaluation import task_folder  # noqa: F401
+
+MODELS = ("demo", "meta-llama/Meta-Llama-3-8B")
+
+
+# --- the tables as data ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("table", [*paper.TABLES])
+def test_every_command_is_one_that_the_tools_take(capsys, model, table):
+    assert reproduce.main(["--table", table, "--model", model, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(set(lines)) and bool(lines) == (table != "kernels")
+    for line in lines:
+        _, script, *arguments = shlex.split(line)
+        if script == "llama.py":
+            args = llama.parse(arguments)
+            if args.wbits != 16:
+                config = llama.quant_config(args, None)
+                assert model != "demo" or config.groupsize == -1 or 576 % config.groupsize == 1536 % config.groupsize == 0
+        else:
+            assert eval_quantized.parse(arguments).tasks
+
+
+def test_tables_share_runs_and_a_runs_name_is_its_flags():
+    p, jobs = paper.protocol("any"), [job for table in paper.TABLES.values() for job in table.jobs]
+    assert len({p.name(job) for job in jobs}) == len({(job.bits, job.flags) for job in jobs}) < len(jobs)
+    for bits in paper.BITS:
+        by_flags = {job.flags for job in jobs if job.bits == bits}
+        configs = {}
+        for flags in by_flags:
+            config = llama.quant_config(llama.parse(["m", "t", "--wbits", str(bits), *flags]), None)
+            # The local grid's start, spelled out: two runs must not compute the same.
+            if config.kmeans == "published":
+                config = dataclasses.replace(config, kmeans="plusplus" if bits == 4 else "uniform")
+            if config.exponent == 0:
+                config = dataclasses.replace(config, sensitivity="cholesky")
+            assert configs.setdefault(config, flags) == flags
+    assert {method for tables in paper.PUBLISHED.values() for rows in tables.values() for method in rows} >= {"GPTQ", "original"}
+
+
+# --- runs and rendering ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def project(tiny_model, text_file, test_text, tmp_path, task_folder, monkeypatch):  # noqa: F811
+    """A protocol for the tiny model and two small tables; llama.py and eval_quantized.py run in this process. Returns their calls."""
+    p = paper.Protocol(
+        model=str(tiny_model()),
+        calibration=(str(text_file), "--nsamples", "4", "--seqlen", "32", "--percdamp", "0.1"),
+        texts=(str(test_text),),
+        seqlen=32,
+        tasks=("mine_a",),
+        task_flags=("--include_path", str(task_folder)),
+        groups=(32, 16),
+    )
+    jobs = [job for job in paper.MAIN if job.bits in (3, 16)]
+    tables = {
+        "matrix": paper.Table("All", jobs, ("perplexity", "tasks", "size")),
+        "cost": paper.Table("Cost", jobs[1:], ("cost", "loss")),
+        "loss": paper.Table("Losses", [job for job in paper.LOSS_AWARE if job.bits == 3], ("loss",)),
+        "exponent": paper.Table("Exponent", [job for job in paper.SWEEP if job.bits == 3][3:6], ("perplexity",)),
+    }
+    calls = []
+
+    def run(command):
+        calls.append(command)
+        return {"llama.py": llama, "eval_quantized.py": eval_quantized}[command[0]].main(command[1:])
+
+    monkeypatch.setattr(reproduce, "protocol", lambda _: p)
+    monkeypatch.setattr(reproduce, "TABLES", tables)
+    monkeypatch.setattr(reproduce, "run_program", run)
+    return calls
+
+
+def reproduce_in(folder: Path, *options) -> str:
+    assert reproduce.main(["--model", "tiny", "--work", str(folder / "work"), "--out", str(folder / "out"), *options]) == 0
+    return (folder / "out" / "reproduction.md").read_text()
+
+
+def test_tables_are_made_and_what_is_done_is_not_done_again(project, tmp_path):
+    text = reproduce_in(tmp_path, "--table", "matrix")
+    assert [call[0] for call in project] == ["llama.py", "eval_quantized.py"] * 8
+    assert "LeanQuant affine, groups of 16" in text and "groups of 64" not in text
+    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 3 |") or line.startswith("| 16 |")]
+    assert len(rows) == 8
+    store = json.loads((tmp_path / "work" / "3bit-grid-minmax.json").read_text())
+    (gptq,) = [row for row in rows if row[1] == "GPTQ"]
+    assert gptq[2].strip("*").startswith(f"{store['report']['perplexity'][0]['perplexity']:.2f} ± ")
+    assert gptq[3].strip("*").startswith(f"{store['tasks'][0]['value']:.4f} ± ")
+    assert sum("**" in row[2] for row in rows) == 1, "one best perplexity at 3 bits"
+    assert (tmp_path / "out" / "reproduction" / "matrix.png").stat().st_size > 5000
+    assert not list((tmp_path / "work").glob("*.safetensors")), "models are removed"
+
+    again = reproduce_in(tmp_path, "--table", "matrix", "cost", "loss", "exponent")
+    new = project[16:]
+    assert len(new) == 3 and all(call[0] == "llama.py" for call in new), "exponents 3 and 6, and the grid without sensitivity"
+    assert again.startswith("# tiny") and all(f"reproduction/{name}.png" in again for name in ("matrix", "cost", "loss", "exponent"))
+    assert reproduce_in(tmp_path, "--table", "matrix", "--render").count("## ") == 4 and len(project) == 19
+
+
+def test_a_run_is_made_again_for_what_it_lacks_or_if_its_command_changed(project, tmp_path):
+    reproduce_in(tmp_path, "--table", "cost", "--keep")
+    assert [call[0] for call in project] == ["llama.py"] * 7
+    assert len(list((tmp_path / "work").glob("*.safetensors"))) == 7
+    file = tmp_path / "work" / "3bit-grid-minmax.json"
+    store = json.loads(file.read_text())
+    file.write_text(json.dumps(store | {"command": [*store["command"], "--seed", "1"]}))
+    reproduce_in(tmp_path, "--table", "cost", "--keep")
+    assert len(project) == 8
+    reproduce_in(tmp_path, "--table", "matrix")
+    assert [call[0] for call in project[8:]] == ["llama.py", *["eval_quantized.py"] * 8], "the kept models serve"
+
+
+def test_a_failed_command_loses_nothing(project, tmp_path, monkeypatch):
+    reproduce_in(tmp_path, "--table", "cost")
+    monkeypatch.setattr(reproduce, "run_program", lambda _: 2)
+    before = sorted(path.read_bytes() for path in (tmp_path / "work").glob("*.json"))
+    with pytest.raises(SystemExit, match="what is done is kept"):
+        reproduce_in(tmp_path, "--table", "exponent")
+    assert sorted(path.read_bytes() for path in (tmp_path / "work").glob("*.json")) == before
+
+
+def test_published_values_stand_beside_ours(project, tmp_path, test_text, monkeypatch):
+    known = {("tiny", test_text.name): {3: {"GPTQ": 12.34, "OmniQuant": 5.6}}}
+    for module in (paper, reproduce):
+        monkeypatch.setattr(module, "PUBLISHED", known)
+    monkeypatch.setitem(reproduce.TABLES, "matrix", reproduce.TABLES["matrix"]._replace(title="Perplexity"))
+    text = reproduce_in(tmp_path, "--table", "matrix")
+    assert text.count("(published 12.34)") == 1 and "| OmniQuant | (published 5.60) |" in text
+
+
+# --- MT-Bench --------------------------------------------------------------------------------------------------
+
+QUESTIONS = [
+    {"question_id": 81, "category": "writing", "turns": ["the old ", "a river "]},
+    {"question_id": 111, "category": "math", "turns": ["one ", "two "], "reference": ["1", "2"]},
+]
+TEMPLATE = "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}assistant: "
+
+
+@pytest.fixture
+def chat_model(tiny_model, text_file, tmp_path) -> Path:
+    quantize(tiny_model(), text_file, "--wbits", 4, *GRIDS["nonuniform"], "--save_path", tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "chat")
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(tmp_path / "chat")
+    return tmp_path / "chat"
+
+
+def answers(folder: Path, model: Path, *options) -> list[dict]:
+    file = folder / "a.jsonl"
+    arguments = ["--path", model, "--model-id", "tiny-4bit", "--answers", file, "--max-new-tokens", 5, *options]
+    assert mt_bench.main([*map(str, arguments)]) == 0
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_answers_are_in_fastchats_format_and_are_taken_up_again(chat_model, tmp_path, monkeypatch):
+    (tmp_path / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_, **__: str(tmp_path / "question.jsonl"))
+    whole = answers(tmp_path, chat_model)
+    assert [row["question_id"] for row in whole] == [81, 111]
+    for row in whole:
+        assert set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"} and row["model_id"] == "tiny-4bit"
+        assert [choice["index"] for choice in row["choices"]] == [0] and len(row["choices"][0]["turns"]) == 2
+    file = tmp_path / "a.jsonl"
+    first, second = file.read_text().splitlines()
+    file.write_text(f"{first}\n{second[: len(second) // 2]}")  # killed while writing
+    again = answers(tmp_path, chat_model, "--questions", tmp_path / "question.jsonl")
+    assert [row["choices"] for row in again] == [row["choices"] for row in whole]
+    assert json.loads(first) == again[0]
+
+
+def test_mt_bench_refuses_what_it_cannot_use(chat_model, tiny_model, tmp_path, monkeypatch, capsys):
+    def refused(*options) -> str:
+        assert mt_bench.main([*map(str, ["--path", chat_model, "--model-id", "m", "--answers", tmp_path / "a.jsonl", *options])]) == 2
+        return capsys.readouterr().err
+
+    def no_network(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", no_network)
+    assert "--questions" in refused()
+    (tmp_path / "q.jsonl").write_text('{"question_id": 1}\n')
+    assert "question.jsonl" in refused("--questions", tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    assert "chat template" in refused("--questions", tmp_path / "q.jsonl", "--base", tiny_model())
+    (tmp_path / "a.jsonl").write_text('{"text": "something else"}\n')
+    assert "--answers" in refused("--questions", tmp_path / "q.jsonl")
+    assert (tmp_path / "a.jsonl").read_text() == '{"text": "something else"}\n'
