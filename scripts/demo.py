@@ -37,17 +37,18 @@ METHODS = [
 
 
 class Size(NamedTuple):
-    """How much work the demo does: windows and tokens for calibration, tokens to evaluate, layers to quantize."""
+    """How much work the demo does: windows and tokens for calibration, tokens and items to evaluate, layers to quantize."""
 
     folder: Path
     nsamples: int
     seqlen: int
     test_tokens: int
+    items: int
     layers: tuple[str, ...]
 
 
-FULL = Size(ROOT / "demo", 32, 512, 16384, ())
-FAST = Size(ROOT / "demo" / "fast", 16, 256, 4096, ("--n_layers", "6"))
+FULL = Size(ROOT / "demo", 32, 512, 16384, 200, ())
+FAST = Size(ROOT / "demo" / "fast", 16, 256, 4096, 20, ("--n_layers", "6"))
 
 
 def main() -> None:
@@ -69,6 +70,7 @@ def main() -> None:
     note = f"first {size.layers[1]} of 30 layers quantized; " if size.layers else ""
     windows = reports["fp16"]["perplexity"][0]
     print(f"\nSmolLM2-135M-Instruct; {note}perplexity on {windows['tokens']} held-out tokens in windows of {size.seqlen}\n\n{table}\n")
+    run_tasks(size)
     write_sentences(size)
     print(f"\ntable: {shown(size.folder)}/results.md   plot: {shown(size.folder)}/loss.png   models: {shown(size.folder)}/*.safetensors")
 
@@ -104,6 +106,18 @@ def run(method: Method, size: Size, calibration: Path, test: Path) -> dict:
             sys.exit(f"error: {method.label} did not finish: see above, then run this again (what is done is kept)")
         stamp.write_text(line)
     return json.loads(report.read_text())
+
+
+def run_tasks(size: Size) -> None:
+    """lm-eval on the last method's model and on the original, on tasks made of the held-out articles."""
+    command = ["eval_quantized.py", "--base_model_name_or_path", shown(FULL.folder / "SmolLM2-135M-Instruct")]
+    command += ["--leanquant_path", shown(model_file(METHODS[-1], size)), "--include_path", "scripts/tasks"]
+    command += ["--tasks", "demo_words", "demo_continuations", "--limit", str(size.items), "--compare"]
+    command += ["--output", shown(size.folder / "tasks.json")]
+    print("lm-eval, on two tasks made of the held-out articles\n$ python " + " ".join(command), flush=True)
+    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+        sys.exit("error: the evaluation did not finish: see above, then run this again (what is done is kept)")
+    print()
 
 
 def model_file(method: Method, size: Size) -> Path:

@@ -18,11 +18,15 @@ COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#55
 METHODS = {"leanquant": "LeanQuant", "gptq": "GPTQ", "rtn": "round to nearest", "none": "original"}
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("reports", nargs="+", type=Path, help="JSON files that llama.py --report wrote")
     parser.add_argument("--out", type=Path, help="folder for the pictures (unset: that of the first report)")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     try:
         reports = [read_report(path) for path in args.reports]
     except (OSError, ValueError) as error:

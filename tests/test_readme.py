@@ -10,6 +10,9 @@ import bench_inference
 import bench_quantize
 import eval_quantized
 import llama
+import mt_bench
+import plot
+import reproduce
 from leanquant import __main__ as leanquant_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +25,8 @@ def blocks(language: str) -> list[str]:
 
 def test_every_command_parses():
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python ")]
-    parsers = {"llama.py": llama.parse, "eval_quantized.py": eval_quantized.parse}
+    parsers = {"llama.py": llama.parse, "eval_quantized.py": eval_quantized.parse, "scripts/plot.py": plot.parse}
+    parsers |= {"scripts/reproduce.py": reproduce.parse, "scripts/mt_bench.py": mt_bench.parse}
     assert len(lines) >= 4
     for line in lines:
         _, script, *arguments = shlex.split(line, comments=True)
@@ -62,7 +66,15 @@ def test_named_files_exist():
 
 
 def test_options_that_the_readme_names_exist(capsys):
-    for parse in (llama.parse, eval_quantized.parse, bench_quantize.parse, bench_inference.parse):
+    for parse in (
+        llama.parse,
+        eval_quantized.parse,
+        bench_quantize.parse,
+        bench_inference.parse,
+        reproduce.parse,
+        mt_bench.parse,
+        plot.parse,
+    ):
         with pytest.raises(SystemExit):
             parse(["--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
