@@ -130,7 +130,8 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.form == "dense":
-            return nn.functional.linear(x, self.dense.to(x.dtype), self.bias)
+            dense = self._buffers["dense"]  # not by its name, and cast only if it must be: as quick as nn.Linear
+            return nn.functional.linear(x, dense if dense.dtype == x.dtype else dense.to(x.dtype), self.bias)
         if self.form == "tiles" and x.dtype in lut_gemm.NAMES:
             if x.dtype != self.tiles_dtype:
                 self.prepare("tiles", x.dtype)  # once: the model was cast
