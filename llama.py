@@ -8,10 +8,13 @@ line and the loop; the maths is in quant.py and leanquant_grid.py, the model in 
 
 import argparse
 import contextlib
+import hashlib
 import json
 import platform
 import resource
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Iterator
@@ -27,6 +30,7 @@ import eval_quantized
 import leanquant
 import modelutils
 import quant
+from journal import Journal, differences, files_of
 from leanquant import packing
 from leanquant.errors import InputError
 
@@ -57,6 +61,7 @@ class Run:
     device: torch.device
     save_path: Path | None
     overwrite: bool
+    fresh: bool
     report: Path | None
     eval: tuple[str, ...]
 
@@ -64,8 +69,8 @@ class Run:
 class Phases:
     """Seconds spent in each named phase; an inner phase's time is not counted for the outer one."""
 
-    def __init__(self, device: torch.device):
-        self.seconds: dict[str, float] = {}
+    def __init__(self, device: torch.device, seconds: dict[str, float] | None = None):
+        self.seconds: dict[str, float] = dict(seconds or {})  # of an earlier run that this one goes on with
         self._device, self._open, self._mark = device, [], 0.0
 
     @contextlib.contextmanager
@@ -90,18 +95,28 @@ class Phases:
 # --- the loop --------------------------------------------------------------------------------------------------
 
 
-def quantize_model(model: modelutils.StreamedModel, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, phases: Phases):
-    """Quantize the layers one after the other, handing each one's tensors to `writer`. Returns a row per linear."""
+def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, journal: Journal, phases: Phases):
+    """Quantize the layers one after the other, handing each one's tensors to `writer`. Returns a row per linear.
+
+    Goes on after the layers that `journal` has.
+    """
     with phases("forward"):
         stream = model.embed(ids, run.batch_size)
         reference = stream.twin() if config.shift > 0 else None
-    count, rows = quantized_layers(model, run), []
-    for index in tqdm(range(count), desc="quantizing", unit="layer", ncols=80, disable=None):
+    live = [stream.hidden] + ([reference.hidden] if reference else [])
+    journal.restore(live)
+    count, rows, files = quantized_layers(model, run), list(journal.rows), files_of(model.checkpoint)
+    bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None}
+    for index in tqdm(range(journal.layers, count), initial=journal.layers, total=count, **bar):
         start = time.perf_counter()
+        if changed := differences(files, files_of(model.checkpoint)):
+            raise InputError(f"the model's files were changed while the run read them ({changed[0]}): put back what was there")
         tensors, linears = quantize_layer(model, index, stream, reference, run, config, phases)
         with phases("pack"):
             writer.add(tensors)
         rows += linears
+        with phases("save"):
+            journal.add(index + 1, len(writer.parts), linears, phases.seconds, live, index == count - 1)
         loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
         tqdm.write(f"layer {index + 1}/{count}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
     with phases("pack"):
@@ -472,6 +487,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="codes of 2 and 3 bits: dense, or one nibble each as the published reader wants",
     )
     add("--overwrite", action="store_true", help="replace what --save_path names")
+    add("--fresh", action="store_true", help="begin anew where an unfinished run with the same --save_path would be taken up")
     add("--eval", nargs="+", metavar="NAME|PATH", help="texts to measure perplexity on afterwards, or none (unset: wikitext2 ptb c4)")
     add("--new-eval", action="store_true", help="with --eval unset, use wikitext2 ptb-new c4-new")
     add(
@@ -569,6 +585,7 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         device=device,
         save_path=args.save_path,
         overwrite=args.overwrite,
+        fresh=args.fresh,
         report=args.report,
         eval=sources,
     )
@@ -601,22 +618,33 @@ def run_command(args: argparse.Namespace) -> None:
     if config and checkpoint.quantized:
         raise InputError(f"{args.model} is already quantized: give the original model")
     modelutils.check_seqlen(folder, run.seqlen)
-    writer = packing.ModelWriter(run.save_path, run.overwrite, check_model(model, run, config)) if config else None
     settings = settings_of(run, config) if config else {"method": "none", "base_model": run.model, "versions": versions()}
+    needed = check_model(model, run, config) + live_bytes(model, run, config) if config else 0
+    writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if config else None
+    journal = done = None
     contents = {"settings": settings, "run": asdict(run), "dtype": str(dtype).removeprefix("torch.")}
     try:
         tokenizer = modelutils.load_tokenizer(folder)
         tests = [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval]
         if config:
             ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
-        checkpoint.check_finite()  # last: it reads everything
         if config:
+            journal = Journal(writer.folder if run.save_path else None, fingerprint(settings, ids, checkpoint, dtype, run))
+            writer.keep(journal.parts)
+        if journal is None or not journal.layers:
+            checkpoint.check_finite()  # last: it reads everything
+        if config:
+            if journal.layers:
+                print(f"going on after layer {journal.layers}, which an earlier run finished", flush=True)
             modelutils.release_memory()  # tokenizing a long text leaves much behind
-            phases, start = Phases(device), time.perf_counter()
-            rows = quantize_model(model, ids, run, config, writer, phases)
+            phases, start = Phases(device, journal.seconds), time.perf_counter()
+            earlier = sum(journal.seconds.values())
+            rows = quantize_model(model, ids, run, config, writer, journal, phases)
             with phases("pack"):
                 model.checkpoint = writer.finish(settings, folder)
-            contents |= {"quantization_seconds": time.perf_counter() - start, "phase_seconds": phases.seconds, "linears": rows}
+            journal, done = None, True  # there is a result now, and nothing to take up
+            seconds = time.perf_counter() - start + earlier
+            contents |= {"quantization_seconds": seconds, "phase_seconds": phases.seconds, "linears": rows}
             contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
             contents |= {"shift_bytes": shift_bytes(model, run, config)}
             print_summary(contents, run)
@@ -628,9 +656,31 @@ def run_command(args: argparse.Namespace) -> None:
             contents["perplexity"].append(result._asdict())
             print(result, flush=True)
         write_report(run, contents)
+    except BaseException as error:
+        if journal and journal.layers:
+            error.add_note(f"{journal.layers} finished layers are kept: the same command goes on after them")
+        raise
     finally:
         if writer:
-            writer.close()
+            writer.close(keep=not done and (journal is None or journal.layers > 0))  # until there is a journal nothing is this run's
+
+
+def live_bytes(model, run: Run, config: quant.QuantConfig) -> int:
+    """Two generations of the activations that the journal saves."""
+    streams = 2 if config.shift > 0 else 1
+    return 2 * streams * run.nsamples * run.seqlen * model.config.get_text_config().hidden_size * model.dtype.itemsize
+
+
+def fingerprint(settings: dict, ids: torch.Tensor, checkpoint: packing.Checkpoint, dtype: torch.dtype, run: Run) -> dict:
+    """Everything that decides what a run writes, for its journal: a run that differs in any of it cannot go on with another's layers."""
+    return {
+        **settings,
+        "calibration tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+        "dtype": str(dtype).removeprefix("torch."),
+        "batch_size": run.batch_size,
+        "device": str(run.device),
+        "files of the model": files_of(checkpoint),
+    }
 
 
 def print_summary(contents: dict, run: Run) -> None:
@@ -642,15 +692,37 @@ def print_summary(contents: dict, run: Run) -> None:
 def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
-        with torch.no_grad():
+        with torch.no_grad(), terminated_as_interrupted():
             run_command(parse(argv))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}{kept(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: an unfinished result is not kept", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"interrupted{kept(error) or ': nothing was finished yet'}", file=sys.stderr)
         return 130
     return 0
+
+
+def kept(error: BaseException) -> str:
+    """What of the run remains, as `run_command` noted it on `error`."""
+    return "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+
+
+@contextlib.contextmanager
+def terminated_as_interrupted() -> Iterator[None]:
+    """For the block, SIGTERM ends the run as Ctrl-C does. Only a program's main thread may say so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

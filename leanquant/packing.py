@@ -7,6 +7,7 @@ because a header with several keys is written in random order.
 Legend: O rows, I columns, K = 2**bits levels, G groups.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -14,7 +15,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,7 +34,7 @@ ITEM_BYTES = dict.fromkeys(("U64", "I64", "F64"), 8) | dict.fromkeys(("F32", "U3
 ITEM_BYTES |= dict.fromkeys(("BF16", "F16", "U16", "I16"), 2)
 PIECE_BYTES = 2**20  # of a large tensor read at a time
 # What a run keeps in its own folder while it works.
-WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable")
+WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable|journal\.(jsonl|new)|live-[01]\.bin")
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
@@ -460,37 +461,50 @@ def sync_folder(folder: Path) -> None:
 class ModelWriter:
     """Writes a model part by part, then as one .safetensors file or a Hugging Face folder, whichever `save_path` names.
 
-    The parts wait in `<save_path>.partial`; the result appears under its own name only when it is complete and
-    synced. Without a `save_path` the parts lie in a temporary folder until `close`.
+    The parts wait in `<save_path>.partial`, which one run at a time may hold; the result appears under its own name only when
+    it is complete and synced. What a killed run left there is removed, unless `resume`: then `keep` says what of it serves.
+    Without a `save_path` the parts lie in a temporary folder until `close`.
     """
 
-    def __init__(self, save_path: Path | None, overwrite: bool, bytes_needed: int):
+    def __init__(self, save_path: Path | None, overwrite: bool, bytes_needed: int, resume: bool = False):
         self.save_path = save_path = save_path and save_path.absolute()
         self.parts: list[Path] = []
-        self._temporary = None
+        self._temporary = self._lock = None
         if save_path is None:
             self._temporary = tempfile.TemporaryDirectory(prefix="leanquant-")
             self.folder = Path(self._temporary.name)
         else:
             _check_output(save_path, overwrite)
             self.folder = save_path.with_name(save_path.name + ".partial")
-            _make_empty_folder(self.folder)
+            _make_folder(self.folder)
+            self._lock = _lock(self.folder)
+            if not resume:
+                _empty(self.folder)
         self._check_room(bytes_needed * (1 if save_path is None else 2))  # the parts, and the result made of them
 
     def _check_room(self, needed: int) -> None:
-        free = shutil.disk_usage(self.folder).free
+        left = sum(file.stat().st_size for file in self.folder.iterdir())  # by a killed run: it will be used or removed
+        free = shutil.disk_usage(self.folder).free + left
         if free < needed:
             where = self.folder.parent
-            self.close()
+            self.close(keep=left > 0)
             raise InputError(f"{where} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB: free some or save elsewhere")
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
         """Write one part, durably."""
-        part = self.folder / f"part-{len(self.parts):05d}.safetensors"
+        part = self._part(len(self.parts))
         save_file(tensors, part)
         with open(part, "rb") as f:
             os.fsync(f.fileno())
         self.parts.append(part)
+
+    def _part(self, number: int) -> Path:
+        return self.folder / f"part-{number:05d}.safetensors"
+
+    def keep(self, count: int) -> None:
+        """Go on after the first `count` parts of a killed run; all else that it left is removed, but for its journal."""
+        self.parts = [self._part(number) for number in range(count)]
+        _empty(self.folder, keep=lambda entry: entry in self.parts or entry.name.startswith(("journal", "live")))
 
     def finish(self, settings: dict, base: Path, max_shard_bytes: int = 5 * 10**9) -> Checkpoint:
         """Turn the parts into the result and return a reader of it. `base` is the unquantized model's folder."""
@@ -510,12 +524,18 @@ class ModelWriter:
         self.close()
         return Checkpoint.open(self.save_path)
 
-    def close(self) -> None:
-        """Remove the parts."""
+    def close(self, keep: bool = False) -> None:
+        """Remove the parts, unless another run is to go on with them."""
         if self._temporary:
             self._temporary.cleanup()
-        else:
+            return
+        if not keep:
             shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self.folder.rmdir()  # there was nothing to keep
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
 
 def _check_output(save_path: Path, overwrite: bool) -> None:
@@ -539,13 +559,31 @@ def _is_our_folder(folder: Path) -> bool:
     return ours and all(entry.is_file() and entry.suffix in RESULT_SUFFIXES for entry in folder.iterdir())
 
 
-def _make_empty_folder(folder: Path) -> None:
-    """Make the folder of the parts; one that a killed run left is emptied, anything else is not touched."""
+def _lock(folder: Path) -> int:
+    """A descriptor that holds the lock of `folder` until it is closed, or the process ends."""
+    import fcntl  # not everywhere that models are only loaded
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise InputError(f"another run is working in {folder}: wait for it, or give another --save_path") from None
+    return descriptor
+
+
+def _empty(folder: Path, keep: Callable[[Path], bool] = lambda _: False) -> None:
+    for entry in folder.iterdir():
+        if not keep(entry):
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def _make_folder(folder: Path) -> None:
+    """Make the folder of the parts, or take the one that a killed run left; anything else is not touched."""
     if folder.exists() and not (folder.is_dir() and all(WORK_FILE.fullmatch(entry.name) for entry in folder.iterdir())):
         raise InputError(f"{folder}, where this run would work, holds other things: move it or give another --save_path")
-    shutil.rmtree(folder, ignore_errors=True)
     try:
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         (folder / "writable").touch()
         (folder / "writable").unlink()
     except OSError as error:

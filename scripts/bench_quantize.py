@@ -29,6 +29,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import journal  # noqa: E402
 import llama  # noqa: E402
 import modelutils  # noqa: E402
 import quant  # noqa: E402
@@ -248,7 +249,7 @@ def quantize_layers(command: list[str], seqlen: int, device: torch.device) -> di
     reset_peaks(device)
     start = time.perf_counter()
     try:
-        llama.quantize_model(model, ids, run, config, writer, phases)
+        llama.quantize_model(model, ids, run, config, writer, journal.Journal(None, {}), phases)
         with phases("pack"):
             writer.finish(llama.settings_of(run, config), Path(parsed.model))
     finally:

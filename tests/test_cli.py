@@ -351,7 +351,7 @@ def test_recipes_record_their_pieces_and_what_they_took(tiny_model, text_file, o
     assert pieces(settings) == pieces(contents["settings"]) == {"best": llama.BEST, "published": llama.PUBLISHED}[recipe]
     assert settings["kmeans_seed"] == 0
     own = {"reference forward", "target", "refine"} if recipe == "best" else set()
-    assert set(contents["phase_seconds"]) == {"load", "forward", "hessian", "factorization", "grid", "solve", "pack"} | own
+    assert set(contents["phase_seconds"]) == {"load", "forward", "hessian", "factorization", "grid", "solve", "pack", "save"} | own
 
 
 def test_every_piece_changes_the_weights(tiny_model, text_file, out):
@@ -500,7 +500,7 @@ def test_report_says_what_was_done_and_what_it_took(tiny_model, text_file, test_
     assert all(0 < row["loss"] < float("inf") and row["seconds"] > 0 for row in contents["linears"])
     phases = contents["phase_seconds"]
     assert set(phases) == {
-        *("load", "forward", "reference forward", "hessian", "factorization", "target", "grid", "solve", "refine", "pack")
+        *("load", "forward", "reference forward", "hessian", "factorization", "target", "grid", "solve", "refine", "pack", "save")
     }
     assert all(seconds > 0 for seconds in phases.values())
     assert 0.7 * contents["quantization_seconds"] < sum(phases.values()) <= contents["quantization_seconds"]
@@ -851,7 +851,7 @@ def test_killed_run_leaves_no_result_and_can_be_repeated(tiny_model, text_file, 
     assert subprocess.run([str(word) for word in command], env=environment(), capture_output=True).returncode == -signal.SIGKILL
     assert (out / "q.safetensors.partial").is_dir()  # it did get as far as writing
     assert not (out / "q.safetensors").exists()
-    quantize(tiny_model(), text_file, "--wbits", 3, "--save_path", out / "q.safetensors")
+    assert llama.main([str(word) for word in (tiny_model(), text_file, *common(out))]) == 0
     assert quantized_names(out / "q.safetensors") == layer_linears(2)
     assert [path.name for path in out.iterdir() if path.name != "q.safetensors"] == []
 

@@ -589,6 +589,9 @@ def test_nothing_bears_the_name_of_the_result_before_it_is_complete(name, tmp_pa
     for part in PARTS[:2]:
         writer.add(part)
         assert not (tmp_path / name).exists()
+    with pytest.raises(InputError, match="another run is working"):
+        write(tmp_path / name)
+    os.close(writer._lock)  # as the end of its process does
     assert_holds_everything(write(tmp_path / name))
     assert [path.name for path in tmp_path.iterdir()] == [name], "what the crash left is gone after the next run"
 

@@ -1,0 +1,328 @@
+"""Killed runs that go on: the same bytes as an uninterrupted one, whatever the moment; and what is refused to go on.
+
+Kills are real: SIGKILL to a process that runs llama.py on a tiny model of many layers, at seeded random moments.
+"""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import journal
+import llama
+from conftest import make_text
+from journal import Journal, differences
+from leanquant.errors import InputError
+from test_cli import GRIDS, SEQUENTIAL, environment
+
+LAYERS, KILLS = 6, 25
+SETTINGS = ["--nsamples", 4, "--seqlen", 32, "--percdamp", 0.1, "--wbits", 3, *GRIDS["nonuniform"], *SEQUENTIAL, "--eval", "none"]
+
+
+def words(*parts) -> list[str]:
+    return [str(part) for part in parts]
+
+
+@pytest.fixture(scope="module")
+def command(tiny_model, text_file):
+    """Arguments of llama.py that write to the path they are given."""
+    model = tiny_model(num_hidden_layers=LAYERS)
+    return lambda save_path, *options: words(model, text_file, *SETTINGS, "--save_path", save_path, *options)
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory) -> tuple[bytes, dict]:
+    """The file and the report of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert llama.main(command(folder / "q.safetensors", "--report", folder / "r.json")) == 0
+    return (folder / "q.safetensors").read_bytes(), json.loads((folder / "r.json").read_text())
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def stopped_after(command, monkeypatch):
+    """stopped_after(n, save_path): a run that dies when it begins layer n + 1, in this process."""
+
+    def run(layers: int, save_path: Path, error=Stopped, *options) -> None:
+        real, begun = llama.quantize_layer, []
+
+        def quantize_layer(*args):
+            begun.append(1)
+            if len(begun) > layers:
+                raise error
+            return real(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, "quantize_layer", quantize_layer)
+            patch.setattr(journal, "PATIENCE", 0)
+            if error is Stopped:
+                with pytest.raises(Stopped):
+                    llama.main(command(save_path, *options))
+            else:
+                assert llama.main(command(save_path, *options)) == 130
+
+    return run
+
+
+# A child for each kill takes seconds to import torch: one process imports, forks a child for each run and kills it.
+SERVER = """
+import os, random, sys, time
+import torch
+torch.set_num_threads(1)
+import journal, llama, quant, transformers, leanquant.modeling
+journal.PATIENCE = 0
+import json
+for line in sys.stdin:
+    arguments, wait = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        devnull = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(devnull, 1)
+        os.dup2(devnull, 2)
+        os._exit(llama.main(arguments))
+    deadline, status = time.monotonic() + wait, None
+    while time.monotonic() < deadline and status is None:
+        done, code = os.waitpid(child, os.WNOHANG)
+        status = os.waitstatus_to_exitcode(code) if done else None
+        time.sleep(0.001)
+    if status is None:
+        os.kill(child, 9)
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(status, flush=True)
+"""
+
+
+def test_25_random_kills_change_no_byte(command, tmp_path):
+    rng, resumed, killed = random.Random(0), 0, 0
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER],
+        env=environment() | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def run(path: Path, wait: float) -> int:
+        server.stdin.write(json.dumps([command(path), wait]) + "\n")
+        server.stdin.flush()
+        return int(server.stdout.readline())
+
+    takes = []
+    for _ in range(3):  # the first fills caches
+        start = time.monotonic()
+        assert run(tmp_path / "first.safetensors", 1000) == 0
+        takes.append(time.monotonic() - start)
+        expected = (tmp_path / "first.safetensors").read_bytes()
+        (tmp_path / "first.safetensors").unlink()
+    for number in range(KILLS):
+        path = tmp_path / f"{number}.safetensors"
+        status = run(path, rng.uniform(0.1, 0.95) * min(takes))
+        killed += status == -signal.SIGKILL
+        lines = path.with_name(path.name + ".partial") / "journal.jsonl"
+        resumed += lines.is_file() and len(lines.read_text().splitlines()) > 1
+        if path.exists():  # killed after the result was complete, or not at all
+            assert path.read_bytes() == expected, f"kill {number}"
+            path.unlink()
+        assert run(path, 1000) == 0, f"kill {number}"
+        assert path.read_bytes() == expected, f"kill {number}"
+        assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(f"{number}.")] == [path.name]
+    server.stdin.close()
+    server.wait()
+    assert killed >= KILLS * 0.7 and resumed >= KILLS * 0.4, (killed, resumed)
+
+
+@pytest.mark.parametrize("finished", [1, 3, LAYERS - 1])
+def test_a_run_goes_on_after_its_finished_layers(command, whole, stopped_after, tmp_path, monkeypatch, capsys, finished):
+    path = tmp_path / "q.safetensors"
+    stopped_after(finished, path)
+    done, real = [], llama.quantize_layer
+    monkeypatch.setattr(llama, "quantize_layer", lambda model, index, *rest: done.append(index) or real(model, index, *rest))
+    assert llama.main(command(path, "--report", tmp_path / "r.json")) == 0
+    assert done == [*range(finished, LAYERS)]
+    assert f"going on after layer {finished}" in capsys.readouterr().out
+    assert path.read_bytes() == whole[0]
+    report = json.loads((tmp_path / "r.json").read_text())
+    assert len(report["linears"]) == 7 * LAYERS
+    assert [(row["layer"], row["linear"], row["loss"]) for row in report["linears"]] == [
+        (row["layer"], row["linear"], row["loss"]) for row in whole[1]["linears"]
+    ]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q.safetensors", "r.json"]
+
+
+def test_a_folder_as_result_goes_on_too(command, stopped_after, tmp_path):
+    stopped_after(2, tmp_path / "m")
+    assert llama.main(command(tmp_path / "m")) == 0
+    assert llama.main(command(tmp_path / "n")) == 0
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in "mn"]
+    assert files[0] == files[1]
+
+
+def test_ctrl_c_says_how_to_go_on(command, stopped_after, tmp_path, capsys):
+    stopped_after(2, tmp_path / "q.safetensors", KeyboardInterrupt)
+    assert "2 finished layers are kept: the same command goes on" in capsys.readouterr().err
+    stopped_after(0, tmp_path / "p.safetensors", KeyboardInterrupt)
+    assert "nothing was finished" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors.partial"]
+
+
+def test_sigterm_ends_as_ctrl_c(command, tmp_path, monkeypatch, capsys):
+    real, begun = llama.quantize_layer, []
+
+    def quantize_layer(*args):
+        begun.append(1)
+        if len(begun) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(*args)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(llama, "quantize_layer", quantize_layer)
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    assert llama.main(command(tmp_path / "q.safetensors")) == 130
+    assert "2 finished layers are kept" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(
+    "options, difference",
+    [
+        (["--nsamples", 5], "nsamples: 4, now 5"),
+        (["--percdamp", 0.2], "percdamp: 0.1, now 0.2"),
+        (["--dtype", "bfloat16"], "dtype: float32"),
+    ],
+    ids=["nsamples", "percdamp", "dtype"],
+)
+def test_other_settings_are_refused_and_named(command, whole, stopped_after, tmp_path, capsys, options, difference):
+    path = tmp_path / "q.safetensors"
+    stopped_after(2, path)
+    assert llama.main(command(path, *options)) == 2
+    message = capsys.readouterr().err
+    assert difference in message and "--fresh" in message
+    assert llama.main(command(path)) == 0 and path.read_bytes() == whole[0]
+    assert "going on after layer 2" in capsys.readouterr().out, "the refusal lost nothing"
+
+
+def test_another_model_or_text_is_refused(command, stopped_after, tiny_model, text_file, tmp_path, capsys):
+    model, text, path = tmp_path / "model", tmp_path / "text.txt", tmp_path / "q.safetensors"
+    shutil.copytree(tiny_model(num_hidden_layers=LAYERS), model)
+    text.write_text(text_file.read_text())
+    stopped_after(2, path)
+    partial = path.with_name(path.name + ".partial")
+    arguments = command(path)
+    lines = (partial / "journal.jsonl").read_text().replace(arguments[0], str(model)).replace(arguments[1], str(text))
+    (partial / "journal.jsonl").write_text(lines)
+    os.utime(model / "model.safetensors")  # a copy that keeps its time is the same model
+    assert llama.main([str(model), str(text), *arguments[2:]]) == 2
+    assert "files of the model.model.safetensors" in capsys.readouterr().err
+    text.write_text(make_text(8000, seed=5))
+    assert llama.main([arguments[0], str(text), *arguments[2:]]) == 2
+    assert "calibration tokens" in capsys.readouterr().err
+
+
+def test_what_fails_before_the_journal_is_read_loses_nothing(command, stopped_after, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "q.safetensors"
+    stopped_after(2, path)
+    for name in (path, tmp_path / "other.safetensors"):
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.datautils, "calibration_windows", lambda *_: (_ for _ in ()).throw(InputError("no text")))
+            assert llama.main(command(name)) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors.partial"]
+    assert llama.main(command(path)) == 0
+    assert "going on after layer 2" in capsys.readouterr().out
+
+
+def test_fresh_starts_over(command, whole, stopped_after, tmp_path, capsys):
+    path = tmp_path / "q.safetensors"
+    stopped_after(2, path)
+    assert llama.main(command(path, "--fresh")) == 0
+    assert "going on" not in capsys.readouterr().out
+    assert path.read_bytes() == whole[0]
+
+
+def test_two_runs_do_not_share_an_output(command, stopped_after, tmp_path, capsys, monkeypatch):
+    real, path = llama.quantize_layer, tmp_path / "q.safetensors"
+
+    def quantize_layer(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(llama, "quantize_layer", real)
+            assert llama.main(command(path)) == 2
+        raise Stopped
+
+    monkeypatch.setattr(llama, "quantize_layer", quantize_layer)
+    with pytest.raises(Stopped):
+        llama.main(command(path))
+    assert "another run is working" in capsys.readouterr().err
+
+
+def test_a_model_that_changes_under_the_run_ends_it(tiny_model, text_file, tmp_path, monkeypatch, capsys):
+    model, real = tmp_path / "model", llama.quantize_layer
+    shutil.copytree(tiny_model(num_hidden_layers=LAYERS), model)
+
+    def quantize_layer(model_, index, *rest):
+        if index == 2:
+            os.utime(model / "model.safetensors")
+        return real(model_, index, *rest)
+
+    monkeypatch.setattr(llama, "quantize_layer", quantize_layer)
+    assert llama.main(words(model, text_file, *SETTINGS, "--save_path", tmp_path / "q.safetensors")) == 2
+    assert "were changed while the run read them" in capsys.readouterr().err
+
+
+# --- the journal by itself -------------------------------------------------------------------------------------
+
+
+def test_generations_alternate_and_the_newest_whole_one_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    mine = Journal(tmp_path, {"a": 1})
+    for layer in (1, 2, 3):
+        (tmp_path / f"part-{layer - 1:05d}.safetensors").touch()
+        live = [torch.full((2, 3), float(layer)), torch.full((4,), layer, dtype=torch.bfloat16)]
+        mine.add(layer, layer, [{"layer": layer}], {"grid": float(layer)}, live, False)
+    assert sorted(file.name for file in tmp_path.glob("live*")) == ["live-0.bin", "live-1.bin"]
+
+    def taken_up() -> tuple[int, float, list]:
+        other, live = Journal(tmp_path, {"a": 1}), [torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16)]
+        other.restore(live)
+        assert live[0].unique().numel() == 1 and live[1].unique().item() == live[0][0, 0]
+        return other.layers, live[0][0, 0].item(), [row["layer"] for row in other.rows]
+
+    assert taken_up() == (3, 3.0, [1, 2, 3])
+    text = (tmp_path / "journal.jsonl").read_text()
+    (tmp_path / "journal.jsonl").write_text(text + text.splitlines()[-1][:20])  # killed in the middle of a line
+    assert taken_up() == (3, 3.0, [1, 2, 3])
+    (tmp_path / "part-00002.safetensors").unlink()
+    assert taken_up() == (2, 2.0, [1, 2])
+    (tmp_path / "part-00002.safetensors").touch()
+    (tmp_path / "journal.jsonl").write_text(text)
+    (tmp_path / "live-0.bin").write_bytes(b"")  # killed in the middle of writing over a generation
+    assert taken_up() == (2, 2.0, [1, 2])
+    with pytest.raises(InputError, match="a: 1, now 2"):
+        Journal(tmp_path, {"a": 2})
+
+
+def test_quick_layers_are_saved_together(tmp_path):
+    for part in range(3):
+        (tmp_path / f"part-{part:05d}.safetensors").touch()
+    mine = Journal(tmp_path, {})
+    mine.add(1, 1, [{"layer": 1}], {}, [torch.zeros(3)], False)
+    mine._cost = 1000.0
+    mine.add(2, 2, [{"layer": 2}], {}, [torch.ones(3)], False)
+    assert Journal(tmp_path, {}).layers == 1
+    mine.add(3, 3, [{"layer": 3}], {}, [torch.ones(3)], True)
+    other = Journal(tmp_path, {})
+    assert (other.layers, [row["layer"] for row in other.rows]) == (3, [1, 2, 3])
+
+
+def test_differences_name_what_differs():
+    old, new = {"a": 1, "b": {"c": 2, "d": 3}, "e": 4}, {"a": 1, "b": {"c": 5, "d": 3}, "f": 6}
+    assert differences(old, new) == ["b.c: 2, now 5", "e: 4, now None", "f: None, now 6"]
