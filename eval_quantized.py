@@ -16,8 +16,10 @@ import json
 import logging
 import math
 import os
+import random
 import sys
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +33,7 @@ from leanquant import LeanQuantModelForCausalLM
 from leanquant.errors import InputError
 from leanquant.linear import free_host_bytes
 from leanquant.modeling import parse_device
-from leanquant.packing import Checkpoint
+from leanquant.packing import CODES, Checkpoint
 
 # --- perplexity ------------------------------------------------------------------------------------------------
 
@@ -139,26 +141,29 @@ def token_losses(logits: torch.Tensor, ids: torch.Tensor, chunk: int = 256) -> t
 
 
 class Score(NamedTuple):
-    """One metric of one task, or of a group of tasks taken together. `stderr` is None where lm-eval gives none.
+    """One metric, behind one of lm-eval's filters, of one task or of a group of tasks. `stderr` is None where lm-eval gives none.
 
-    leaves, weights: the single tasks behind it, and what share of the value each has.
+    shots: worked examples, the fewest and the most. leaves, weights: the single tasks behind it, and what share of the
+    value each has.
     """
 
     task: str
     metric: str
+    filter: str
     value: float
     stderr: float | None
     higher_is_better: bool
-    shots: int
+    shots: tuple[int, int]
     items: int
     leaves: list[str]
     weights: list[float]
 
 
 class Tasks(NamedTuple):
-    """What --tasks named: each name with its leaf tasks, lm-eval's objects for all of them, and where they came from."""
+    """What --tasks named: each name with its leaf tasks; the metrics of groups that weight tasks by size; lm-eval's own objects."""
 
     leaves: dict[str, list[str]]
+    by_size: dict[str, set[str]]
     objects: list
     manager: object
 
@@ -170,34 +175,65 @@ def find_tasks(names: list[str], include_path: Path | None) -> Tasks:
     if include_path and not include_path.is_dir():
         raise InputError(f"--include_path: {include_path} is not a folder: give the one that holds your tasks' YAML files")
     names = ",".join(names).split(",")
-    manager = TaskManager(include_path=str(include_path), include_defaults=False) if include_path else None
-    if manager is None or not all(manager.match_tasks([name]) for name in names):  # reading lm-eval's own thousands takes seconds
-        manager = TaskManager(include_path=str(include_path) if include_path else None)
-    wanted = []
+    if include_path:  # reading lm-eval's own thousands takes seconds: perhaps they are not needed
+        with contextlib.suppress(InputError):
+            return _find_tasks(names, TaskManager(include_path=str(include_path), include_defaults=False))
+    return _find_tasks(names, TaskManager(include_path=str(include_path) if include_path else None))
+
+
+def _find_tasks(names: list[str], manager) -> Tasks:
+    found = Tasks({}, {}, [], manager)
+    taken: set[str] = set()
     for name in names:
-        found = manager.match_tasks([name])
-        if not found:
+        matches = manager.match_tasks([name])
+        if not matches:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
             raise InputError(f"unknown task {name}: " + (f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"))
-        wanted += [task for task in found if task not in wanted]
-    leaves, objects = {}, {}
-    for name in wanted:
-        loaded = _load_task(manager, name)
-        leaves[name] = list(loaded["tasks"])
-        repeated = [leaf for other, theirs in leaves.items() if other != name for leaf in theirs if leaf in loaded["tasks"]]
-        if repeated:
-            raise InputError(f"--tasks names {repeated[0]} twice, once within a group: leave one of them out")
-        objects |= {name: loaded["groups"][name]} if name in loaded["groups"] else loaded["tasks"]
-    return Tasks(leaves, list(objects.values()), manager)
+        loaded = {match: _load_task(manager, match) for match in matches}
+        for match in sorted(matches, key=lambda match: -len(loaded[match]["tasks"])):  # a pattern meets groups and their members
+            leaves = list(loaded[match]["tasks"])
+            if repeated := taken.intersection(leaves):
+                if matches != [name]:
+                    continue
+                raise InputError(f"--tasks names {min(repeated)} twice, once within a group: leave one of them out")
+            taken.update(leaves)
+            group = loaded[match]["groups"].get(match)
+            found.leaves[match] = leaves
+            found.by_size[match] = {m.metric for m in (group and group.aggregate_metric_list) or () if m.weight_by_size}
+            found.objects.extend([group] if group else loaded[match]["tasks"].values())
+    return found
 
 
 def _load_task(manager, name: str) -> dict:
     """lm-eval's own loader, which fetches the task's data."""
     try:
-        return manager.load([name])
+        loaded = manager.load([name])
     except Exception as error:  # YAML, a data set's script, the hub: each fails in its own way
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"task {name} cannot be loaded ({reason}): check the network, or the task's files") from None
+        raise InputError(f"task {name} cannot be loaded ({_one_line(error)}): check the network, or the task's files") from None
+    for leaf, task in loaded["tasks"].items():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise InputError(f"task {leaf} runs code that the model writes, which is not done here: leave it out, or use lm-eval itself")
+    return loaded
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def lm_eval_seeds(seed: int | None) -> dict[str, int]:
+    """lm-eval's own, behind published results, unless another is wanted."""
+    own = {"random_seed": 0, "numpy_random_seed": 1234, "torch_random_seed": 1234, "fewshot_random_seed": 1234}
+    return own if seed is None else dict.fromkeys(own, seed)
+
+
+def set_seeds(seed: int | None) -> None:
+    """For tasks that draw their items while they load."""
+    import numpy
+
+    seeds = lm_eval_seeds(seed)
+    random.seed(seeds["random_seed"])
+    numpy.random.seed(seeds["numpy_random_seed"])
+    torch.manual_seed(seeds["torch_random_seed"])
 
 
 def run_tasks(model, tokenizer, tasks: Tasks, args: argparse.Namespace) -> dict:
@@ -206,35 +242,41 @@ def run_tasks(model, tokenizer, tasks: Tasks, args: argparse.Namespace) -> dict:
     from lm_eval.models.huggingface import HFLM
 
     automatic = "auto" if model.device.type == "cuda" else 16
-    lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.eval_batch_size or automatic)
-    seeds = dict.fromkeys(("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), args.seed)
-    settings = {"num_fewshot": args.num_fewshot, "limit": args.limit, "log_samples": args.compare, **seeds}
-    with contextlib.redirect_stdout(sys.stderr):  # it chats
-        return simple_evaluate(lm, tasks=tasks.objects, task_manager=tasks.manager, bootstrap_iters=1000, **settings)
+    settings = {"num_fewshot": args.num_fewshot, "limit": args.limit, "log_samples": args.compare, **lm_eval_seeds(args.seed)}
+    try:
+        lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.eval_batch_size or automatic)
+        with contextlib.redirect_stdout(sys.stderr):  # it chats
+            return simple_evaluate(lm, tasks=tasks.objects, task_manager=tasks.manager, bootstrap_iters=1000, **settings)
+    except Exception as error:  # a task's own code, too many shots, memory
+        hint = "look at --num_fewshot, --limit and --eval_batch_size, or run that task alone"
+        raise InputError(f"lm-eval could not finish ({type(error).__name__}: {_one_line(error)}): {hint}") from error
 
 
 def scores(results: dict, tasks: Tasks) -> list[Score]:
     """One row for each metric of each name that was asked for; subtasks of groups and tags are aggregated."""
-    return [score for name, leaves in tasks.leaves.items() for score in _scores_of(results, name, leaves)]
+    return [score for name in tasks.leaves for score in _scores_of(results, name, tasks.leaves[name], tasks.by_size[name])]
 
 
-def _scores_of(results: dict, name: str, leaves: list[str]) -> list[Score]:
-    """A group's mean as lm-eval weights it; a tag has none: its tasks count alike."""
+def _scores_of(results: dict, name: str, leaves: list[str], by_size: set[str]) -> list[Score]:
+    """A group's value and error are lm-eval's; a tag has none: its tasks count alike."""
     parts = [_leaf_scores(results, leaf) for leaf in leaves]
     if leaves == [name]:
         return parts[0]
-    official = {score.metric: score for score in _leaf_scores(results, name)} if name in results["results"] else {}
+    official = {(score.metric, score.filter): score for score in (_leaf_scores(results, name) if name in results["results"] else ())}
     rows = []
-    for metric in dict.fromkeys(score.metric for part in parts for score in part):
-        found = [score for part in parts for score in part if score.metric == metric]
+    for key in dict.fromkeys((score.metric, score.filter) for part in parts for score in part):
+        found = [score for part in parts for score in part if (score.metric, score.filter) == key]
         items = sum(score.items for score in found)
-        weights = [score.items / items if metric in official else 1 / len(found) for score in found]
+        weights = [score.items / items if key in official and key[0] in by_size else 1 / len(found) for score in found]
         errors = [score.stderr for score in found]
         stderr = None if None in errors else math.sqrt(sum((w * e) ** 2 for w, e in zip(weights, errors, strict=True)))
-        value = official[metric].value if metric in official else sum(score.value for score in found) / len(found)
+        value = sum(w * score.value for w, score in zip(weights, found, strict=True))
+        if key in official:
+            value, stderr = official[key].value, official[key].stderr
         label = f"{name} ({len(found)} tasks)" if len(found) > 1 else found[0].task
-        first = found[0]._replace(task=label, value=value, stderr=stderr, items=items)
-        rows.append(first._replace(leaves=[score.task for score in found], weights=weights))
+        shots = min(score.shots[0] for score in found), max(score.shots[1] for score in found)
+        row = found[0]._replace(task=label, value=value, stderr=stderr, items=items, shots=shots)
+        rows.append(row._replace(leaves=[score.task for score in found], weights=weights))
     return rows
 
 
@@ -248,9 +290,8 @@ def _leaf_scores(results: dict, name: str) -> list[Score]:
             continue
         stderr = results["results"][name].get(f"{metric}_stderr,{kind}")
         stderr = stderr if isinstance(stderr, float) and math.isfinite(stderr) else None
-        upwards, shots = better.get(metric) is not False, results.get("n-shot", {}).get(name, 0)
-        label = metric if kind == "none" else f"{metric} ({kind})"
-        rows.append(Score(name, label, float(value), stderr, upwards, shots, items, [name], [1.0]))
+        shots = results.get("n-shot", {}).get(name, 0)
+        rows.append(Score(name, metric, kind, float(value), stderr, better.get(metric) is not False, (shots, shots), items, [name], [1.0]))
     return rows
 
 
@@ -285,9 +326,12 @@ class Evaluation(NamedTuple):
                 other = original.perplexities[number]
                 row = _beside(row, other.perplexity, other.stderr, _perplexity_error(text, other))
             rows.append(row)
-        for number, score in enumerate(scores(self.results, tasks) if tasks else []):
-            detail = f"{score.items} items, {score.shots} shots" + ("" if score.higher_is_better else ", lower is better")
-            row = Row(score.task, score.metric, detail, score.value, score.stderr)
+        for number, score in enumerate(scores(self.results, tasks) if self.results else []):
+            fewest, most = score.shots
+            detail = f"{score.items} items, {fewest if fewest == most else f'{fewest} to {most}'} shots"
+            detail += "" if score.higher_is_better else ", lower is better"
+            metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
+            row = Row(score.task, metric, detail, score.value, score.stderr)
             if original:
                 other = scores(original.results, tasks)[number]
                 row = _beside(row, other.value, other.stderr, _score_error(self.results, original.results, score, other))
@@ -311,7 +355,7 @@ def _perplexity_error(ours: Perplexity, theirs: Perplexity) -> float | None:
 
 def _score_error(ours: dict, theirs: dict, score: Score, other: Score) -> float | None:
     """Standard error of score - other. For means over the same items it comes from the items' differences, which vary less."""
-    paired = [_paired_error(ours, theirs, leaf, score.metric) for leaf in score.leaves]
+    paired = [_paired_error(ours, theirs, leaf, score.metric, score.filter) for leaf in score.leaves]
     if None not in paired:
         return math.sqrt(sum((weight * error) ** 2 for weight, error in zip(score.weights, paired, strict=True)))
     if score.stderr is None or other.stderr is None:
@@ -319,16 +363,22 @@ def _score_error(ours: dict, theirs: dict, score: Score, other: Score) -> float 
     return math.hypot(score.stderr, other.stderr)
 
 
-def _paired_error(ours: dict, theirs: dict, leaf: str, metric: str) -> float | None:
-    """Standard error of the difference of a leaf task's mean; None if its metric is not a mean over items."""
-    key = metric.split(" ")[0]
-    mine, others = ({s["doc_id"]: s.get(key) for s in results["samples"][leaf]} for results in (ours, theirs))
-    if mine.keys() != others.keys() or len(mine) < 2 or not all(isinstance(v, int | float) for v in [*mine.values(), *others.values()]):
-        return None
-    value = next(score.value for score in _leaf_scores(ours, leaf) if score.metric == metric)
-    if abs(sum(mine.values()) / len(mine) - value) > 1e-6:
+def _paired_error(ours: dict, theirs: dict, leaf: str, metric: str, kind: str) -> float | None:
+    """Standard error of the difference of a leaf task's mean; None if its metric, behind filter `kind`, is not a mean over items."""
+    mine, others = (_item_values(results, leaf, metric, kind) for results in (ours, theirs))
+    if mine is None or others is None or mine.keys() != others.keys():
         return None
     return standard_error([mine[item] - others[item] for item in mine])
+
+
+def _item_values(results: dict, leaf: str, metric: str, kind: str) -> dict | None:
+    """The metric of each item, if the task's value is the mean of them."""
+    samples = results["samples"][leaf]  # one of each item for each filter
+    values = {sample["doc_id"]: sample.get(metric) for sample in samples if sample.get("filter", kind) == kind}
+    if len(values) < 2 or not all(isinstance(value, int | float) for value in values.values()):
+        return None
+    mean = sum(values.values()) / len(values)
+    return values if abs(mean - results["results"][leaf][f"{metric},{kind}"]) < 1e-6 else None
 
 
 def as_table(rows: list[Row]) -> str:
@@ -362,24 +412,38 @@ class Model(NamedTuple):
     @classmethod
     def open(cls, base: str, quantized: str | None, bits: int | None) -> "Model":
         folder = modelutils.resolve_model(base)
-        checkpoint = Checkpoint.open(quantized or folder)
-        if quantized or bits is not None:
-            checkpoint.check_bits(bits, quantized or base)
-        return cls(base, quantized, folder, checkpoint)
+        model = cls(base, quantized, folder, Checkpoint.open(quantized or folder))
+        if model.foreign:
+            if bits is not None and model.bits and model.bits != [bits]:
+                raise InputError(f"{base} holds {model.bits} bits, not {bits}: correct the bits or leave them out")
+        elif quantized or bits is not None:
+            model.checkpoint.check_bits(bits, quantized or base)
+        return model
 
     @property
-    def is_foreign(self) -> bool:
-        """Is it quantized by other software, whose layers transformers must build?"""
-        config = json.loads((self.folder / "config.json").read_text())
-        return not self.quantized and config.get("quantization_config", {}).get("quant_method", "leanquant") != "leanquant"
+    def foreign(self) -> dict:
+        """The quantization_config of other software, whose layers transformers must build; empty if it is not quantized by such."""
+        found = json.loads((self.folder / "config.json").read_text()).get("quantization_config") or {}
+        return {} if self.quantized or found.get("quant_method", "leanquant") == "leanquant" else found
+
+    @property
+    def bits(self) -> list[int]:
+        if self.foreign:
+            return [self.foreign["bits"]] if "bits" in self.foreign else []
+        return sorted({self.checkpoint.bits_of(linear) for linear in self.checkpoint.quantized})
+
+    @property
+    def settings(self) -> dict:
+        return {"method": self.foreign["quant_method"], **self.foreign} if self.foreign else self.checkpoint.settings
 
     def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Can it be held whole, with a fifth of the memory left over? Packed on a GPU, rebuilt in `dtype` on a CPU."""
+        weights = sum(map(self.checkpoint.weights_of, self.checkpoint.quantized))
+        packed = sum(self.checkpoint.tensor_bytes(linear + CODES) for linear in self.checkpoint.quantized)
+        plain = dtype.itemsize * (sum(map(math.prod, self.checkpoint.shapes.values())) - packed)
         if device.type == "cuda":
-            return self.checkpoint.file_bytes() < 0.8 * torch.cuda.mem_get_info(device)[0]
-        plain = sum(math.prod(shape) for shape in self.checkpoint.shapes.values())
-        rebuilt = sum(self.checkpoint.weights_of(linear) for linear in self.checkpoint.quantized)
-        return (plain + rebuilt) * dtype.itemsize < 0.8 * free_host_bytes()
+            return plain + packed < 0.8 * torch.cuda.mem_get_info(device)[0]
+        return plain + weights * dtype.itemsize < 0.8 * free_host_bytes()
 
     def load(self, dtype: torch.dtype, device: str) -> torch.nn.Module:
         """In memory; spread over the GPUs if `device` is auto."""
@@ -391,29 +455,27 @@ class Model(NamedTuple):
         try:
             return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, device_map=place).eval()
         except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"{self.base} cannot be loaded ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{self.base} cannot be loaded ({_one_line(error)})") from None
 
 
-def evaluate(model: Model, dtype: torch.dtype, windows: list[Windows], tasks: Tasks | None, args: argparse.Namespace) -> Evaluation:
+def evaluate(model: Model, dtype: torch.dtype, windows: list[Windows], tasks: Tasks | None, args) -> Iterator[Evaluation]:
+    """What is measured on `model`, as far as it has come: with perplexities, then with the tasks too."""
     device = pick_device(args.device)
-    tokenizer = modelutils.load_tokenizer(model.folder)
-    batch_size = args.eval_batch_size or default_batch_size(args.seqlen, device)
-    if tasks or model.is_foreign or model.fits(dtype, device):
+    sequences = args.eval_batch_size or default_batch_size(args.seqlen, device)
+    if tasks or model.foreign or model.fits(dtype, device):
         runner, losses = model.load(dtype, args.device), whole_losses
     else:
         runner, losses = modelutils.StreamedModel(model.folder, model.checkpoint, dtype, device), streamed_losses
     perplexities = []
     for text in windows:
-        perplexities.append(perplexity(text, losses(runner, text.ids, batch_size, text.source)))
+        perplexities.append(perplexity(text, losses(runner, text.ids, sequences, text.source)))
         print(perplexities[-1], flush=True)
-    results = run_tasks(runner, tokenizer, tasks, args) if tasks else {}
+    yield Evaluation(perplexities, {})
+    if tasks:
+        yield Evaluation(perplexities, run_tasks(runner, modelutils.load_tokenizer(model.folder), tasks, args))
     del runner
     gc.collect()
     torch.cuda.empty_cache()
-    return Evaluation(perplexities, results)
-
-
-# --- the command line ------------------------------------------------------------------------------------------
 
 
 def default_batch_size(seqlen: int, device: torch.device) -> int:
@@ -478,7 +540,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="type of weights and activations; auto: float32 on a CPU, the model's 16-bit type on a GPU",
     )
     add("--device", default="auto", help="auto (all GPUs if there are any), cpu, cuda or cuda:N")
-    add("--seed", type=int, default=0, help="of the choice of worked examples, and of tasks that sample")
+    add("--seed", type=int, help="of the choice of worked examples, and of tasks that sample (unset: lm-eval's own, 0 and 1234)")
     add("--output", type=Path, metavar="FILE.json", help="write the results to this file (unset: only print them)")
     return parser.parse_args(argv)
 
@@ -500,7 +562,7 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--seqlen is {args.seqlen}: give at least 2")
     if args.stride is not None and not 1 <= args.stride <= args.seqlen:
         raise InputError(f"--stride is {args.stride}: give 1 to --seqlen, which is {args.seqlen}")
-    if args.limit is not None and args.limit <= 0 or args.num_fewshot is not None and args.num_fewshot < 0:
+    if args.limit is not None and not 0 < args.limit < math.inf or args.num_fewshot is not None and args.num_fewshot < 0:
         raise InputError("--limit must be above 0, and --num_fewshot at least 0")
     if args.compare and not args.leanquant_path:
         raise InputError("--compare needs two models: give the quantized one with --leanquant_path")
@@ -514,44 +576,47 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     model = Model.open(args.base_model_name_or_path, args.leanquant_path, args.bits)
     dtype = torch.bfloat16 if args.use_bf16 else pick_dtype(args.dtype, model.checkpoint, device)
-    modelutils.check_seqlen(model.folder, args.seqlen) if args.perplexity else None
+    if args.perplexity:
+        modelutils.check_seqlen(model.folder, args.seqlen)
+    set_seeds(args.seed)
     tasks = find_tasks(args.tasks, args.include_path) if args.tasks else None
     tokenizer = modelutils.load_tokenizer(model.folder)
     windows = [Windows.of(source, tokenizer, args.seqlen, args.stride) for source in args.perplexity]
     print(describe(model, dtype), flush=True)
-    found, original = evaluate(model, dtype, windows, tasks, args), None
+    found = original = None
+    for found in evaluate(model, dtype, windows, tasks, args):
+        write_results(args, model, dtype, tasks, found, None)  # what is measured is not lost to what comes after
+    if tasks:
+        print(f"\n{as_table(found.rows(tasks, None))}", flush=True)
     if args.compare:
         base = Model.open(args.base_model_name_or_path, None, None)
-        print(describe(base, dtype), flush=True)
-        original = evaluate(base, dtype, windows, tasks, args)
-    rows = found.rows(tasks, original)
-    if tasks or original:
-        print(f"\n{as_table(rows)}")
-    if args.output:
-        write_results(args, model, dtype, rows, found, original)
+        print(f"\n{describe(base, dtype)}", flush=True)
+        *_, original = evaluate(base, dtype, windows, tasks, args)
+        write_results(args, model, dtype, tasks, found, original)
+        print(f"\n{as_table(found.rows(tasks, original))}")
 
 
 def describe(model: Model, dtype: torch.dtype) -> str:
-    settings, named = model.checkpoint.settings, ("method", "grid", "exponent", "groupsize", "recipe")
-    bits = sorted({model.checkpoint.bits_of(linear) for linear in model.checkpoint.quantized})
-    kind = f"{'/'.join(map(str, bits))} bits" if bits else "not quantized"
+    settings, named = model.settings, ("method", "grid", "exponent", "groupsize", "recipe")
+    kind = f"{'/'.join(map(str, model.bits))} bits" if model.bits else "quantized" if model.foreign else "not quantized"
     details = [f"{name} {settings[name]}" for name in named if settings.get(name) is not None]
     return f"{model.quantized or model.base}: {', '.join([kind, *details])}; computed in {str(dtype).removeprefix('torch.')}"
 
 
-def write_results(args, model: Model, dtype: torch.dtype, rows: list[Row], found: Evaluation, original: Evaluation | None) -> None:
+def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, found: Evaluation, original: Evaluation | None) -> None:
     """What was measured, and all that is needed to measure it again."""
-    checkpoint = model.checkpoint
+    if not args.output:
+        return
     report = {
         "base_model": args.base_model_name_or_path,
         "leanquant_path": args.leanquant_path,
-        "bits": sorted({checkpoint.bits_of(linear) for linear in checkpoint.quantized}),
-        "settings": checkpoint.settings,
+        "bits": model.bits,
+        "settings": model.settings,
         "dtype": str(dtype).removeprefix("torch."),
         "seed": args.seed,
         "limit": args.limit,
         "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval", "datasets", "tokenizers")},
-        "rows": [row._asdict() for row in rows],
+        "rows": [row._asdict() for row in found.rows(tasks, original)],
         "perplexity": [text._asdict() for text in found.perplexities],
         "tasks": without_samples(found.results),
     }
@@ -575,6 +640,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: what was measured before is in --output, if that was given", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -25,9 +25,10 @@ TASKS_PY = """
 import random
 import datasets
 
-def items(**_):
+def items(count, **_):
     rng = random.Random(0)
-    rows = [{"context": rng.choice(["the old ", "a river "]) * 3, "endings": ["house", "water"], "label": i % 2} for i in range(13)]
+    contexts = ["the old ", "a river ", "light on ", "small city "]
+    rows = [{"context": rng.choice(contexts) * 3, "endings": ["house", "water"], "label": i % 2} for i in range(count)]
     return datasets.DatasetDict(test=datasets.Dataset.from_list(rows))
 """
 TASK = """
@@ -35,6 +36,8 @@ tag:
   - mine_tag
 task: {name}
 custom_dataset: !function items.items
+dataset_kwargs:
+  count: {count}
 output_type: multiple_choice
 test_split: test
 fewshot_split: test
@@ -47,23 +50,24 @@ metric_list:
     higher_is_better: true
 """
 GROUP = """
-group: mine_group
+group: {name}
 task: [mine_a, mine_b]
 aggregate_metric_list:
   - metric: acc
-    weight_by_size: true
+    weight_by_size: {by_size}
 """
 
 
 @pytest.fixture
 def task_folder(tmp_path) -> Path:
-    """Two tasks with the same 13 items, a tag and a group over both."""
+    """Tasks of 13 and 5 items, a tag and two groups over both."""
     folder = tmp_path / "tasks"
     folder.mkdir()
     (folder / "items.py").write_text(TASKS_PY)
-    for name in ("mine_a", "mine_b"):
-        (folder / f"{name}.yaml").write_text(TASK.format(name=name))
-    (folder / "group.yaml").write_text(GROUP)
+    for name, count in {"mine_a": 13, "mine_b": 5}.items():
+        (folder / f"{name}.yaml").write_text(TASK.format(name=name, count=count))
+    for name, by_size in {"mine_group": "true", "mine_even": "false"}.items():
+        (folder / f"{name}.yaml").write_text(GROUP.format(name=name, by_size=by_size))
     return folder
 
 
@@ -170,7 +174,7 @@ def test_tasks_give_what_the_models_own_logits_say(tiny_model, quantized, tokeni
     found = evaluate(tmp_path / "e.json", *base, "--tasks", "mine_a", "--eval_batch_size", 4, "--device", "cpu")
     scope: dict = {}
     exec(TASKS_PY, scope)
-    items = scope["items"]()["test"]
+    items = scope["items"](13)["test"]
     model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), quantized)
     with torch.no_grad():
         chosen = own_choices(model, tokenizer, items["context"], ["house", "water"])
@@ -184,14 +188,46 @@ def test_tasks_give_what_the_models_own_logits_say(tiny_model, quantized, tokeni
 
 def test_groups_and_tags_are_one_row(tiny_model, task_folder, tmp_path, capsys):
     base = ["--base_model_name_or_path", tiny_model(), "--include_path", task_folder]
-    for name in ("mine_group", "mine_tag"):
+    weights = {"mine_group": (7 / 12, 5 / 12), "mine_even": (0.5, 0.5), "mine_tag": (0.5, 0.5)}
+    for name, (a, b) in weights.items():
         found = evaluate(tmp_path / "e.json", *base, "--tasks", name, "--limit", 7)
         (row,) = found["rows"]
-        leaves = [found["tasks"]["results"][leaf] for leaf in ("mine_a", "mine_b")]
-        assert row["name"] == f"{name} (2 tasks)" and "14 items" in row["detail"]
-        assert row["value"] == pytest.approx(sum(leaf["acc,none"] for leaf in leaves) / 2)
-        assert row["stderr"] == pytest.approx(leaves[0]["acc_stderr,none"] / 2**0.5)
+        first, second = (found["tasks"]["results"][leaf] for leaf in ("mine_a", "mine_b"))
+        assert row["name"] == f"{name} (2 tasks)" and "12 items" in row["detail"]
+        assert row["value"] == pytest.approx(a * first["acc,none"] + b * second["acc,none"])
+        if name == "mine_tag":
+            assert row["stderr"] == pytest.approx(math.hypot(a * first["acc_stderr,none"], b * second["acc_stderr,none"]))
+        else:
+            assert row["stderr"] == found["tasks"]["results"][name]["acc_stderr,none"]
         assert capsys.readouterr().out.count("| acc |") == 1
+
+
+@pytest.mark.parametrize("by_size, weights", [({"acc"}, (0.75, 0.25)), (set(), (0.5, 0.5))])
+def test_a_groups_difference_weights_tasks_as_the_group_does(by_size, weights):
+    def results(first, second):
+        values = {"a": first, "b": second}
+        means = {name: {"acc,none": sum(v) / len(v), "acc_stderr,none": 0.1} for name, v in values.items()}
+        samples = {name: [{"doc_id": i, "acc": x, "filter": "none"} for i, x in enumerate(v)] for name, v in values.items()}
+        sizes = {name: {"effective": len(v)} for name, v in values.items()}
+        return {"samples": samples, "results": means | {"g": {"acc,none": 0.5, "acc_stderr,none": 0.07}}, "n-samples": sizes}
+
+    ours, theirs = results([1, 0, 1, 1, 0, 1], [1, 0]), results([1, 1, 0, 1, 0, 1], [0, 0])
+    mine, other = (eval_quantized._scores_of(found, "g", ["a", "b"], by_size)[0] for found in (ours, theirs))
+    assert mine.weights == list(weights) and mine.stderr == 0.07
+    spreads = [eval_quantized.standard_error([0, -1, 1, 0, 0, 0]), eval_quantized.standard_error([1, 0])]
+    expected = math.hypot(*(w * e for w, e in zip(weights, spreads, strict=True)))
+    assert eval_quantized._score_error(ours, theirs, mine, other) == pytest.approx(expected)
+
+
+def test_each_filter_is_compared_by_its_own_items():
+    def results(strict, flexible):
+        rows = {"strict": strict, "flexible": flexible}
+        samples = [{"doc_id": i, "match": v, "filter": kind} for kind, values in rows.items() for i, v in enumerate(values)]
+        return {"samples": {"t": samples}, "results": {"t": {f"match,{kind}": sum(v) / len(v) for kind, v in rows.items()}}}
+
+    ours, theirs = results([1, 0, 0], [1, 1, 1]), results([0, 0, 0], [1, 1, 1])
+    strict, flexible = (eval_quantized._paired_error(ours, theirs, "t", "match", kind) for kind in ("strict", "flexible"))
+    assert strict == pytest.approx(1 / 3) and flexible == 0
 
 
 def test_the_same_model_twice_differs_by_nothing(tiny_model, text_file, test_text, task_folder, tmp_path):
@@ -227,10 +263,47 @@ def test_paired_error_is_that_of_the_items_differences():
         return {"samples": samples, "results": {"t": {"acc,none": sum(values) / len(values)}}}
 
     ours, theirs = results([1.0, 0.0, 1.0, 1.0]), results([1.0, 1.0, 0.0, 1.0])
-    assert eval_quantized._paired_error(ours, theirs, "t", "acc") == pytest.approx((2 / 3) ** 0.5 / 2)
-    assert eval_quantized._paired_error(ours, results([1.0] * 3), "t", "acc") is None
+    assert eval_quantized._paired_error(ours, theirs, "t", "acc", "none") == pytest.approx((2 / 3) ** 0.5 / 2)
+    assert eval_quantized._paired_error(ours, results([1.0] * 3), "t", "acc", "none") is None
     ours["results"]["t"]["acc,none"] = 0.3  # not a mean over items
-    assert eval_quantized._paired_error(ours, theirs, "t", "acc") is None
+    assert eval_quantized._paired_error(ours, theirs, "t", "acc", "none") is None
+
+
+def test_patterns_take_each_task_once(task_folder):
+    tasks = eval_quantized.find_tasks(["mine_*"], task_folder)
+    assert list(tasks.leaves.values()) == [["mine_a", "mine_b"]]
+    assert list(eval_quantized.find_tasks(["mine_?"], task_folder).leaves) == ["mine_a", "mine_b"]
+
+
+def test_a_group_may_hold_lm_evals_own_tasks(task_folder, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    (task_folder / "mixed.yaml").write_text("group: mixed\ntask: [mine_a, arithmetic_1dc]\n")
+    real, managers = TaskManager.load, []
+
+    def load(self, names):
+        managers.append(self)
+        if "arithmetic_1dc" not in self.all_tasks:
+            return real(self, names)
+        return {"tasks": {"mine_a": None, "arithmetic_1dc": None}, "groups": {}}  # its data lies on the hub
+
+    monkeypatch.setattr(TaskManager, "load", load)
+    assert eval_quantized.find_tasks(["mixed"], task_folder).leaves == {"mixed": ["mine_a", "arithmetic_1dc"]}
+    assert len(managers) == 2
+
+
+def test_tasks_that_draw_while_they_load_are_reproducible(tiny_model, task_folder, tmp_path):
+    (task_folder / "items.py").write_text(TASKS_PY.replace("rng = random.Random(0)", "rng = random"))
+    base = ["--base_model_name_or_path", tiny_model(), "--include_path", task_folder, "--tasks", "mine_a"]
+    found = [evaluate(tmp_path / "e.json", *base, *seed)["rows"] for seed in ([], [], ["--seed", 5], ["--seed", 5], ["--seed", 6])]
+    assert found[0] == found[1] and found[2] == found[3]
+
+
+def test_what_was_measured_survives_a_task_that_fails(tiny_model, test_text, task_folder, tmp_path, capsys):
+    base = ["--base_model_name_or_path", tiny_model(), "--include_path", task_folder, "--perplexity", test_text, "--seqlen", 32]
+    options = [*base, "--tasks", "mine_a", "--num_fewshot", 100, "--output", tmp_path / "e.json"]
+    assert "lm-eval could not finish" in refusal(capsys, *options)
+    assert json.loads((tmp_path / "e.json").read_text())["rows"][0]["metric"] == "perplexity"
 
 
 def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantized, task_folder, tmp_path, monkeypatch, capsys):
@@ -243,6 +316,9 @@ def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantiz
     assert "nothing to evaluate" in refusal(capsys, *base)
     assert "--compare" in refusal(capsys, "--base_model_name_or_path", tiny_model(), "--tasks", "mine_a", "--compare")
     assert "--limit" in refusal(capsys, *base, "--tasks", "mine_a", "--limit", 0)
+    assert "--limit" in refusal(capsys, *base, "--tasks", "mine_a", "--limit", "nan")
+    (task_folder / "unsafe.yaml").write_text(TASK.format(name="mine_c", count=3) + "unsafe_code: true\n")
+    assert "runs code that the model writes" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_c")
     (task_folder / "items.py").write_text("raise RuntimeError('no data')")
     assert "mine_a cannot be loaded" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_a")
     with pytest.raises(SystemExit):
@@ -259,7 +335,7 @@ def test_models_of_other_software_are_left_to_transformers(tiny_model, test_text
     config = json.loads((tmp_path / "awq/config.json").read_text())
     config["quantization_config"] = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
     (tmp_path / "awq/config.json").write_text(json.dumps(config))
-    assert eval_quantized.Model.open(str(tmp_path / "awq"), None, None).is_foreign
+    assert eval_quantized.Model.open(str(tmp_path / "awq"), None, None).bits == [4]
     assert "cannot be loaded" in refusal(capsys, "--base_model_name_or_path", tmp_path / "awq", "--perplexity", test_text, "--seqlen", 32)
 
 
