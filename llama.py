@@ -349,7 +349,7 @@ def quantized_layers(model, run: Run) -> int:
 def example_row(W: torch.Tensor, grid: quant.Grid, loss: torch.Tensor, factor: quant.Factor, bins: int = 80) -> dict:
     """What scripts/plot.py draws of a linear `W` [O, I]: of the row of median loss, or of its first group, the weights counted in
     `bins` between `low` and `high`, the levels, and the weights of the columns, one in a hundred, that are outliers of
-    1 / diag(inv(H)), with how many times the median that is."""
+    1 / diag(inv(H))."""
     row = int(loss.argsort()[len(loss) // 2])
     w = W[row, : W.shape[1] // grid.levels.shape[1]].float()
     diagonal = torch.empty(W.shape[1])
@@ -363,7 +363,6 @@ def example_row(W: torch.Tensor, grid: quant.Grid, loss: torch.Tensor, factor: q
         "counts": torch.histc(w, bins).int().tolist(),
         "levels": grid.levels[row, 0].tolist(),
         "outlier_weights": w[outliers.to(w.device)].tolist(),
-        "outlier_sizes": (diagonal.median() / diagonal[outliers]).tolist(),
     }
 
 
@@ -401,9 +400,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--sensitivity",
         choices=quant.SENSITIVITIES,
-        default="cholesky",
         help="what is raised to -exponent: the diagonal of the inverse Hessian's Cholesky factor, as in the published code, or of the "
-        "inverse Hessian itself, as in the paper's text",
+        "inverse Hessian itself, as in the paper's text (unset: cholesky)",
     )
     add("--groupsize", type=int, default=-1, help="columns that share a scale and zero point (affine and minmax); -1: the whole row")
     add("--sym", action="store_true", help="symmetric min-max grid")
@@ -509,6 +507,8 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
     pieces = recipe(args, grid)
     if args.nearest and pieces != PUBLISHED:
         raise InputError("--nearest only rounds: leave out --recipe best and its pieces")
+    if grid == "minmax" and args.sensitivity:
+        raise InputError("--grid minmax has no sensitivity: leave out --sensitivity, or choose --grid nonuniform or affine")
     if grid != "nonuniform" and args.kmeans:
         raise InputError(f"--kmeans belongs to --grid nonuniform, not to {grid}: leave it out")
     if pieces["shift"] > 1:
@@ -534,7 +534,7 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         bits=args.wbits,
         grid=grid,
         exponent=DEFAULT_EXPONENT.get(grid, 0.0) if args.exponent is None else args.exponent,
-        sensitivity=args.sensitivity,
+        sensitivity=args.sensitivity or "cholesky",
         groupsize=args.groupsize,
         sym=args.sym,
         nearest=args.nearest,
@@ -646,6 +646,8 @@ def run_command(args: argparse.Namespace) -> None:
             seconds = time.perf_counter() - start + earlier
             contents |= {"quantization_seconds": seconds, "phase_seconds": phases.seconds, "linears": rows}
             contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
+            if device.type == "cuda":
+                contents["peak_device_bytes_quantizing"] = torch.cuda.max_memory_allocated(device)
             contents |= {"shift_bytes": shift_bytes(model, run, config)}
             print_summary(contents, run)
             write_report(run, contents)

@@ -9,6 +9,7 @@ after moving the file to `data/mt_bench/model_answer/`); that needs a paid servi
 
 import argparse
 import json
+import os
 import sys
 import time
 import uuid
@@ -19,6 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+import eval_quantized  # noqa: E402
+import modelutils  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
 from leanquant.errors import InputError  # noqa: E402
 
@@ -71,19 +74,17 @@ def _first_line(error: Exception) -> str:
 
 
 def answered(path: Path) -> set[int]:
-    """Questions that the file holds answers to; a line cut off by an interruption is dropped from it."""
+    """Questions that the file holds answers to; an answer cut off by an interruption is dropped from it."""
     if not path.is_file():
         return set()
-    whole, found = [], set()
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            found.add(json.loads(line)["question_id"])
-            whole.append(line)
-        except json.JSONDecodeError:
-            continue
-        except (KeyError, TypeError):
-            raise InputError(f"{path} holds something else than answers: give another --answers") from None
-    path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    contents, found = path.read_bytes(), set()
+    *lines, last = contents.split(b"\n")  # every answer ends its line: what follows the last end was cut off
+    try:
+        found = {json.loads(line)["question_id"] for line in lines if line.strip()}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} holds something else than answers: give another --answers") from None
+    if last:
+        os.truncate(path, len(contents) - len(last))
     return found
 
 
@@ -106,13 +107,14 @@ def answer(model, tokenizer, question: dict, max_new_tokens: int) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    from transformers import AutoTokenizer
-
     path = args.answers or Path(f"{args.model_id}.jsonl")
+    eval_quantized.check_json_path("--answers", path)
     done = answered(path)
     questions = [question for question in read_questions(args.questions) if question["question_id"] not in done]
-    base = args.base or args.path
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    if args.base is None and not Path(args.path).is_dir():
+        raise InputError(f"{args.path} is no folder with config and tokenizer: name the unquantized model with --base")
+    base = modelutils.resolve_model(args.base or args.path)
+    tokenizer = modelutils.load_tokenizer(base)
     if not tokenizer.chat_template:
         raise InputError(f"{base} has no chat template: MT-Bench needs a chat model")
     model = LeanQuantModelForCausalLM.from_pretrained(base, args.path, device=args.device)

@@ -9,6 +9,7 @@ called as a user would call them. One JSON a run lies in --work, and a run that 
 
 import argparse
 import json
+import math
 import re
 import subprocess
 import sys
@@ -16,11 +17,10 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
-from paper import BITS, GROUPS, PUBLISHED, PUBLISHED_COST, TABLES, Job, Protocol, Table, protocol
+from paper import BITS, GROUPS, PUBLISHED, TABLES, Job, Protocol, Table, protocol
+from plot import COLORS
 
 ROOT = Path(__file__).resolve().parent.parent
-COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]
-
 
 # --- runs ------------------------------------------------------------------------------------------------------
 
@@ -44,7 +44,7 @@ def from_root(path: Path) -> str:
 def run(job: Job, p: Protocol, work: Path, with_tasks: bool, keep: bool) -> None:
     """Make the run's JSON, or what it lacks. The model is removed afterwards unless `keep`."""
     store, file = work / f"{p.name(job)}.json", work / f"{p.name(job)}.safetensors"
-    report, output = work / "report.json.partial", work / "tasks.json.partial"
+    report, output = (work / f"{p.name(job)}.{kind}.json.partial" for kind in ("report", "tasks"))
     quantize, evaluate = quantize_command(job, p, file, report), task_command(job, p, file, output)
     done = stored(store)
     if with_tasks and done.get("task_command") != evaluate and job.bits != 16 and not file.is_file():
@@ -70,11 +70,15 @@ def stored(store: Path) -> dict:
     return json.loads(store.read_text()) if store.is_file() else {}
 
 
+class Failed(Exception):
+    """One of the project's commands ended with an error, which it has printed."""
+
+
 def call(command: list[str], result: Path) -> dict:
     """Run one of the project's commands. Returns the JSON that it leaves in `result`."""
     print("$ python " + " ".join(command), flush=True)
     if run_program(command):
-        sys.exit("error: the command above failed: mend what it says, then run this again (what is done is kept)")
+        raise Failed("the command above failed")
     contents = json.loads(result.read_text())
     result.unlink()
     return contents
@@ -91,7 +95,7 @@ def write(store: Path, contents: dict) -> None:
     partial.rename(store)
 
 
-def run_kernels(model: str, work: Path) -> None:
+def run_kernels(work: Path) -> None:
     """The benchmark of the kernels: on a GPU the kernels' own, else that of their CPU twins on the demo's rows."""
     import torch
 
@@ -130,7 +134,10 @@ def cells(job: Job, done: dict, columns: tuple[str, ...], model: str, p: Protoco
     if "perplexity" in columns:
         rows = {Path(row["source"]).name: row for row in report.get("perplexity", [])}
         for text in map(lambda source: Path(source).name, p.texts):
-            row, known = rows.get(text, {}), PUBLISHED.get((model, text), {}).get(job.bits, {}).get(job.method)
+            row, known = (
+                rows.get(text, {}),
+                PUBLISHED.get((model.rstrip("/").rpartition("/")[2], text), {}).get(job.bits, {}).get(job.method),
+            )
             found[f"perplexity, {text}"] = Cell(row.get("perplexity"), row.get("stderr"), known)
     if "tasks" in columns:
         for row in done.get("tasks", []):
@@ -138,12 +145,12 @@ def cells(job: Job, done: dict, columns: tuple[str, ...], model: str, p: Protoco
     if "loss" in columns:
         losses = [row["loss"] for row in report.get("linears", []) if row["loss"] is not None]
         found["sum of losses"] = Cell(sum(losses) if losses else None, digits=1)
-    if "cost" in columns:
-        machine, known = report.get("machine", {}), PUBLISHED_COST.get(model, {}).get(job.method, (None, None))
+    if "time" in columns:
         found["seconds"] = Cell(report.get("quantization_seconds"), digits=1)
+    if "memory" in columns:
         found["peak host, GB"] = Cell(scaled(report.get("peak_host_bytes_quantizing")))
-        found["peak device, GB"] = Cell(scaled(machine.get("peak_device_bytes")), published=known[0])
-        found["hours of grid search"] = Cell(scaled(report.get("phase_seconds", {}).get("grid"), 3600), published=known[1], digits=3)
+        found["peak device, GB"] = Cell(scaled(report.get("peak_device_bytes_quantizing")))
+        found["hours of grid search"] = Cell(scaled(report.get("phase_seconds", {}).get("grid"), 3600), digits=3)
     if "size" in columns:
         found["bits a weight"] = Cell(16.0 if job.bits == 16 else report.get("bits_per_weight"))
     return found
@@ -181,6 +188,7 @@ def shown(job: Job, p: Protocol) -> str:
 def best_of(table: Table, rows: dict, bits: int, heading: str) -> float | None:
     """The best value of a width, for columns of quality."""
     values = [row[heading].value for job, row in rows.items() if job.bits == bits and heading in row and row[heading].value is not None]
+    values = [value for value in values if math.isfinite(value)]
     if len(values) < 2 or not heading.startswith(("perplexity", "sum")) and not heading.endswith((", acc", ", acc_norm", ", perplexity")):
         return None
     return max(values) if heading.endswith((", acc", ", acc_norm")) else min(values)
@@ -201,21 +209,31 @@ def literature(table: Table, model: str, p: Protocol) -> list[tuple[int, str, st
         for (name, text), values in PUBLISHED.items()
         for bits, methods in values.items()
         for method, value in methods.items()
-        if name == model and bits in widths and (bits, method) not in here
+        if name == model.rstrip("/").rpartition("/")[2] and bits in widths and (bits, method) not in here
     ]
 
 
-def kernel_markdown(work: Path) -> str:
+def kernel_rows(work: Path) -> list[tuple[str, str, float]]:
+    """(what, how, milliseconds) from the benchmark that was run: a row of the demo's on a CPU, whole matrices on a GPU."""
     report = stored(work / "kernels.json").get("report", {})
-    if "results" not in report:
-        return "```json\n" + json.dumps(report.get("matrices", report), indent=1) + "\n```"
-    lines = ["| bits | how | ms a row | times faster than brute force |", "|---|---|---|---|"]
-    for result in report["results"]:
-        brute = result["affine, brute force"]["ms_per_row"]
-        for name in ("affine, brute force", "affine, exhaustive", "affine, coarse to fine"):
-            cost = result[name]["ms_per_row"]
-            lines.append(f"| {result['bits']} | {name.removeprefix('affine, ')} | {cost:.2f} | {brute / cost:.0f} |")
-    return "\n".join(lines)
+    if "results" in report:
+        names = ("affine, brute force", "affine, exhaustive", "affine, coarse to fine")
+        return [
+            (f"{r['bits']} bits, a row", name.removeprefix("affine, "), r[name]["ms_per_row"]) for r in report["results"] for name in names
+        ]
+    rows = []
+    for matrix in report.get("matrices", []):
+        what, ours = f"{report['bits']} bits, {matrix['rows']} x {matrix['columns']}", matrix["kernel_ms"]
+        rows.append((what, "brute force", matrix["brute_force_ms"]))
+        rows += [(what, how, ours[name]) for name, how in (("affine, exhaustive", "exhaustive"), ("affine", "coarse to fine"))]
+    return rows
+
+
+def kernel_markdown(work: Path) -> str:
+    rows = kernel_rows(work)
+    brute = {what: cost for what, how, cost in rows if how.startswith("brute")}
+    lines = ["| what | how | ms | times faster than brute force |", "|---|---|---|---|"]
+    return "\n".join(lines + [f"| {what} | {how} | {cost:.2f} | {brute[what] / cost:.0f} |" for what, how, cost in rows])
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
@@ -225,14 +243,25 @@ def plot(name: str, table: Table, model: str, p: Protocol, work: Path, out: Path
     """Write the table's picture. Returns whether there was anything to draw."""
     from plot import new_figure, save
 
-    draw = plot_layers if name == "loss" else plot_exponents if "exponent" in name else plot_bars
-    done = {job: stored(work / f"{p.name(job)}.json") for job in table.jobs}
-    done = {job: contents for job, contents in done.items() if contents}
-    if not done:
-        return False
-    figure = draw(new_figure, table, done, model, p)
+    if not table.jobs:
+        figure = plot_kernels(new_figure, work)
+    else:
+        draw = plot_layers if name == "loss" else plot_exponents if "exponent" in name else plot_bars
+        done = {job: stored(work / f"{p.name(job)}.json") for job in table.jobs}
+        figure = draw(new_figure, table, {job: contents for job, contents in done.items() if contents}, model, p)
     save(figure, out)
     return True
+
+
+def plot_kernels(new_figure, work: Path):
+    """Milliseconds, a bar each."""
+    rows = kernel_rows(work)
+    figure, axes = new_figure(1, 1, figsize=(7, 1.2 + 0.27 * len(rows)))
+    axes[0][0].barh([f"{what}, {how}" for what, how, _ in rows], [cost for *_, cost in rows], color=COLORS[0])
+    axes[0][0].set(xscale="log", xlabel="milliseconds")
+    axes[0][0].invert_yaxis()
+    axes[0][0].tick_params(labelsize=7)
+    return figure
 
 
 def plot_layers(new_figure, table: Table, done: dict, model: str, p: Protocol):
@@ -311,7 +340,7 @@ def plot_bars(new_figure, table: Table, done: dict, model: str, p: Protocol):
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--table", nargs="+", choices=[*TABLES, "all"], required=True, metavar="NAME", help=f"{', '.join(TABLES)}, or all")
+    add("--table", nargs="+", choices=[*TABLES, "all"], default=["all"], metavar="NAME", help=f"{', '.join(TABLES)}, or all")
     add("--model", required=True, help="hub name or folder, or demo: SmolLM2-135M and the demo's articles, on any machine")
     add(
         "--work",
@@ -320,7 +349,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, help="folder for reproduction.md and its pictures (unset: docs for the demo, else --work)")
     add("--keep", action="store_true", help="keep the quantized models")
-    add("--render", action="store_true", help="run nothing: only make tables and pictures of what is there")
+    add("--render", action="store_true", help="run nothing: only render what is there, as every call does at its end")
     add("--dry-run", action="store_true", help="only print the commands")
     return parser.parse_args(argv)
 
@@ -328,8 +357,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     names = list(TABLES) if "all" in args.table else args.table
-    p = protocol(args.model)
-    default = ROOT / "docs" / "results" / "reproduction" if args.model == "demo" else ROOT / "reproduction" / args.model.replace("/", "--")
+    is_folder = args.model != "demo" and Path(args.model).is_dir()
+    p = protocol(str(Path(args.model).resolve()) if is_folder else args.model)
+    default = (
+        ROOT / "docs" / "results" / "reproduction"
+        if args.model == "demo"
+        else ROOT / "reproduction" / args.model.strip("./").replace("/", "--")
+    )
     work = (args.work or default).absolute()
     out = args.out or (ROOT / "docs" if args.model == "demo" else work)
     jobs = wanted(names, p)
@@ -340,16 +374,22 @@ def main(argv: list[str] | None = None) -> int:
                 print("python " + " ".join(task_command(job, p, work / f"{p.name(job)}.safetensors", work / "tasks.json.partial")))
         return 0
     work.mkdir(parents=True, exist_ok=True)
+    failed: list[str] = []
     if not args.render:
         if args.model == "demo":
             prepare_demo()
         for number, (job, with_tasks) in enumerate(jobs, 1):
             print(f"\n{number}/{len(jobs)}: {job.method}, {job.bits} bits", flush=True)
-            run(job, p, work, with_tasks, args.keep)
+            try:
+                run(job, p, work, with_tasks, args.keep)
+            except Failed:
+                failed.append(p.name(job))
         if "kernels" in names:
-            run_kernels(args.model, work)
-    print(render(list(TABLES) if args.render else names, args.model, p, work, out))
-    return 0
+            run_kernels(work)
+    print(render(args.model, p, work, out))
+    if failed:
+        print(f"error: {', '.join(failed)} failed: mend what is said above, then run this again (what is done is kept)", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def wanted(names: list[str], p: Protocol) -> list[tuple[Job, bool]]:
@@ -377,27 +417,27 @@ def conditions(p: Protocol) -> str:
         f"Calibration: `{' '.join(p.calibration)}`. Perplexity in windows of {p.seqlen} tokens. Tasks: {', '.join(p.tasks)}{flags}. "
         "± is the standard error over windows or items, which are the same for all rows: it says little about their differences. "
         "Bold: the best of its width."
+        + "".join(
+            f" Groups of {used} stand for {wanted}, which does not divide all of this model's inputs."
+            for wanted, used in zip(GROUPS, p.groups, strict=True)
+            if wanted != used
+        )
     )
 
 
-def render(names: list[str], model: str, p: Protocol, work: Path, out: Path) -> Path:
-    """Write reproduction.md, a section a table, and the pictures beside it. Returns its path."""
+def render(model: str, p: Protocol, work: Path, out: Path) -> Path:
+    """Write reproduction.md, a section for each table that has results, and the pictures beside it. Returns its path."""
     (out / "reproduction").mkdir(parents=True, exist_ok=True)
-    command = f"python scripts/reproduce.py --table {'all' if len(names) == len(TABLES) else ' '.join(names)} --model {model}"
     title = "SmolLM2-135M-Instruct" if model == "demo" else model
+    command = f"python scripts/reproduce.py --table all --model {model}"
     sections = [f"# {title}: the paper's tables\n\n`{command}`, rendered {date.today()}.\n\n{conditions(p)}"]
-    for name in names:
-        table = TABLES[name]
-        if name == "kernels":
-            if (work / "kernels.json").is_file():
-                sections.append(f"## {table.title}\n\n{kernel_markdown(work)}")
+    for name, table in TABLES.items():
+        if not any((work / f"{file}.json").is_file() for file in [p.name(job) for job in table.jobs] or [name]):
             continue
-        if not any((work / f"{p.name(job)}.json").is_file() for job in table.jobs):
-            continue
-        body = as_markdown(table, model, p, work)
+        body = as_markdown(table, model, p, work) if table.jobs else kernel_markdown(work)
         if plot(name, table, model, p, work, out / "reproduction" / f"{name}.png"):
             body += f"\n\n![{table.title}](reproduction/{name}.png)"
-        sections.append(f"## {table.title}\n\n{body}")
+        sections.append(f"## {table.title}\n\n{body}" + (f"\n\n{table.note}" if table.note else ""))
     path = out / "reproduction.md"
     path.write_text("\n\n".join(sections) + "\n")
     return path

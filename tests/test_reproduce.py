@@ -16,6 +16,7 @@ import reproduce
 from test_cli import GRIDS, quantize
 from test_evaluation import task_folder  # noqa: F401
 
+COSTS = {"brute force": 60.0, "exhaustive": 2.0, "coarse to fine": 0.5}
 MODELS = ("demo", "meta-llama/Meta-Llama-3-8B")
 
 
@@ -74,7 +75,7 @@ def project(tiny_model, text_file, test_text, tmp_path, task_folder, monkeypatch
     jobs = [job for job in paper.MAIN if job.bits in (3, 16)]
     tables = {
         "matrix": paper.Table("All", jobs, ("perplexity", "tasks", "size")),
-        "cost": paper.Table("Cost", jobs[1:], ("cost", "loss")),
+        "cost": paper.Table("Cost", jobs[1:], ("time", "memory", "loss"), "A note."),
         "loss": paper.Table("Losses", [job for job in paper.LOSS_AWARE if job.bits == 3], ("loss",)),
         "exponent": paper.Table("Exponent", [job for job in paper.SWEEP if job.bits == 3][3:6], ("perplexity",)),
     }
@@ -99,7 +100,7 @@ def test_tables_are_made_and_what_is_done_is_not_done_again(project, tmp_path):
     text = reproduce_in(tmp_path, "--table", "matrix")
     assert [call[0] for call in project] == ["llama.py", "eval_quantized.py"] * 8
     assert "LeanQuant affine, groups of 16" in text and "groups of 64" not in text
-    rows = [line.split(" | ") for line in text.splitlines() if line.startswith("| 3 |") or line.startswith("| 16 |")]
+    rows = [line.split(" | ") for line in text.split("\n## ")[1].splitlines() if line.startswith("| 3 |") or line.startswith("| 16 |")]
     assert len(rows) == 8
     store = json.loads((tmp_path / "work" / "3bit-grid-minmax.json").read_text())
     (gptq,) = [row for row in rows if row[1] == "GPTQ"]
@@ -113,7 +114,8 @@ def test_tables_are_made_and_what_is_done_is_not_done_again(project, tmp_path):
     new = project[16:]
     assert len(new) == 3 and all(call[0] == "llama.py" for call in new), "exponents 3 and 6, and the grid without sensitivity"
     assert again.startswith("# tiny") and all(f"reproduction/{name}.png" in again for name in ("matrix", "cost", "loss", "exponent"))
-    assert reproduce_in(tmp_path, "--table", "matrix", "--render").count("## ") == 4 and len(project) == 19
+    assert reproduce_in(tmp_path, "--render").count("## ") == 4 and len(project) == 19
+    assert "A note." in again
 
 
 def test_a_run_is_made_again_for_what_it_lacks_or_if_its_command_changed(project, tmp_path):
@@ -129,12 +131,14 @@ def test_a_run_is_made_again_for_what_it_lacks_or_if_its_command_changed(project
     assert [call[0] for call in project[8:]] == ["llama.py", *["eval_quantized.py"] * 8], "the kept models serve"
 
 
-def test_a_failed_command_loses_nothing(project, tmp_path, monkeypatch):
+def test_a_failed_command_loses_nothing(project, tmp_path, monkeypatch, capsys):
     reproduce_in(tmp_path, "--table", "cost")
     monkeypatch.setattr(reproduce, "run_program", lambda _: 2)
     before = sorted(path.read_bytes() for path in (tmp_path / "work").glob("*.json"))
-    with pytest.raises(SystemExit, match="what is done is kept"):
-        reproduce_in(tmp_path, "--table", "exponent")
+    options = ["--model", "tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out")]
+    assert reproduce.main([*options, "--table", "exponent"]) == 1
+    assert "exponent-3 failed" in (error := capsys.readouterr().err) or "what is done is kept" in error
+    assert "## Cost" in (tmp_path / "out" / "reproduction.md").read_text()
     assert sorted(path.read_bytes() for path in (tmp_path / "work").glob("*.json")) == before
 
 
@@ -145,6 +149,28 @@ def test_published_values_stand_beside_ours(project, tmp_path, test_text, monkey
     monkeypatch.setitem(reproduce.TABLES, "matrix", reproduce.TABLES["matrix"]._replace(title="Perplexity"))
     text = reproduce_in(tmp_path, "--table", "matrix")
     assert text.count("(published 12.34)") == 1 and "| OmniQuant | (published 5.60) |" in text
+
+
+@pytest.mark.parametrize(
+    "report",
+    [
+        {"results": [{"bits": 4, **{f"affine, {how}": {"ms_per_row": ms} for how, ms in COSTS.items()}}]},
+        {
+            "bits": 4,
+            "matrices": [
+                {"rows": 8, "columns": 9, "brute_force_ms": 60.0, "kernel_ms": {"affine, exhaustive": 2.0, "affine": 0.5, "k-means": 1.0}}
+            ],
+        },
+    ],
+    ids=["CPU", "GPU"],
+)
+def test_kernel_table_of_either_benchmark(project, tmp_path, report):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "kernels.json").write_text(json.dumps({"report": report}))
+    reproduce.TABLES["kernels"] = paper.TABLES["kernels"]
+    text = reproduce_in(tmp_path, "--render")
+    assert "| brute force | 60.00 | 1 |" in text and "| coarse to fine | 0.50 | 120 |" in text
+    assert (tmp_path / "out" / "reproduction" / "kernels.png").is_file() and "15.1 h" in text
 
 
 # --- MT-Bench --------------------------------------------------------------------------------------------------
@@ -169,7 +195,7 @@ def answers(folder: Path, model: Path, *options) -> list[dict]:
     file = folder / "a.jsonl"
     arguments = ["--path", model, "--model-id", "tiny-4bit", "--answers", file, "--max-new-tokens", 5, *options]
     assert mt_bench.main([*map(str, arguments)]) == 0
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text().split("\n") if line]
 
 
 def test_answers_are_in_fastchats_format_and_are_taken_up_again(chat_model, tmp_path, monkeypatch):
@@ -182,10 +208,10 @@ def test_answers_are_in_fastchats_format_and_are_taken_up_again(chat_model, tmp_
         assert [choice["index"] for choice in row["choices"]] == [0] and len(row["choices"][0]["turns"]) == 2
     file = tmp_path / "a.jsonl"
     first, second = file.read_text().splitlines()
-    file.write_text(f"{first}\n{second[: len(second) // 2]}")  # killed while writing
+    first = first.replace('"turns": ["', '"turns": ["\u2028 \u0085 ')  # ends of lines to Python, not to JSON
+    file.write_bytes(f"{first}\n{second[: len(second) // 2]}".encode() + "ö".encode()[:1])  # killed within a character
     again = answers(tmp_path, chat_model, "--questions", tmp_path / "question.jsonl")
-    assert [row["choices"] for row in again] == [row["choices"] for row in whole]
-    assert json.loads(first) == again[0]
+    assert again[0] == json.loads(first) and again[1]["choices"] == whole[1]["choices"]
 
 
 def test_mt_bench_refuses_what_it_cannot_use(chat_model, tiny_model, tmp_path, monkeypatch, capsys):
@@ -201,6 +227,8 @@ def test_mt_bench_refuses_what_it_cannot_use(chat_model, tiny_model, tmp_path, m
     (tmp_path / "q.jsonl").write_text('{"question_id": 1}\n')
     assert "question.jsonl" in refused("--questions", tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTIONS[0]))
+    assert "--base" in refused("--questions", tmp_path / "q.jsonl", "--path", tmp_path / "q.safetensors")
+    assert "--answers" in refused("--questions", tmp_path / "q.jsonl", "--answers", tmp_path / "none" / "a.jsonl")
     assert "chat template" in refused("--questions", tmp_path / "q.jsonl", "--base", tiny_model())
     (tmp_path / "a.jsonl").write_text('{"text": "something else"}\n')
     assert "--answers" in refused("--questions", tmp_path / "q.jsonl")
