@@ -2,11 +2,12 @@
 
     python scripts/plot.py report.json [more.json ...] [--out FOLDER]
 
-loss.png   loss of each linear by layer, a panel a report
-time.png   seconds of each phase, a bar a report
-grid.png   weights of one row of each linear (first, middle, last layer of the first report), its levels, and the weights at
-           outliers of the inverse Hessian's diagonal, where an error costs most
-pareto.png perplexity against bits a weight, over reports that have both
+FOLDER/loss.png   loss of each linear by layer, a panel a report
+FOLDER/time.png   seconds of each phase, a bar a report
+FOLDER/grid.png   weights of one row of each linear (first, middle, last layer of the first report that has them), its levels, and the
+                  weights at outliers of the inverse Hessian's diagonal, where an error costs most
+FOLDER/pareto.png perplexity against bits a weight, over reports that have both
+Without --out they lie beside the first report, under its name: report-loss.png.
 """
 
 import argparse
@@ -20,31 +21,38 @@ METHODS = {"leanquant": "LeanQuant", "gptq": "GPTQ", "rtn": "round to nearest", 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("reports", nargs="+", type=Path, help="JSON files that llama.py --report wrote")
-    parser.add_argument("--out", type=Path, help="folder for the pictures (unset: that of the first report)")
+    parser.add_argument("reports", nargs="+", type=Path, help="JSON files that llama.py --report wrote, or runs of reproduce.py")
+    parser.add_argument("--out", type=Path, help="folder for the pictures (unset: beside the first report, under its name)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
-        reports = [read_report(path) for path in args.reports]
+        reports = label_all([read_report(path) for path in args.reports])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    out = args.out or args.reports[0].parent
-    out.mkdir(parents=True, exist_ok=True)
-    for name, draw in {"loss": plot_losses, "time": plot_times, "grid": plot_grids, "pareto": plot_pareto}.items():
-        figure = draw(reports)
+    drawn = {"loss": plot_losses(reports), "time": plot_times(reports), "grid": plot_grids(reports), "pareto": plot_pareto(reports)}
+    if not any(drawn.values()):
+        print("error: nothing to draw: give reports of quantizations, or several with perplexities", file=sys.stderr)
+        return 2
+    first = args.reports[0]
+    for name, figure in drawn.items():
         if figure is not None:
-            save(figure, out / f"{name}.png")
-            print(out / f"{name}.png")
+            path = args.out / f"{name}.png" if args.out else first.with_name(f"{first.stem}-{name}.png")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(figure, path)
+            print(path)
     return 0
 
 
 def read_report(path: Path) -> dict:
+    """A report of llama.py, by itself or in a run that reproduce.py stored."""
     try:
         report = json.loads(path.read_text())
+        report = report.get("report", report)
+        report["run"]  # results of eval_quantized.py have settings too
         return report | {"label": label(report), "linears": report.get("linears", [])}
     except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
         raise ValueError(f"{path} is not a report of llama.py: make one with --report FILE.json") from None
@@ -59,6 +67,16 @@ def label(report: dict) -> str:
     groups = f", groups of {settings['groupsize']}" if settings["groupsize"] != -1 else ""
     grid = {"nonuniform": " non-uniform", "affine": " affine"}.get(settings["grid"], "")
     return f"{method}{grid}{groups}"
+
+
+def label_all(reports: list[dict]) -> list[dict]:
+    """Labels that tell the reports apart: where methods and widths agree, by the settings that do not."""
+    for report in reports:
+        alike = [other["settings"] for other in reports if other["label"] == report["label"]]
+        names = ("exponent", "sensitivity", "kmeans", "shift", "residual", "refine", "percdamp", "act_order", "nsamples", "seqlen", "seed")
+        differing = [name for name in names if len({repr(settings.get(name)) for settings in alike}) > 1]
+        report["full_label"] = ", ".join([report["label"], *(f"{name} {report['settings'].get(name)}" for name in differing)])
+    return [report | {"label": report["full_label"]} for report in reports]
 
 
 def new_figure(*args, **options):

@@ -33,11 +33,22 @@ def test_all_pictures_are_drawn(reports, tmp_path, capsys):
         assert pixels.std() > 0.02, f"{name} is blank"
 
 
-def test_one_report_gives_what_it_has(reports, tmp_path):
-    assert plot.main([str(reports / "original.json"), "--out", str(tmp_path)]) == 0
-    assert list(tmp_path.iterdir()) == []
+def test_one_report_gives_what_it_has(reports, tmp_path, capsys):
+    assert plot.main([str(reports / "original.json"), "--out", str(tmp_path)]) == 2
+    assert "nothing to draw" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
     assert plot.main([str(reports / "n3.json"), "--out", str(tmp_path)]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["grid.png", "loss.png", "time.png"]
+    (tmp_path / "run.json").write_text(json.dumps({"report": json.loads((reports / "n3.json").read_text())}))  # as reproduce.py stores it
+    assert plot.main([str(tmp_path / "run.json")]) == 0
+    assert (tmp_path / "run-loss.png").read_bytes() == (tmp_path / "loss.png").read_bytes()
+
+
+def test_settings_that_differ_tell_curves_apart(reports):
+    read = [plot.read_report(reports / name) for name in ("n2.json", "n3.json", "n3.json", "a3.json")]
+    read[2]["settings"] = read[2]["settings"] | {"exponent": 1.0, "seed": 5}
+    labels = [report["label"] for report in plot.label_all(read)]
+    assert labels[:2] == ["LeanQuant non-uniform, exponent 4.0, seed 0"] * 2
+    assert labels[2:] == ["LeanQuant non-uniform, exponent 1.0, seed 5", "LeanQuant affine, groups of 16"]
 
 
 def test_curves_hold_the_reports_numbers(reports):
@@ -76,7 +87,8 @@ def test_example_rows_are_those_of_the_file(reports, tiny_model, name):
 
 
 def test_what_is_no_report_is_refused(tmp_path, capsys):
-    (tmp_path / "other.json").write_text("[1]")
-    assert plot.main([str(tmp_path / "other.json")]) == 2
-    assert "is not a report" in capsys.readouterr().err
+    for text in ("[1]", '{"settings": {"method": "none"}, "rows": []}'):
+        (tmp_path / "other.json").write_text(text)
+        assert plot.main([str(tmp_path / "other.json")]) == 2
+        assert "is not a report" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "missing.json")]) == 2
