@@ -8,6 +8,7 @@ What is already there is reused. The work is done by llama.py, called as a user 
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ class Size(NamedTuple):
     layers: tuple[str, ...]
 
 
-FULL = Size(ROOT / "demo", 32, 512, 16384, 200, ())
+FULL = Size(ROOT / "demo", 32, 512, 16384, 100, ())
 FAST = Size(ROOT / "demo" / "fast", 16, 256, 4096, 20, ("--n_layers", "6"))
 
 
@@ -115,7 +116,9 @@ def run_tasks(size: Size) -> None:
     command += ["--tasks", "demo_words", "demo_continuations", "--limit", str(size.items), "--compare"]
     command += ["--output", shown(size.folder / "tasks.json")]
     print("lm-eval, on two tasks made of the held-out articles\n$ python " + " ".join(command), flush=True)
-    if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
+    # lm-eval's progress bars are for a terminal alone
+    bars = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
+    if subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | bars).returncode:
         sys.exit("error: the evaluation did not finish: see above, then run this again (what is done is kept)")
     print()
 

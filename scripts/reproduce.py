@@ -10,6 +10,7 @@ called as a user would call them. One JSON a run lies in --work, and a run that 
 import argparse
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -85,7 +86,9 @@ def call(command: list[str], result: Path) -> dict:
 
 
 def run_program(command: list[str]) -> int:
-    return subprocess.run([sys.executable, *command], cwd=ROOT).returncode
+    # lm-eval's progress bars are for a terminal alone
+    bars = {} if sys.stderr.isatty() else {"TQDM_DISABLE": "1"}
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=os.environ | bars).returncode
 
 
 def write(store: Path, contents: dict) -> None:
