@@ -51,10 +51,10 @@ class Journal:
         self.path = folder / "journal.jsonl"
         fingerprint = json.loads(json.dumps(fingerprint, default=str))  # as it will be read again
         lines = self._read()
-        if lines and (changed := differences(lines[0], fingerprint)):
+        usable = [line for line in lines[1:] if self._is_there(line)]
+        if usable and (changed := differences(lines[0], fingerprint)):
             what = "; ".join(changed[:4])
             raise InputError(f"{folder} holds an unfinished run that differs ({what}): finish that one, or start over with --fresh")
-        usable = [line for line in lines[1:] if self._is_there(line)]
         if usable:
             last = usable[-1]
             self.layers, self.parts, self.seconds, self._live = last["layers"], last["parts"], last["seconds"], last["live"]

@@ -236,7 +236,7 @@ def evaluate(path: Path, text: str, is_reference: bool) -> dict[str, float]:
 
 
 def as_markdown(done: dict) -> str:
-    return "\n\n".join(table for table in (main_tables(done), size_table(done), choice_table(done)) if table) + "\n"
+    return "\n\n".join(table for table in (main_tables(done), piece_table(done), size_table(done), choice_table(done)) if table) + "\n"
 
 
 def rows_of(done: dict, **wanted) -> list[dict]:
@@ -284,6 +284,26 @@ def main_tables(done: dict) -> str:
         if len(lines) > 3:
             tables.append(f"Closed: of the gap of {against}.\n\n" + "\n".join(lines))
     return "\n\n".join(tables)
+
+
+def piece_table(done: dict) -> str:
+    """How much higher the KL is without each piece, in %: each seed against best with that seed."""
+    cells = [(grid, bits) for grid in GRIDS for bits in (4, 3, 2)]
+    lines = [
+        "KL without a piece, % above best's of the same seed (wiki / news; ± over seeds, whose number is in brackets).\n",
+        "| | " + " | ".join(f"{grid}, {bits} bits" for grid, bits in cells) + " |",
+        "|" + (len(cells) + 1) * "---|",
+    ]
+    for method in (method for method in METHODS if method.startswith("best, ")):
+        texts = []
+        for grid, bits in cells:
+            wanted = {"grid": grid, "bits": bits, "nsamples": 32, "part": "report"}
+            best = {row["seed"]: row for row in rows_of(done, method="best", **wanted)}
+            pairs = [(row, best[row["seed"]]) for row in rows_of(done, method=method, **wanted) if row["seed"] in best]
+            rises = [[100 * (row[text]["kl"] / whole[text]["kl"] - 1) for row, whole in pairs] for text in ("wiki", "news")]
+            texts.append(" / ".join(over_seeds(rise, ".0f") for rise in rises) + f" ({len(pairs)})" if pairs else "")
+        lines.append(f"| {method.removeprefix('best, ')} | {' | '.join(texts)} |")
+    return "\n".join(lines)
 
 
 def size_table(done: dict) -> str:

@@ -310,6 +310,12 @@ def test_generations_alternate_and_the_newest_whole_one_counts(tmp_path, monkeyp
         Journal(tmp_path, {"a": 2})
 
 
+def test_a_run_that_finished_no_layer_is_in_nobodys_way(tmp_path):
+    Journal(tmp_path, {"a": 1})
+    assert Journal(tmp_path, {"a": 2}).layers == 0
+    assert json.loads((tmp_path / "journal.jsonl").read_text()) == {"a": 2}
+
+
 def test_quick_layers_are_saved_together(tmp_path):
     for part in range(3):
         (tmp_path / f"part-{part:05d}.safetensors").touch()
