@@ -80,7 +80,7 @@ def check_source(source: str) -> None:
 def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     """`nsamples` windows of `seqlen` tokens [nsamples, seqlen], the same for the same seed."""
     check_source(source)
-    return _cached(partial(_calibration_windows, source, tokenizer, nsamples, seqlen, seed), source, tokenizer, nsamples, seqlen, seed)
+    return _cached(_calibration_windows, source, tokenizer, nsamples, seqlen, seed)
 
 
 def _calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
@@ -100,7 +100,7 @@ def evaluation_windows(source: str, tokenizer, seqlen: int, stride: int | None =
     stride = stride or seqlen
     if source in CORPORA and CORPORA[source].evaluate == "documents" and stride != seqlen:
         raise InputError(f"{source} is measured on windows of random documents, not of one text: leave out --stride, or take c4-new")
-    return _cached(partial(_evaluation_windows, source, tokenizer, seqlen, stride), source, tokenizer, seqlen, stride)
+    return _cached(_evaluation_windows, source, tokenizer, seqlen, stride)
 
 
 def _evaluation_windows(source: str, tokenizer, seqlen: int, stride: int) -> torch.Tensor:
@@ -123,17 +123,17 @@ def cache_folder() -> Path:
     return Path(os.environ.get("LEANQUANT_CACHE") or default)
 
 
-def _cached(make: Callable[[], torch.Tensor], source: str, tokenizer, *settings: int) -> torch.Tensor:
-    """What `make` gives, or gave before for the same text, tokenizer and settings."""
+def _cached(make: Callable[..., torch.Tensor], source: str, tokenizer, *settings: int) -> torch.Tensor:
+    """make(source, tokenizer, *settings), or what that gave before for the same text, tokenizer and settings."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     text = repr(CORPORA[source]) if source in CORPORA else hashlib.sha256(Path(source).read_bytes()).hexdigest() + Path(source).suffix
-    key = hashlib.sha256(repr((CACHE_VERSION, make.func.__name__, text, _fingerprint(tokenizer), settings)).encode()).hexdigest()
+    key = hashlib.sha256(repr((CACHE_VERSION, make.__name__, text, _fingerprint(tokenizer), settings)).encode()).hexdigest()
     file = cache_folder() / f"{key[:32]}.safetensors"
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         return load_file(file)["windows"]
-    windows = make()
+    windows = make(source, tokenizer, *settings)
     with contextlib.suppress(OSError):  # no place for a cache: it is only for speed
         file.parent.mkdir(parents=True, exist_ok=True)
         partial_file = file.with_suffix(f".{os.getpid()}.partial")

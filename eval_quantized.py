@@ -326,6 +326,7 @@ class Evaluation(NamedTuple):
                 other = original.perplexities[number]
                 row = _beside(row, other.perplexity, other.stderr, _perplexity_error(text, other))
             rows.append(row)
+        theirs = scores(original.results, tasks) if original and self.results else []
         for number, score in enumerate(scores(self.results, tasks) if self.results else []):
             fewest, most = score.shots
             detail = f"{score.items} items, {fewest if fewest == most else f'{fewest} to {most}'} shots"
@@ -333,7 +334,7 @@ class Evaluation(NamedTuple):
             metric = score.metric if score.filter == "none" else f"{score.metric} ({score.filter})"
             row = Row(score.task, metric, detail, score.value, score.stderr)
             if original:
-                other = scores(original.results, tasks)[number]
+                other = theirs[number]
                 row = _beside(row, other.value, other.stderr, _score_error(self.results, original.results, score, other))
             rows.append(row)
         return rows
@@ -408,23 +409,20 @@ class Model(NamedTuple):
     quantized: str | None
     folder: Path
     checkpoint: Checkpoint
+    foreign: dict  # the quantization_config of other software, whose layers transformers must build; else empty
 
     @classmethod
     def open(cls, base: str, quantized: str | None, bits: int | None) -> "Model":
         folder = modelutils.resolve_model(base)
-        model = cls(base, quantized, folder, Checkpoint.open(quantized or folder))
+        config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+        foreign = {} if quantized or config.get("quant_method", "leanquant") == "leanquant" else config
+        model = cls(base, quantized, folder, Checkpoint.open(quantized or folder), foreign)
         if model.foreign:
             if bits is not None and model.bits and model.bits != [bits]:
                 raise InputError(f"{base} holds {model.bits} bits, not {bits}: correct the bits or leave them out")
         elif quantized or bits is not None:
             model.checkpoint.check_bits(bits, quantized or base)
         return model
-
-    @property
-    def foreign(self) -> dict:
-        """The quantization_config of other software, whose layers transformers must build; empty if it is not quantized by such."""
-        found = json.loads((self.folder / "config.json").read_text()).get("quantization_config") or {}
-        return {} if self.quantized or found.get("quant_method", "leanquant") == "leanquant" else found
 
     @property
     def bits(self) -> list[int]:
@@ -458,7 +456,7 @@ class Model(NamedTuple):
             raise InputError(f"{self.base} cannot be loaded ({_one_line(error)})") from None
 
 
-def evaluate(model: Model, dtype: torch.dtype, windows: list[Windows], tasks: Tasks | None, args) -> Iterator[Evaluation]:
+def evaluate(model: Model, tokenizer, dtype, windows: list[Windows], tasks: Tasks | None, args) -> Iterator[Evaluation]:
     """What is measured on `model`, as far as it has come: with perplexities, then with the tasks too."""
     device = pick_device(args.device)
     sequences = args.eval_batch_size or default_batch_size(args.seqlen, device)
@@ -472,7 +470,7 @@ def evaluate(model: Model, dtype: torch.dtype, windows: list[Windows], tasks: Ta
         print(perplexities[-1], flush=True)
     yield Evaluation(perplexities, {})
     if tasks:
-        yield Evaluation(perplexities, run_tasks(runner, modelutils.load_tokenizer(model.folder), tasks, args))
+        yield Evaluation(perplexities, run_tasks(runner, tokenizer, tasks, args))
     del runner
     gc.collect()
     torch.cuda.empty_cache()
@@ -584,14 +582,14 @@ def run(args: argparse.Namespace) -> None:
     windows = [Windows.of(source, tokenizer, args.seqlen, args.stride) for source in args.perplexity]
     print(describe(model, dtype), flush=True)
     found = original = None
-    for found in evaluate(model, dtype, windows, tasks, args):
+    for found in evaluate(model, tokenizer, dtype, windows, tasks, args):
         write_results(args, model, dtype, tasks, found, None)  # what is measured is not lost to what comes after
     if tasks:
         print(f"\n{as_table(found.rows(tasks, None))}", flush=True)
     if args.compare:
         base = Model.open(args.base_model_name_or_path, None, None)
         print(f"\n{describe(base, dtype)}", flush=True)
-        *_, original = evaluate(base, dtype, windows, tasks, args)
+        *_, original = evaluate(base, tokenizer, dtype, windows, tasks, args)
         write_results(args, model, dtype, tasks, found, original)
         print(f"\n{as_table(found.rows(tasks, original))}")
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from leanquant.errors import InputError
-from leanquant.packing import Checkpoint, sync_folder
+from leanquant.packing import Checkpoint, part_name, sync_folder, write_synced
 
 # A layer that is computed faster than activations are saved need not be saved at once: at most this many times the saving is lost.
 PATIENCE = 4
@@ -79,7 +79,7 @@ class Journal:
     def _is_there(self, line: dict) -> bool:
         """Is what `line` speaks of on the disk? An older generation may have been written over, parts may be half removed."""
         live = line["live"]
-        if not all((self.folder / f"part-{number:05d}.safetensors").is_file() for number in range(line["parts"])):
+        if not all((self.folder / part_name(number)).is_file() for number in range(line["parts"])):
             return False
         if live is None:
             return True
@@ -98,10 +98,7 @@ class Journal:
 
     def _rewrite(self, lines: list[dict]) -> None:
         partial = self.path.with_name("journal.new")
-        with open(partial, "w") as f:
-            f.writelines(json.dumps(line) + "\n" for line in lines)
-            f.flush()
-            os.fsync(f.fileno())
+        write_synced(partial, "".join(json.dumps(line) + "\n" for line in lines).encode())
         os.replace(partial, self.path)
         sync_folder(self.folder)
 

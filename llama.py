@@ -621,7 +621,7 @@ def run_command(args: argparse.Namespace) -> None:
     settings = settings_of(run, config) if config else {"method": "none", "base_model": run.model, "versions": versions()}
     needed = check_model(model, run, config) + live_bytes(model, run, config) if config else 0
     writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if config else None
-    journal = done = None
+    journal = None
     contents = {"settings": settings, "run": asdict(run), "dtype": str(dtype).removeprefix("torch.")}
     try:
         tokenizer = modelutils.load_tokenizer(folder)
@@ -642,7 +642,7 @@ def run_command(args: argparse.Namespace) -> None:
             rows = quantize_model(model, ids, run, config, writer, journal, phases)
             with phases("pack"):
                 model.checkpoint = writer.finish(settings, folder)
-            journal, done = None, True  # there is a result now, and nothing to take up
+            journal = None  # there is a result now, and nothing to take up
             seconds = time.perf_counter() - start + earlier
             contents |= {"quantization_seconds": seconds, "phase_seconds": phases.seconds, "linears": rows}
             contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
@@ -664,7 +664,7 @@ def run_command(args: argparse.Namespace) -> None:
         raise
     finally:
         if writer:
-            writer.close(keep=not done and (journal is None or journal.layers > 0))  # until there is a journal nothing is this run's
+            writer.close(keep=journal is None or journal.layers > 0)  # without a journal nothing there is this run's
 
 
 def live_bytes(model, run: Run, config: quant.QuantConfig) -> int:

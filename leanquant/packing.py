@@ -449,6 +449,11 @@ def _copy_bytes(source: Path, begin: int, length: int, target, buffer: int = 2**
             length -= len(piece)
 
 
+def part_name(number: int) -> str:
+    """Of a part in the working folder of a run."""
+    return f"part-{number:05d}.safetensors"
+
+
 def sync_folder(folder: Path) -> None:
     """Make renames in `folder` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -499,7 +504,7 @@ class ModelWriter:
         self.parts.append(part)
 
     def _part(self, number: int) -> Path:
-        return self.folder / f"part-{number:05d}.safetensors"
+        return self.folder / part_name(number)
 
     def keep(self, count: int) -> None:
         """Go on after the first `count` parts of a killed run; all else that it left is removed, but for its journal."""
@@ -607,21 +612,21 @@ def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: in
     if len(batches) > 1:
         total = sum(end - begin for part in parts for begin, end in _extents(part))
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        _write_synced(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
+        write_synced(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
 def _write_config_files(base: Path, folder: Path, settings: dict) -> None:
     """config.json with our quantization_config, and the base's tokenizer, template and generation files."""
     config = json.loads((base / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "leanquant", **settings}
-    _write_synced(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    write_synced(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     for file in sorted(base.iterdir()):
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in RESULT_SUFFIXES and not weights and file.name != "config.json":
-            _write_synced(folder / file.name, file.read_bytes())
+            write_synced(folder / file.name, file.read_bytes())
 
 
-def _write_synced(file: Path, contents: bytes) -> None:
+def write_synced(file: Path, contents: bytes) -> None:
     with open(file, "wb") as f:
         f.write(contents)
         f.flush()

@@ -388,7 +388,10 @@ def main(argv: list[str] | None = None) -> int:
             except Failed:
                 failed.append(p.name(job))
         if "kernels" in names:
-            run_kernels(work)
+            try:
+                run_kernels(work)
+            except Failed:
+                failed.append("kernels")
     print(render(args.model, p, work, out))
     if failed:
         print(f"error: {', '.join(failed)} failed: mend what is said above, then run this again (what is done is kept)", file=sys.stderr)
