@@ -280,7 +280,7 @@ def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int =
         raise ValueError(f"partitions must be even and at least 2, not {partitions}")
     tables = 0 if kernels.on_gpu(W) else 40 * 2**bits * (partitions if exhaustive else 264)
     per_row = 60 * W.shape[1] + tables
-    chunk = max(1, (2**24 if W.device.type == "cpu" else 2**30) // per_row)
+    chunk = max(1, (2**22 if W.device.type == "cpu" else 2**30) // per_row)  # a CPU: tables that stay in a core's cache
     found = [_affine_rows(rows, a_rows, 2**bits, partitions, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)]
     return Affine(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 

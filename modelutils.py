@@ -130,6 +130,10 @@ class StreamedModel:
         self.layers_name, self.layers = find_layers(self.model)
         self.embedding_name = _weight_name(self.model, self.model.get_input_embeddings())
         self.head_name = _weight_name(self.model, self.model.get_output_embeddings())
+        if device.type == "cpu" and dtype.itemsize == 2 and torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):
+            for module in self.model.modules():
+                if type(module) is nn.Linear:
+                    module.__class__ = _WideLinear
         for buffer_owner in self.model.modules():
             for name, buffer in buffer_owner._buffers.items():
                 buffer_owner._buffers[name] = None if buffer is None else buffer.to(device)
@@ -389,6 +393,17 @@ class StreamedModel:
             yield logits
         finally:
             self._empty(names)
+
+
+class _WideLinear(nn.Linear):
+    """A linear that multiplies 16-bit numbers in float32, for CPUs without units for them, where that is 3 to 4 times faster.
+
+    Products of such numbers are exact in float32, and the units that other CPUs have sum them in float32 too.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return nn.functional.linear(x.float(), self.weight.float(), bias).to(x.dtype)
 
 
 class _Restart(Exception):

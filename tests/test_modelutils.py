@@ -152,11 +152,17 @@ def test_batch_size_does_not_matter(tiny_model, batch_size):
     assert_same_logits(tiny_model("llama"), batch_size)
 
 
-def test_bfloat16_activations_follow_transformers(tiny_model):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("units", ["AVX2", "AVX512"])  # without and with units for 16-bit numbers
+def test_16_bit_activations_follow_transformers(tiny_model, monkeypatch, dtype, units):
     folder, ids = tiny_model("llama"), random_ids(3, 16)
-    expected = whole_logits(folder, ids, torch.bfloat16).float()
-    found = streamed_logits(stream(folder, torch.bfloat16), ids, 3).float()
-    exact = whole_logits(folder, ids)
+    expected = whole_logits(folder, ids, dtype).float()
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: units)
+    model = stream(folder, dtype)
+    assert all((type(m) is not torch.nn.Linear) == (units == "AVX2") for m in model.model.modules() if isinstance(m, torch.nn.Linear))
+    found = streamed_logits(model, ids, 3)
+    assert found.dtype == dtype
+    found, exact = found.float(), whole_logits(folder, ids)
     assert (found - exact).abs().mean() <= 1.5 * (expected - exact).abs().mean()
 
 
