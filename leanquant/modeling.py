@@ -121,7 +121,7 @@ def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) 
         return device_map
     if device_map != "sequential":
         max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=model._no_split_modules)  # leaves room for caches
-    devices = infer_auto_device_map(model, max_memory, no_split_module_classes=model._no_split_modules)
+    devices = infer_auto_device_map(model, max_memory, no_split_module_classes=model._no_split_modules, offload_buffers=True)
     if "disk" in devices.values():
         raise InputError("the model does not fit the GPUs and the host memory: raise max_memory or use a larger machine")
     offloaded = [name for name, where in devices.items() if where == "cpu"]

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 import eval_quantized
 import llama
 import modelutils
-from leanquant import InputError, LeanQuantModelForCausalLM
-from leanquant.linear import QuantizedLinear
+from leanquant import InputError, LeanQuantModelForCausalLM, modeling
+from leanquant.linear import QuantizedLinear, replace_linears
 from leanquant.packing import Checkpoint
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -155,6 +156,49 @@ def test_weights_that_do_not_fit_stay_packed(tiny_model, text_file, tmp_path, mo
     with pytest.warns(UserWarning, match="do not fit: they stay packed"):
         model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), out)
     assert {m.form for m in model.modules() if isinstance(m, QuantizedLinear)} == {"packed"}
+
+
+def placement(model: torch.nn.Module, kind: str, max_memory: dict) -> dict[str, set]:
+    """Decoder layer -> where its parts would lie on a machine with the GPUs that `max_memory` names."""
+    devices = modeling._device_map(model, None, kind, max_memory, on_cpu=False)
+    return {
+        f"model.layers.{index}": {modeling._device_of(f"model.layers.{index}.{name}", devices) for name, _ in layer.named_parameters()}
+        for index, layer in enumerate(model.model.layers)
+    }
+
+
+@pytest.fixture
+def unfilled(tiny_model, text_file, tmp_path):
+    """A quantized model of six layers with shapes alone, the bytes of one layer and of all."""
+    folder = tiny_model(num_hidden_layers=6, vocab_size=300)
+    checkpoint = Checkpoint.open(quantized_file(folder, text_file, tmp_path / "q.safetensors", "--wbits", "4", "--grid", "affine"))
+    model = modeling._build(modeling._read_config(folder, False), torch.float16, False)
+    replace_linears(model, checkpoint)
+    layer, whole = (sum(t.numel() * t.element_size() for t in part.state_dict().values()) for part in (model.model.layers[0], model))
+    return model, layer, whole
+
+
+@pytest.mark.parametrize("kind", ["auto", "sequential"])
+def test_layers_are_spread_whole_over_several_gpus(unfilled, kind):
+    """What packed weights take decides, no layer is split, and nothing stays on the host."""
+    model, layer, whole = unfilled
+    room = int(0.8 * whole)  # each keeps some for a layer that might have to visit it
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = placement(model, kind, {0: room, 1: room, "cpu": 10**9})
+    assert all(len(where) == 1 for where in found.values())
+    assert set().union(*found.values()) == {0, 1}
+    order = [where.pop() for where in found.values()]
+    assert order == sorted(order)  # hidden states cross over once
+
+
+def test_what_fits_no_gpu_is_said_and_stays_on_the_host(unfilled):
+    model, layer, whole = unfilled
+    with pytest.warns(UserWarning, match=r"[0-9.]+ GB of the model do not fit the GPUs and stay in host memory"):
+        found = placement(model, "sequential", {0: whole - 2 * layer, "cpu": 10**9})
+    assert set().union(*found.values()) == {0, "cpu"}
+    with pytest.raises(InputError, match="raise max_memory"):
+        placement(model, "sequential", {0: whole - 2 * layer, "cpu": layer})
 
 
 @pytest.mark.gpu
