@@ -21,9 +21,8 @@ PATIENCE = 4
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Size and time of the last change (ns) of each file of `checkpoint`, by name: what tells that one was changed."""
-    stats = {file: file.stat() for file in sorted(set(checkpoint.files.values()))}
-    return {file.name: [stat.st_size, stat.st_mtime_ns] for file, stat in stats.items()}
+    """The stamp of each file of `checkpoint`, by name."""
+    return {file.name: stamp for file, stamp in sorted(checkpoint.stamps.items())}
 
 
 def differences(old: dict, new: dict, prefix: str = "") -> list[str]:

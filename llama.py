@@ -30,7 +30,7 @@ import eval_quantized
 import leanquant
 import modelutils
 import quant
-from journal import Journal, differences, files_of
+from journal import Journal, files_of
 from leanquant import packing
 from leanquant.errors import InputError
 
@@ -105,13 +105,12 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
         reference = stream.twin() if config.shift > 0 else None
     live = [stream.hidden] + ([reference.hidden] if reference else [])
     journal.restore(live)
-    count, rows, files = quantized_layers(model, run), list(journal.rows), files_of(model.checkpoint)
+    count, rows = quantized_layers(model, run), list(journal.rows)
     bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None}
     for index in tqdm(range(journal.layers, count), initial=journal.layers, total=count, **bar):
         start = time.perf_counter()
-        if changed := differences(files, files_of(model.checkpoint)):
-            raise InputError(f"the model's files were changed while the run read them ({changed[0]}): put back what was there")
         tensors, linears = quantize_layer(model, index, stream, reference, run, config, phases)
+        model.checkpoint.check_unchanged()  # before any of it counts as finished
         with phases("pack"):
             writer.add(tensors)
         rows += linears
@@ -122,6 +121,7 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
     with phases("pack"):
         for tensors in untouched_tensors(model, count):
             writer.add(tensors)
+    model.checkpoint.check_unchanged()
     return rows
 
 

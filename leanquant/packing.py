@@ -30,9 +30,11 @@ FORMAT_VERSION = 1
 CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
 # The order in which safetensors writes dtypes; within one, tensors are in the order of their names.
 DTYPE_ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
-ITEM_BYTES = dict.fromkeys(("U64", "I64", "F64"), 8) | dict.fromkeys(("F32", "U32", "I32"), 4)
-ITEM_BYTES |= dict.fromkeys(("BF16", "F16", "U16", "I16"), 2)
-PIECE_BYTES = 2**20  # of a large tensor read at a time
+TORCH_DTYPES = {
+    **{"U64": torch.uint64, "I64": torch.int64, "F64": torch.float64, "F32": torch.float32, "U32": torch.uint32, "I32": torch.int32},
+    **{"BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16, "U8": torch.uint8, "I8": torch.int8},
+    **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
+}
 # What a run keeps in its own folder while it works.
 WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable|journal\.(jsonl|new)|live-[01]\.bin")
 # What a folder written here can hold: anything else in it is the user's.
@@ -166,8 +168,10 @@ class Checkpoint:
 
     def __init__(self, files: Iterable[Path]):
         self.files: dict[str, Path] = {}  # tensor name -> file
+        self.offsets: dict[str, int] = {}  # where in the file its bytes begin
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}  # safetensors' names: F16, BF16, U8, ...
+        self.stamps: dict[Path, list[int]] = {}  # each file's, when it was opened
         self.settings: dict = {}  # the `leanquant` metadata, if any
         for file in files:
             self._read_header(Path(file))
@@ -198,16 +202,21 @@ class Checkpoint:
 
     def _read_header(self, file: Path) -> None:
         try:
+            self.stamps[file] = stamp(file)
             with safe_open(file, "pt") as f:
+                header, start = _raw_header(file)
                 for name in f.keys():
                     piece = f.get_slice(name)
                     if name in self.files:
                         raise InputError(f"{name} is in {self.files[name].name} and in {file.name}: get the files again")
                     self.files[name], self.shapes[name], self.dtypes[name] = file, tuple(piece.get_shape()), piece.get_dtype()
+                    if self.dtypes[name] not in TORCH_DTYPES:
+                        raise InputError(f"{name} in {file.name} is {self.dtypes[name]}, a type that cannot be read here")
+                    self.offsets[name] = start + header[name]["data_offsets"][0]
                 settings = json.loads((f.metadata() or {}).get("leanquant", "null")) or self.settings
         except InputError:
             raise  # it is a ValueError too, and says what is wrong
-        except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, RecursionError) as error:
             raise InputError(f"{file} is not a complete safetensors file ({error}): download or copy it again") from None
         if not isinstance(settings, dict):
             raise InputError(f"{file}: its leanquant metadata is not a JSON object: download or copy it again")
@@ -216,25 +225,34 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
 
+    def check_unchanged(self) -> None:
+        """Raise InputError if a file is not the one that was opened any more."""
+        for file, before in self.stamps.items():
+            now = stamp(file) if file.is_file() else None
+            if now != before:
+                raise InputError(f"the model's files were changed while the run read them ({file.name}): put back what was there")
+
     def get(self, name: str) -> torch.Tensor:
-        """A copy in host memory, so that no page of the file stays mapped."""
+        """A copy in host memory. Read, not mapped: a mapped file that cannot be read kills the process."""
         if name not in self.files:
             raise InputError(f"the checkpoint has no tensor {name}: it does not match its config.json")
-        with safe_open(self.files[name], "pt") as f:
-            if self.tensor_bytes(name) <= PIECE_BYTES:
-                return f.get_tensor(name).clone()
-        rows, whole = self.shapes[name][0], None
-        step = max(1, rows * PIECE_BYTES // self.tensor_bytes(name))
-        for start in range(0, rows, step):  # pages of the file count as this process's until it is closed
-            with safe_open(self.files[name], "pt") as f:
-                piece = f.get_slice(name)[start : start + step]
-                whole = piece.new_empty(self.shapes[name]) if whole is None else whole
-                whole[start : start + step] = piece
-        return whole
+        tensor = torch.empty(self.shapes[name], dtype=TORCH_DTYPES[self.dtypes[name]])
+        left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        try:
+            with open(self.files[name], "rb", buffering=0) as f:
+                f.seek(self.offsets[name])
+                while len(left):
+                    if not (count := f.readinto(left)):
+                        raise OSError("it ends too early")
+                    left = left[count:]
+        except OSError as error:
+            reason = error.strerror or error
+            raise InputError(f"{name} cannot be read from {self.files[name]} ({reason}): check the disk, or copy the file again") from None
+        return tensor
 
     def tensor_bytes(self, name: str) -> int:
         """Bytes tensor `name` takes in its file."""
-        return math.prod(self.shapes[name]) * ITEM_BYTES.get(self.dtypes[name], 1)
+        return math.prod(self.shapes[name]) * TORCH_DTYPES[self.dtypes[name]].itemsize
 
     def file_bytes(self) -> int:
         """Bytes all tensors take."""
@@ -376,6 +394,12 @@ class Checkpoint:
         if tensor.shape != torch.Size(shape):
             raise InputError(f"tensor {name} is {list(tensor.shape)} where the config wants {list(shape)}: wrong base model?")
         return tensor
+
+
+def stamp(file: Path) -> list[int]:
+    """Size and time of the last change (ns): what tells that a file was changed."""
+    stat = file.stat()
+    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _shards_of(index: Path) -> list[Path]:
