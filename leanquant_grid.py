@@ -4,7 +4,7 @@ Three grids, all learned for every row (or every group of a row) at once, on any
 
 * `kmeans_levels`   non-uniform, 2**bits free levels a row: weighted 1-D k-means (paper, section 3.2.1);
 * `affine_search`   a scale and an integer zero point that minimise the weighted error over the paper's
-                    (T/2)^2 shrunken ranges (section 3.2.2);
+                    (T/2)^2 shrunken ranges (section 3.2.2); `symmetric_search`: a scale alone, the zero point fixed;
 * `minmax_affine`   the scale and zero point of GPTQ and of round-to-nearest.
 
 This file knows tensors and numbers only: no model, no settings object, no file format.
@@ -373,3 +373,36 @@ def _reachable_zeros(S, low, high, t: torch.Tensor, K: int, T: int) -> torch.Ten
         nearest = torch.minimum(torch.maximum(((-Z * S - low) * inverse_step).round(), first), last)
         reached[some] = (zero_of(nearest, low, step, inverse) == Z) | (most == Z) | (least == Z)
     return reached
+
+
+def symmetric_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int = 2048, exhaustive: bool = False) -> Affine:
+    """`affine_search` with the zero fixed at K/2, for readers that know no other: `W` [O, n], `a` [n] or [O, n] > 0.
+
+    Candidates: scale S = fp16(max |w| / (K/2 - 1) (1 - t/T)), 0 <= t < T = `partitions`, levels -S K/2 .. S (K/2 - 1).
+    `exhaustive` judges them all; otherwise coarse to fine as there. Ties go to the smallest t.
+    """
+    K, T = 2**bits, partitions
+    chunk = max(1, (2**22 if W.device.type == "cpu" else 2**28) // (60 * W.shape[1] + 40 * K * (T if exhaustive else 264)))
+    scale = torch.cat([_symmetric_rows(rows, a_rows, K, T, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)])
+    return Affine(scale, torch.full_like(scale, K // 2, dtype=torch.uint8))
+
+
+def _symmetric_rows(W: torch.Tensor, a: torch.Tensor, K: int, T: int, exhaustive: bool) -> torch.Tensor:
+    s = _sort_rows(W, a, centered=False)
+    largest = torch.maximum(-s.w[:, :1], s.w[:, -1:]).double() / (K // 2 - 1)
+    scales = lambda t: stored_scale(largest * (1 - t.double() / T))  # noqa: E731
+    t = torch.arange(T, device=W.device).expand(len(W), -1)
+    if not exhaustive:
+        coarse = t[:, ::16]
+        best = coarse.gather(1, _symmetric_gains(s, scales(coarse), K).sort(dim=1, descending=True, stable=True).indices[:, :4])
+        t = (best.unsqueeze(2) + torch.arange(-15, 16, device=W.device)).flatten(1).clamp(0, T - 1).sort(1).values
+    return scales(t.gather(1, _first_largest(_symmetric_gains(s, scales(t), K)))).squeeze(1).float()
+
+
+def _symmetric_gains(s: _Sorted, S: torch.Tensor, K: int) -> torch.Tensor:
+    """For each scale `S` [R, N]: sum a w^2 minus the cost, sum over codes of 2 S r dB - S^2 r^2 dA, r = code - K/2; [R, N]."""
+    r = torch.arange(-K // 2, K // 2, device=S.device, dtype=torch.float64)
+    position = torch.searchsorted(s.w, (S.unsqueeze(2) * (r[1:] - 0.5)).float().flatten(1))
+    ends = torch.nn.functional.pad(torch.nn.functional.pad(position.view(*S.shape, -1), (1, 0)), (0, 1), value=s.w.shape[1]).flatten(1)
+    dA, dB = (prefix.gather(1, ends).view(*S.shape, -1).diff(dim=2) for prefix in (s.A, s.B))
+    return S * (2 * (dB * r).sum(2) - S * (dA * r.square()).sum(2))

@@ -404,7 +404,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "inverse Hessian itself, as in the paper's text (unset: cholesky)",
     )
     add("--groupsize", type=int, default=-1, help="columns that share a scale and zero point (affine and minmax); -1: the whole row")
-    add("--sym", action="store_true", help="symmetric min-max grid")
+    add("--sym", action="store_true", help="affine and minmax: zero points fixed in the middle, for software that reads no others")
     add("--nearest", action="store_true", help="baseline: round to the nearest level of a min-max grid")
     add("--nsamples", type=int, default=128, help="calibration windows")
     add("--seqlen", type=int, default=2048, help="tokens a window, for calibration and evaluation")
@@ -513,8 +513,8 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         raise InputError(f"--kmeans belongs to --grid nonuniform, not to {grid}: leave it out")
     if pieces["shift"] > 1:
         raise InputError(f"--shift is {pieces['shift']}: give 0 (not at all) to 1 (all the way)")
-    if args.sym and grid != "minmax":
-        raise InputError(f"--sym belongs to --grid minmax, not to {grid}: leave it out")
+    if args.sym and grid == "nonuniform":
+        raise InputError("--sym belongs to --grid affine or minmax: non-uniform grids have no zero point to fix, so leave it out")
     if grid == "nonuniform" and args.groupsize != -1:
         raise InputError("non-uniform grids are learned for whole rows: leave out --groupsize, or choose --grid affine")
     for name, least in {

@@ -23,6 +23,7 @@ from leanquant_grid import (
     minmax_affine,
     sensitivity,
     stored_scale,
+    symmetric_search,
 )
 
 GRIDS = ("nonuniform", "affine", "minmax")
@@ -46,7 +47,7 @@ class QuantConfig:
     exponent: float = 4.0  # of the sensitivity; minmax has none
     sensitivity: str = "cholesky"  # one of SENSITIVITIES: of which diagonal
     groupsize: int = -1  # columns that share a scale and zero; -1 = the whole row; not for nonuniform
-    sym: bool = False  # minmax only
+    sym: bool = False  # zero points fixed at 2**(bits-1); not for nonuniform
     nearest: bool = False  # round to nearest: no error compensation
     percdamp: float = 0.01  # damping, as a share of the Hessian's mean diagonal
     act_order: bool = False  # columns in the order of descending Hessian diagonal
@@ -274,7 +275,8 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
         found = minmax_affine(groups, config.bits, config.sym)
     else:
         a = a.view(1, -1, size).expand(O, -1, -1).reshape(-1, size)
-        found = affine_search(groups, a, config.bits, config.grid_partitions, config.exhaustive)
+        search = symmetric_search if config.sym else affine_search
+        found = search(groups, a, config.bits, config.grid_partitions, config.exhaustive)
     affine = Affine(*(t.view(O, -1) for t in found))
     return Grid(affine_levels(affine.scale, affine.zero, config.bits), affine)
 

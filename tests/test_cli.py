@@ -210,9 +210,11 @@ def test_smaller_groups_come_closer_to_the_weights(tiny_model, text_file, out):
     assert errors[0] > 1.1 * errors[1] > 1.2 * errors[2]
 
 
+@pytest.mark.parametrize("grid", ["minmax", "affine"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_symmetric_grids_have_their_zero_in_the_middle(tiny_model, text_file, out, bits):
-    quantize(tiny_model(), text_file, "--sym", "--wbits", bits, "--save_path", out / "q.safetensors")
+def test_symmetric_grids_have_their_zero_in_the_middle(tiny_model, text_file, out, bits, grid):
+    flags = ("--sym", "--grid", grid, "--groupsize", 32)
+    quantize(tiny_model(), text_file, *flags, "--wbits", bits, "--save_path", out / "q.safetensors")
     tensors = load_file(out / "q.safetensors")
     assert all((tensors[f"{linear}.zero"] == 2 ** (bits - 1)).all() for linear in layer_linears(2))
 
@@ -681,7 +683,7 @@ def test_weight_that_is_not_finite_is_named(text_file, out, refused, broken, nam
         (["--nearest", "--grid", "affine"], "--nearest"),
         (["--grid", "minmax", "--exponent", "4"], "--grid minmax"),
         (["--sym", "--exponent", "4"], "--sym"),
-        (["--sym", "--grid", "affine"], "--sym"),
+        (["--sym", "--grid", "nonuniform"], "--sym"),
         (["--exponent", "4", "--groupsize", "16"], "--groupsize"),
         (["--device", "meta"], "device meta"),
         (["--device", "nonsense"], "device nonsense"),

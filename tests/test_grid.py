@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from leanquant_grid import affine_search, kmeans_levels, local_kmeans_levels, minmax_affine, sensitivity
+from leanquant_grid import affine_search, kmeans_levels, local_kmeans_levels, minmax_affine, sensitivity, symmetric_search
 
 BITS = (4, 3, 2)
 
@@ -348,15 +348,47 @@ def test_coarse_to_fine_is_close_to_exhaustive(bits):
     assert np.mean(fast <= exact * (1 + 1e-9)) >= 0.95
 
 
+@pytest.mark.parametrize("exhaustive", [True, False])
+@pytest.mark.parametrize("name", AFFINE_ROWS)
+def test_symmetric_search_finds_the_best_of_its_scales(name, exhaustive):
+    """Against every candidate that the docstring names, one at a time; coarse to fine is exact on all but a few rows."""
+    W, T = affine_rows(name), 256
+    a = heavy(*W.shape, seed=14)
+    for bits in BITS:
+        K, gaps = 2**bits, []
+        found = symmetric_search(W, a, bits, T, exhaustive)
+        assert (found.zero == K // 2).all()
+        for w, a_row, cost in zip(W.double().numpy(), a.numpy(), rows_of_cost(W, a, found, K), strict=True):
+            scales = np.abs(w).max() / (K // 2 - 1) * (1 - np.arange(T) / T)
+            scales = scales.clip(2.0**-24, 65504).astype(np.float16).astype(np.float64)
+            best, noise = min(affine_cost(w, a_row, scale, K // 2, K) for scale in scales), 1e-13 * (a_row * w**2).sum()
+            assert cost >= best * (1 - 1e-9) - noise
+            gaps.append((cost - noise) / max(best, 1e-300) - 1)
+        assert max(gaps) <= (1e-9 if exhaustive else 0.15)
+        assert np.mean(np.array(gaps) <= 1e-9) >= (1 if exhaustive else 0.6)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_symmetric_search_beats_symmetric_minmax(bits):
+    W, a = torch.cat([gaussian(50, 128, seed=18), laplace(50, 128, seed=19)]), heavy(100, 128, seed=20)
+    learned, minmax = (
+        np.array(rows_of_cost(W, a, found, 2**bits)) for found in (symmetric_search(W, a, bits), minmax_affine(W, bits, True))
+    )
+    assert np.mean(learned <= minmax) >= 0.98  # min-max scales lie between the candidates
+    assert learned.sum() < {4: 0.9, 3: 0.8, 2: 0.7}[bits] * minmax.sum()
+
+
 def affine_of(W: torch.Tensor, bits: int, method: str):
     if method == "minmax":
         return minmax_affine(W, bits)
     if method == "minmax-sym":
         return minmax_affine(W, bits, sym=True)
+    if method.startswith("symmetric"):
+        return symmetric_search(W, heavy(*W.shape), bits, exhaustive=method.endswith("exhaustive"))
     return affine_search(W, heavy(*W.shape), bits, exhaustive=method == "exhaustive")
 
 
-@pytest.mark.parametrize("method", ["minmax", "minmax-sym", "search", "exhaustive"])
+@pytest.mark.parametrize("method", ["minmax", "minmax-sym", "search", "exhaustive", "symmetric", "symmetric-exhaustive"])
 @pytest.mark.parametrize("name", AFFINE_ROWS)
 def test_affine_results_can_be_stored(name, method):
     W = affine_rows(name)
@@ -434,7 +466,7 @@ def test_sensitivity_does_not_overflow(diagonal):
 
 
 def all_grids(W: torch.Tensor, a: torch.Tensor) -> list[torch.Tensor]:
-    return [kmeans_levels(W, a, 4), local_kmeans_levels(W, a, 4), *affine_search(W, a, 3), *minmax_affine(W, 2)]
+    return [kmeans_levels(W, a, 4), local_kmeans_levels(W, a, 4), *affine_search(W, a, 3), *symmetric_search(W, a, 3), *minmax_affine(W, 2)]
 
 
 def test_the_same_call_twice_gives_the_same_bits():
