@@ -40,8 +40,8 @@ DEFAULT_EXPONENT = {"nonuniform": 4.0, "affine": 2.0}
 
 
 # The pieces of --recipe (README, How it works): how --recipe published sets them, and what --recipe best sets otherwise.
-PUBLISHED = {"kmeans": "published", "shift": 0.0, "residual": False, "refine": 0}
-BEST = {"kmeans": "exact", "shift": 0.5, "residual": True, "refine": 2}
+PUBLISHED = {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "refine": 0}
+BEST = {"kmeans": "exact", "round_levels": True, "shift": 0.5, "residual": True, "refine": 2}
 
 
 @dataclass(frozen=True)
@@ -435,6 +435,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "(unset: exact for --recipe best, else published)",
     )
     add(
+        "--round_levels",
+        action=switch,
+        help="let the solver see non-uniform levels rounded as they are stored; costs nothing (unset: as --recipe)",
+    )
+    add(
         "--shift",
         type=float,
         help="0 to 1: how far to aim at the unquantized model's outputs on its own inputs; a second forward pass and a second matrix "
@@ -511,6 +516,8 @@ def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.Q
         raise InputError("--grid minmax has no sensitivity: leave out --sensitivity, or choose --grid nonuniform or affine")
     if grid != "nonuniform" and args.kmeans:
         raise InputError(f"--kmeans belongs to --grid nonuniform, not to {grid}: leave it out")
+    if grid != "nonuniform" and args.round_levels is not None:
+        raise InputError(f"--round_levels belongs to --grid nonuniform, not to {grid}: leave it out")
     if pieces["shift"] > 1:
         raise InputError(f"--shift is {pieces['shift']}: give 0 (not at all) to 1 (all the way)")
     if args.sym and grid == "nonuniform":

@@ -60,7 +60,8 @@ class QuantConfig:
     shift: float = 0.5  # how far to aim at the unquantized model's outputs on its own inputs: 0 = not at all, 1 = all the way
     residual: bool = True  # with shift: also at what the residual stream lacks
     refine: int = 2  # rounds of coordinate descent on the codes and least squares on the levels
-    levels_dtype: torch.dtype = torch.float16  # of stored non-uniform levels; the solver sees them rounded to it
+    levels_dtype: torch.dtype = torch.float16  # of stored non-uniform levels
+    round_levels: bool = True  # the solver sees non-uniform levels rounded as they are stored
 
 
 class Factor(NamedTuple):
@@ -254,7 +255,7 @@ def _reversed_inverse(L: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
 
 
 def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> Grid:
-    """The levels of each row or group of `W` [O, I] (original column order), rounded as they will be stored.
+    """The levels of each row or group of `W` [O, I] (original column order).
 
     Groups are static: learned from the original weights, for consecutive original columns. Without a factor every
     column counts the same.
@@ -268,7 +269,7 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
             levels = kmeans_levels(W, a, config.bits, config.kmeans_bins)
         else:
             levels = local_kmeans_levels(W, a, config.bits, config.kmeans_seed, config.kmeans)
-        return Grid(levels.to(config.levels_dtype).float().unsqueeze(1), None)
+        return Grid(rounded(levels, config).unsqueeze(1), None)
     size = I if config.groupsize == -1 else config.groupsize
     groups = W.reshape(-1, size)
     if config.grid == "minmax":
@@ -279,6 +280,11 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
         found = search(groups, a, config.bits, config.grid_partitions, config.exhaustive)
     affine = Affine(*(t.view(O, -1) for t in found))
     return Grid(affine_levels(affine.scale, affine.zero, config.bits), affine)
+
+
+def rounded(levels: torch.Tensor, config: QuantConfig) -> torch.Tensor:
+    """Non-uniform `levels` in float32, as the solver is to see them."""
+    return levels.to(config.levels_dtype).float() if config.round_levels else levels
 
 
 def nearest_codes(w: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
@@ -428,7 +434,7 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: torch.Tensor, 
         fitted.append(torch.linalg.solve(A, b + ridge.squeeze(2) * old[rows].double()))
     fitted = torch.cat(fitted).float()
     if grid.affine is None:
-        new = Grid(fitted.sort(1).values.to(config.levels_dtype).float().unsqueeze(1), None)
+        new = Grid(rounded(fitted.sort(1).values, config).unsqueeze(1), None)
     else:
         scale = stored_scale(torch.where(fitted > 0, fitted, old))
         new = Grid(affine_levels(scale, grid.affine.zero, config.bits), Affine(scale, grid.affine.zero))

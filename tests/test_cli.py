@@ -326,6 +326,7 @@ def pieces(settings: dict) -> dict:
         (["--exponent", "4", "--recipe", "published"], "published", {}),
         (["--grid", "affine", "--recipe", "published"], "published", {}),
         (["--exponent", "4", "--kmeans", "plusplus"], "best", {"kmeans": "plusplus"}),
+        (["--exponent", "4", "--no-round_levels"], "best", {"round_levels": False}),
         (["--exponent", "4", "--shift", "0"], "best", {"shift": 0.0}),
         (["--exponent", "4", "--no-residual"], "best", {"residual": False}),
         (["--exponent", "4", "--refine", "0"], "best", {"refine": 0}),
@@ -338,10 +339,12 @@ def pieces(settings: dict) -> dict:
     ids=lambda value: " ".join(value) or "no options" if isinstance(value, list) else "",
 )
 def test_a_recipe_is_its_pieces_and_each_has_a_flag_of_its_own(options, recipe, changed):
-    expected = {"best": llama.BEST, "published": {"kmeans": "published", "shift": 0.0, "residual": False, "refine": 0}}[recipe]
+    published = {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "refine": 0}
+    expected = {"best": llama.BEST, "published": published}[recipe]
     config = llama.quant_config(llama.parse(["model", "text", "--wbits", "3", *options]), torch.float16)
     assert pieces(vars(config)) == expected | changed
-    assert llama.BEST["kmeans"] == "exact" and llama.BEST["shift"] > 0 and llama.BEST["residual"] and llama.BEST["refine"] > 0
+    assert llama.BEST["kmeans"] == "exact" and llama.BEST["round_levels"] and llama.BEST["shift"] > 0
+    assert llama.BEST["residual"] and llama.BEST["refine"] > 0
 
 
 @pytest.mark.parametrize("sequential", [[], SEQUENTIAL], ids=["plain", "sequential"])
@@ -357,7 +360,8 @@ def test_recipes_record_their_pieces_and_what_they_took(tiny_model, text_file, o
 
 
 def test_every_piece_changes_the_weights(tiny_model, text_file, out):
-    changes = {"kmeans": ["--kmeans", "published"], "shift": ["--shift", 0], "residual": ["--no-residual"], "refine": ["--refine", 0]}
+    changes = {"kmeans": ["--kmeans", "published"], "round_levels": ["--no-round_levels"], "shift": ["--shift", 0]}
+    changes |= {"residual": ["--no-residual"], "refine": ["--refine", 0]}
     found = {}
     for name, options in {"best": [], **changes}.items():
         file = out / f"{name}.safetensors"
@@ -682,6 +686,7 @@ def test_weight_that_is_not_finite_is_named(text_file, out, refused, broken, nam
         (["--nearest", "--exponent", "4"], "--nearest"),
         (["--nearest", "--grid", "affine"], "--nearest"),
         (["--grid", "minmax", "--exponent", "4"], "--grid minmax"),
+        (["--grid", "affine", "--no-round_levels"], "--round_levels"),
         (["--sym", "--exponent", "4"], "--sym"),
         (["--sym", "--grid", "nonuniform"], "--sym"),
         (["--exponent", "4", "--groupsize", "16"], "--groupsize"),

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+import datautils
 import eval_quantized
 import llama
 import modelutils
@@ -52,6 +53,23 @@ def test_published_files_stream_to_the_published_logits(bits):
             model.advance(index, stream)
     with model.head() as head:
         torch.testing.assert_close(head(stream.hidden), expected["logits"], atol=1e-4, rtol=0)
+
+
+def test_the_published_recipe_writes_what_the_published_code_wrote(tmp_path, monkeypatch):
+    """From the same model, tokens and settings. Not at 4 bits, where the published code draws the start of its grids at random."""
+    ids = load_file(FIXTURES / "llama_base" / "io.safetensors")["calibration_ids"]
+    monkeypatch.setattr(datautils, "calibration_windows", lambda *_: ids)
+    monkeypatch.setattr(modelutils, "load_tokenizer", lambda _: None)
+    text = tmp_path / "unread.txt"
+    text.write_text("unread")
+    flags = ["--wbits", "2", "--exponent", "4", "--recipe", "published", "--percdamp", "0.1", "--act-order", "--true-sequential"]
+    ours = Checkpoint.open(quantized_file(FIXTURES / "llama_base", text, tmp_path / "q.safetensors", *flags))
+    theirs = Checkpoint.open(FIXTURES / "llama_2bit.safetensors")
+    assert len(ours.quantized) == 14 and set(ours.quantized) == set(theirs.quantized)
+    for linear in theirs.quantized:
+        O, I = theirs.shapes[f"{linear}.quant_grid"][0], 2 * theirs.shapes[f"{linear}.weight_codes"][1]
+        found, expected = (file.weight(f"{linear}.weight", (O, I), torch.float32) for file in (ours, theirs))
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
 
 
 METHODS = [("--exponent", "4"), ("--grid", "affine"), ("--grid", "minmax", "--groupsize", "32"), ("--exponent", "4", "--packing", "nibble")]
