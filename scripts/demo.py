@@ -17,6 +17,7 @@ from typing import NamedTuple
 from transformers.utils.logging import disable_progress_bar
 
 from demo_data import make_model, make_texts, write_text
+from plot import losses_by_layer
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT = "What is a telescope? Answer in one sentence."
@@ -161,11 +162,9 @@ def plot(reports: dict, out: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for method in METHODS[1:]:
-        losses: dict[int, float] = {}
-        for linear in reports[method.name]["linears"]:
-            losses[linear["layer"]] = losses.get(linear["layer"], 0.0) + (linear["loss"] or 0)
+        losses = losses_by_layer(reports[method.name])
         perplexity = reports[method.name]["perplexity"][0]["perplexity"]
-        axes.plot([layer + 1 for layer in losses], list(losses.values()), marker=".", label=f"{method.label} (perplexity {perplexity:.2f})")
+        axes.plot(list(losses), list(losses.values()), marker=".", label=f"{method.label} (perplexity {perplexity:.2f})")
     original = reports["fp16"]["perplexity"][0]["perplexity"]
     axes.set(xlabel="decoder layer", ylabel="loss: squared output error per token", yscale="log")
     axes.set_title(f"SmolLM2-135M-Instruct at 4 bits (fp16 perplexity {original:.2f})")

@@ -73,7 +73,8 @@ def label_all(reports: list[dict]) -> list[dict]:
     """Labels that tell the reports apart: where methods and widths agree, by the settings that do not."""
     for report in reports:
         alike = [other["settings"] for other in reports if other["label"] == report["label"]]
-        names = ("exponent", "sensitivity", "kmeans", "shift", "residual", "refine", "percdamp", "act_order", "nsamples", "seqlen", "seed")
+        names = ("exponent", "sensitivity", "kmeans", "round_levels", "shift", "residual", "refine")
+        names += ("percdamp", "act_order", "nsamples", "seqlen", "seed")
         differing = [name for name in names if len({repr(settings.get(name)) for settings in alike}) > 1]
         report["full_label"] = ", ".join([report["label"], *(f"{name} {report['settings'].get(name)}" for name in differing)])
     return [report | {"label": report["full_label"]} for report in reports]
@@ -91,6 +92,14 @@ def new_figure(*args, **options):
 
 def save(figure, path: Path) -> None:
     figure.savefig(path, dpi=100)
+
+
+def losses_by_layer(report: dict) -> dict[int, float]:
+    """Number of each layer, from 1 -> the sum of its linears' losses."""
+    losses: dict[int, float] = {}
+    for row in report["linears"]:
+        losses[row["layer"] + 1] = losses.get(row["layer"] + 1, 0.0) + (row["loss"] or 0)
+    return losses
 
 
 def plot_losses(reports: list[dict]):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from paper import BITS, GROUPS, PUBLISHED, TABLES, Job, Protocol, Table, protocol
-from plot import COLORS
+from plot import COLORS, losses_by_layer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -273,10 +273,8 @@ def plot_layers(new_figure, table: Table, done: dict, model: str, p: Protocol):
     figure, axes = new_figure(1, len(widths), figsize=(4.5 * len(widths), 3.8))
     for axis, bits in zip(axes[0], widths, strict=True):
         for number, (job, contents) in enumerate((j, c) for j, c in done.items() if j.bits == bits):
-            losses: dict[int, float] = {}
-            for row in contents["report"]["linears"]:
-                losses[row["layer"]] = losses.get(row["layer"], 0.0) + (row["loss"] or 0)
-            axis.plot([layer + 1 for layer in losses], list(losses.values()), ".-", color=COLORS[number], label=job.method)
+            losses = losses_by_layer(contents["report"])
+            axis.plot(list(losses), list(losses.values()), ".-", color=COLORS[number], label=job.method)
         axis.set(yscale="log", xlabel="decoder layer", title=f"{bits} bits")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("sum of losses")
