@@ -136,7 +136,7 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
             layer = stack.enter_context(model.layer(index))
         with phases("forward"):
             groups = model.groups(index, stream)
-        for stage in [[group] for group in groups] if run.true_sequential else [groups]:
+        for stage in model.stages(index, groups) if run.true_sequential else [groups]:
             statistics = collect_statistics(model, index, stream, reference, stage, done, run, config, phases)
             for group in stage:
                 for name, grid, codes, row in quantize_group(model, index, group, statistics.pop(0), run, config, phases):
@@ -172,19 +172,19 @@ def collect_statistics(model, index: int, stream, reference, groups: list, done:
         sums.append(quant.Statistics(I, residual, reference is not None, hessian_device(I, run)))
     theirs = None
     with phases("forward"):
-        original = model.inputs(index, reference, groups, done) if reference else None
+        original = model.inputs(index, reference, groups, done, leader=stream) if reference else None
         for ours in model.inputs(index, stream, groups, done):
             if original:
                 with phases("reference forward"):
                     theirs = next(original)
             with phases("hessian"):
                 for number, total in enumerate(sums):
-                    total.add(ours[number], theirs and theirs[number])
-    tokens = stream.hidden.shape[0] * stream.hidden.shape[1]
+                    if ours[number]:
+                        total.add(ours[number], theirs and theirs[number])
     for group, total in zip(groups, sums, strict=True):
         if not torch.isfinite(total.H.diagonal()).all():
             raise InputError(f"layer {index}: the input of {', '.join(group.linears)} is not finite: try --dtype float32 or bfloat16")
-        total.divide(tokens)
+        total.divide()
     return sums
 
 

@@ -8,6 +8,7 @@ Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 
 import contextlib
 import ctypes
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from leanquant.errors import InputError
+from leanquant.experts import Experts, routers, split_experts, use_model_names
 from leanquant.packing import Checkpoint
 
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
@@ -101,13 +103,15 @@ class Stream:
     """Hidden states [n, T, D] on their way through the model, updated in place by each layer.
 
     weights: parameters of the layer that this stream passes instead of the layer's own. finished: outputs of the
-    layer's children that can no longer change, one a batch, so that the next pass need not compute them again.
+    layer's children that can no longer change, one a batch, so that the next pass need not compute them again. routing: the
+    experts that each module of experts was last told to use, and their weights, for a stream that is to follow.
     """
 
     hidden: torch.Tensor
     batch_size: int
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     finished: dict[str, list] = field(default_factory=dict)
+    routing: dict[str, tuple] = field(default_factory=dict)
 
     def twin(self) -> "Stream":
         return Stream(torch.empty_like(self.hidden, pin_memory=self.hidden.is_pinned()).copy_(self.hidden), self.batch_size)
@@ -127,6 +131,8 @@ class StreamedModel:
                 self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         except ValueError as error:
             raise InputError(f"{folder} is not a causal language model that transformers knows ({str(error).splitlines()[0]})") from None
+        split_experts(self.model)
+        use_model_names(checkpoint, self.model)
         self.layers_name, self.layers = find_layers(self.model)
         self.embedding_name = _weight_name(self.model, self.model.get_input_embeddings())
         self.head_name = _weight_name(self.model, self.model.get_output_embeddings())
@@ -156,12 +162,30 @@ class StreamedModel:
         tied = self.config.get_text_config().tie_word_embeddings and name == self.head_name and name not in self.checkpoint
         return self.embedding_name if tied else name
 
+    def linears(self, index: int) -> dict[str, nn.Linear]:
+        """What can be quantized of layer `index`, by its name in the layer: all linears, but those that choose among experts."""
+        layer = self.layers[index]
+        kept = tuple(f"{name}." for name in routers(layer))
+        return {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear) and not f"{n}.".startswith(kept)}
+
+    def stages(self, index: int, groups: list[Group]) -> list[list[Group]]:
+        """The `groups` of layer `index`, those together that do not depend on one another: the same linear of several experts."""
+        experts = [f"{name}." for name, module in self.layers[index].named_modules() if isinstance(module, Experts)]
+
+        def part(numbered: tuple[int, Group]):
+            number, group = numbered
+            inside = next((name for name in experts if group.linears[0].startswith(name)), None)
+            return number if inside is None else (inside, group.linears[0].removeprefix(inside).partition(".")[2])
+
+        return [[group for _, group in stage] for _, stage in itertools.groupby(enumerate(groups), part)]
+
     def check(self) -> None:
         """Every tensor the config asks for is in the checkpoint with its shape, and every layer is one we can quantize."""
         for index, layer in enumerate(self.layers):
+            deciding = tuple(f"{name}." for name in routers(layer))
             for module_name, module in layer.named_modules():
                 for name, parameter in module.named_parameters(recurse=False):
-                    if parameter.ndim > 1 and not isinstance(module, nn.Linear):
+                    if parameter.ndim > 1 and not isinstance(module, nn.Linear) and not f"{module_name}.".startswith(deciding):
                         raise InputError(
                             f"layer {index} holds {module_name}.{name} {list(parameter.shape)} in a {type(module).__name__}: only "
                             "stacks of nn.Linear can be quantized, so this model is not supported"
@@ -294,27 +318,36 @@ class StreamedModel:
                 del child.forward
 
     @torch.no_grad()
-    def inputs(self, index: int, stream: Stream, groups: list[Group], final: set[str] = frozenset()) -> Iterator[list[GroupInput]]:
-        """Run layer `index` only as far as the inputs of `groups`: a list of them for each batch of `stream`.
+    def inputs(
+        self, index: int, stream: Stream, groups: list[Group], final: set[str] = frozenset(), leader: Stream | None = None
+    ) -> Iterator[list[GroupInput | None]]:
+        """Run layer `index` only as far as the inputs of `groups`: a list of them for each batch of `stream`, None for an expert
+        without tokens in it.
 
         final: linears whose weights will not change any more. The outputs of the layer's children that hold only such
-        are kept in the stream's memory and not computed again by later passes.
+        are kept in the stream's memory and not computed again by later passes. leader: a stream that has just shown its inputs
+        for the same batch, and whose choice of experts this one follows.
         """
         layer = self.layers[index]
-        kept = {name: [] for name, child in layer.named_children() if name not in stream.finished and _is_final(name, child, final)}
+        children = {name for name, _ in layer.named_children()} - set(stream.finished)
+        kept = {name: [] for name in children if _is_final(name, set(self.linears(index)), final)}
         for number, batch in enumerate(stream.batches()):
-            found, residuals = [], {"": batch}
+            found, residuals = {}, {"": batch}
 
-            def see(_module, inputs, found=found, residuals=residuals):
-                group = groups[len(found)]
-                found.append(GroupInput(inputs[0], None if group.residual is None else residuals[group.residual].to(inputs[0])))
-                if len(found) == len(groups):
-                    raise _Stop
+            def see(position, found=found, residuals=residuals):
+                def before(_module, inputs):
+                    source = groups[position].residual
+                    found[position] = GroupInput(inputs[0], None if source is None else residuals[source].to(inputs[0]))
+                    if len(found) == len(groups):
+                        raise _Stop
+
+                return before
 
             def keep(name):
                 return lambda _module, _inputs, output: kept[name].append(_moved(output, stream.hidden.device))
 
-            handles = [layer.get_submodule(group.linears[0]).register_forward_pre_hook(see) for group in groups]
+            handles = [layer.get_submodule(g.linears[0]).register_forward_pre_hook(see(i)) for i, g in enumerate(groups)]
+            handles += _on_routing(layer, leader.routing.get if leader else stream.routing.__setitem__)
             for name in {group.residual for group in groups if group.residual}:
                 note = lambda _module, inputs, name=name, residuals=residuals: residuals.__setitem__(name, inputs[0])  # noqa: E731
                 handles.append(layer.get_submodule(name).register_forward_pre_hook(note))
@@ -327,7 +360,7 @@ class StreamedModel:
                     handle.remove()
             if number == len(stream.batches()) - 1:
                 stream.finished |= {name: outputs for name, outputs in kept.items() if len(outputs) == number + 1}
-            yield found
+            yield [found.get(position) for position in range(len(groups))]
 
     @torch.no_grad()
     def groups(self, index: int, stream: Stream) -> list[Group]:
@@ -336,8 +369,7 @@ class StreamedModel:
         One batch of `stream` is watched. A linear writes to the residual stream if what some child of the layer reads, or
         the layer's output, is the sum of its output and of an earlier state of that stream.
         """
-        layer, batch = self.layers[index], stream.batches()[0]
-        linears = {name: m for name, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        layer, batch, linears = self.layers[index], stream.batches()[0], self.linears(index)
         seen: list[tuple[torch.Tensor, list[str]]] = []
         outputs: dict[str, torch.Tensor | None] = {}  # of each linear called, if it is of the residual stream's shape
         states: list[tuple[str, int, torch.Tensor]] = []  # (child, linears called before, what it reads)
@@ -365,6 +397,7 @@ class StreamedModel:
         handles = [m.register_forward_pre_hook(enter(name)) for name, m in linears.items()]
         handles += [m.register_forward_hook(leave(name)) for name, m in linears.items()]
         handles += [m.register_forward_pre_hook(note(name)) for name, m in layer.named_children()]
+        handles += _on_routing(layer, lambda name, told: _first_token_to_all(layer.get_submodule(name), *told))
         try:
             out = self.run_layer(index, batch, stream.weights)
         finally:
@@ -410,10 +443,26 @@ class _Restart(Exception):
     """The forward pass must be run again with the other return convention."""
 
 
-def _is_final(name: str, child: nn.Module, final: set[str]) -> bool:
-    """Does `child` hold linears, all of them in `final`?"""
-    linears = {f"{name}.{inner}".removesuffix(".") for inner, module in child.named_modules() if isinstance(module, nn.Linear)}
-    return bool(linears) and linears <= final
+def _is_final(child: str, linears: set[str], final: set[str]) -> bool:
+    """Does `child` hold some of `linears`, all of them in `final`?"""
+    held = {name for name in linears if f"{name}.".startswith(f"{child}.")}
+    return bool(held) and held <= final
+
+
+def _on_routing(layer: nn.Module, route: Callable) -> list:
+    """Have `route(name, (chosen, weights))` see what each module of experts of `layer` is told, or return what replaces it. Returns
+    the hooks."""
+
+    def before(name):
+        def hook(_module, inputs):
+            states, *chosen = inputs
+            other = route(name, chosen)
+            return None if other is None else (states, *other)
+
+        return hook
+
+    found = [(name, module) for name, module in layer.named_modules() if isinstance(module, Experts)]
+    return [module.register_forward_pre_hook(before(name)) for name, module in found]
 
 
 def _residual_writers(outputs: dict[str, torch.Tensor | None], entering: torch.Tensor, states: list) -> dict[str, str]:
@@ -431,6 +480,13 @@ def _residual_writers(outputs: dict[str, torch.Tensor | None], entering: torch.T
             writers[name] = source
             source, stream = reached
     return writers
+
+
+def _first_token_to_all(experts: Experts, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A routing [N, E] that calls every expert, with the first token, and none with any other."""
+    every = torch.full((len(chosen), len(experts)), len(experts), device=chosen.device)
+    every[0] = torch.arange(len(experts), device=chosen.device)
+    return every, weights.new_ones(every.shape)
 
 
 def _moved(output, device: torch.device):

@@ -117,7 +117,7 @@ class Statistics:
     """Sums, then means, over tokens of products of a group's input x [I].
 
     H [I, I]: x x^T, upper triangle. C [I, I]: (x' - x) x^T, x' the unquantized model's input. R [O, I]: (h' - h) x^T, h' and
-    h the residual streams that the group's one linear writes to. C and R are None where they are not wanted.
+    h the residual streams that the group's one linear writes to. C and R are None where they are not wanted. tokens: how many.
     """
 
     def __init__(self, I: int, residual: int, shift: bool, device: torch.device):
@@ -125,9 +125,11 @@ class Statistics:
         self.H = zeros(I)
         self.C = zeros(I) if shift else None
         self.R = zeros(residual) if shift and residual else None
+        self.tokens = 0
 
     def add(self, ours, theirs) -> None:
         """Count one batch: what the group reads in the quantized model and in the unquantized one, or None."""
+        self.tokens += ours.X[..., 0].numel()
         X = ours.X.flatten(0, -2).to(self.H.device)
         with _products_of(X):
             X = X if _on_tensor_cores(X) else X.float()
@@ -137,10 +139,11 @@ class Statistics:
             if self.R is not None:
                 accumulate_product(self.R, _difference(theirs.residual, ours.residual.to(X)), X)
 
-    def divide(self, tokens: int) -> None:
+    def divide(self) -> None:
+        """Make the sums means."""
         for total in (self.H, self.C, self.R):
             if total is not None:
-                total /= tokens
+                total /= max(self.tokens, 1)
 
 
 # --- Hessian ---------------------------------------------------------------------------------------------------

@@ -12,9 +12,9 @@ from torch import nn
 
 from . import lut_gemm
 from .errors import InputError
-from .packing import CODES, GRID, SCALE, ZERO, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
+from .experts import split_experts
+from .packing import SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
 
-SUFFIXES = (CODES, GRID, SCALE, ZERO)
 PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
 MIN_CAPABILITY = (7, 0)  # of a GPU, for the fused kernels
 
@@ -155,7 +155,11 @@ class QuantizedLinear(nn.Linear):
 
 
 def replace_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a QuantizedLinear, still without values, in the place of each quantized linear of the file, checked against it."""
+    """Put a QuantizedLinear, still without values, in the place of each quantized linear of the file, checked against it.
+
+    Fused experts are split for it.
+    """
+    split_experts(model)
     modules = dict(model.named_modules())
     for name in checkpoint.quantized:
         linear = modules.get(name)

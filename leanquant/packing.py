@@ -27,7 +27,7 @@ from tqdm import tqdm
 from .errors import InputError
 
 FORMAT_VERSION = 1
-CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
+SUFFIXES = CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
 # The order in which safetensors writes dtypes; within one, tensors are in the order of their names.
 DTYPE_ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 TORCH_DTYPES = {
@@ -224,6 +224,17 @@ class Checkpoint:
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes
+
+    def cut(self, stored: str, names: list[str], shape: tuple[int, ...]) -> None:
+        """Offer tensor `stored` as pieces of `shape`, one behind the other under `names`, and not under its own name any more."""
+        whole, kind, file, offset = self.tensor_bytes(stored), self.dtypes[stored], self.files[stored], self.offsets[stored]
+        for entries in (self.files, self.offsets, self.shapes, self.dtypes):
+            del entries[stored]
+        for number, name in enumerate(names):
+            if name in self.files:
+                raise InputError(f"{stored} in {file.name} is there a second time, as {name}: get the files again")
+            self.files[name], self.offsets[name] = file, offset + number * whole // len(names)
+            self.shapes[name], self.dtypes[name] = shape, kind
 
     def check_unchanged(self) -> None:
         """Raise InputError if a file is not the one that was opened any more."""

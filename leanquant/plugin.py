@@ -56,6 +56,10 @@ class LeanQuantizer(HfQuantizer):
         prepare_linears(model, model.dtype, "auto")
         return model
 
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        """None: our files name tensors as the model does, its experts split."""
+        return []
+
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
         return model.state_dict(), {METHOD: json.dumps(self.quantization_config.settings, sort_keys=True)}
 
@@ -76,4 +80,4 @@ def mark_quantized(model: nn.Module, settings: dict) -> None:
     """What transformers notes on a model that it loaded through the plug-in, so that `save_pretrained` writes a folder of ours."""
     model.hf_quantizer = LeanQuantizer(LeanQuantConfig(**settings), pre_quantized=True)
     model.config.quantization_config = model.hf_quantizer.quantization_config
-    model.quantization_method, model.is_quantized = METHOD, True
+    model.quantization_method, model.is_quantized, model._weight_conversions = METHOD, True, []

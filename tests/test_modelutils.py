@@ -451,17 +451,10 @@ def edit_config(folder: Path, **changes) -> None:
     (folder / "config.json").write_text(json.dumps(config | changes))
 
 
-@pytest.mark.parametrize(
-    "config, kind",
-    [
-        (transformers.GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=256), "Conv1D"),
-        (transformers.MixtralConfig(**SIZES, num_local_experts=2), "Mixtral"),
-    ],
-    ids=["gpt2", "mixtral"],
-)
-def test_layers_that_are_not_linears_are_refused_by_name(tmp_path, config, kind):
+def test_layers_that_are_not_linears_are_refused_by_name(tmp_path):
+    config = transformers.GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=256)
     message = refusal(stream, write_model(config, tmp_path / "model"))
-    assert "layer 0" in message and kind in message and "nn.Linear" in message
+    assert "layer 0" in message and "Conv1D" in message and "nn.Linear" in message
 
 
 @pytest.mark.parametrize(

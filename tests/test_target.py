@@ -54,7 +54,7 @@ def summed(t: Tokens, residual: int = 0, shift: bool = True, dtype=torch.float32
 
 def mean_statistics(t: Tokens, residual: int, act_order: bool, percdamp: float = 0.1) -> tuple[Statistics, Factor]:
     statistics = summed(t, residual)
-    statistics.divide(270)
+    statistics.divide()
     return statistics, factorize(statistics.H.clone(), percdamp, act_order)
 
 
@@ -152,7 +152,7 @@ def test_without_a_shift_the_target_is_the_weights_with_dead_columns_zero():
 def test_statistics_are_means_over_all_tokens_of_all_batches(residual):
     t = tokens()
     statistics = summed(t, residual)
-    statistics.divide(270)
+    statistics.divide()
     x, x_original, h, h_original = (tensor.double().flatten(0, 1) for tensor in t)
     assert_product(270 * statistics.H.triu() + 270 * statistics.H.triu(1).T, x, x, 1e-5)
     assert_product(270 * statistics.C, x_original - x, x, 1e-5)
