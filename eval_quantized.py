@@ -103,11 +103,11 @@ def standard_error(values: list[float]) -> float:
     return torch.tensor(values, dtype=torch.float64).std().item() / math.sqrt(len(values))
 
 
-def streamed_losses(model: modelutils.StreamedModel, windows: torch.Tensor, batch_size: int, label: str) -> torch.Tensor:
-    """Next-token losses [n, T - 1] of token `windows` [n, T], layer by layer."""
-    hidden = last_hidden(model, windows, batch_size, f"eval {label}")
+def streamed_losses(model: modelutils.StreamedModel, windows: torch.Tensor, batch_size: int, label: str, place=None) -> torch.Tensor:
+    """Next-token losses [n, T - 1] of token `windows` [n, T], layer by layer; activations wait at `place` (unset: in host memory)."""
+    stream = last_hidden(model, windows, batch_size, f"eval {label}", place)
     with model.head() as logits:
-        pairs = zip(hidden, windows, strict=True)
+        pairs = zip((states for batch in stream.batches() for states in batch), windows, strict=True)
         return torch.stack([token_losses(logits(states.unsqueeze(0))[0], ids.to(model.device)).cpu() for states, ids in pairs])
 
 
@@ -122,13 +122,13 @@ def whole_losses(model: torch.nn.Module, windows: torch.Tensor, batch_size: int,
     return torch.stack(losses)
 
 
-def last_hidden(model: modelutils.StreamedModel, windows: torch.Tensor, batch_size: int, label: str) -> torch.Tensor:
-    """What the last decoder layer gives for token `windows` [n, T]: [n, T, D]; layer by layer, under a progress bar."""
-    stream = model.embed(windows, batch_size)
+def last_hidden(model: modelutils.StreamedModel, windows: torch.Tensor, batch_size: int, label: str, place=None) -> modelutils.Stream:
+    """What the last decoder layer gives for token `windows` [n, T]; layer by layer, under a progress bar. It waits at `place`."""
+    stream = model.embed(windows, batch_size, place)
     for index in tqdm(range(len(model.layers)), desc=label, unit="layer", ncols=80, leave=False, disable=None):
         with model.layer(index):
             model.advance(index, stream)
-    return stream.hidden
+    return stream
 
 
 def token_losses(logits: torch.Tensor, ids: torch.Tensor, chunk: int = 256) -> torch.Tensor:

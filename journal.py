@@ -2,8 +2,8 @@
 
 It lies in the run's working folder, beside the parts that are written (leanquant.packing.ModelWriter): `journal.jsonl`, whose
 first line is the run's fingerprint and each further line what was finished since the line before; and two generations of the
-live activations, `live-0.bin` and `live-1.bin`, verbatim, because computing them again does not give the same bits. A line
-is written only when everything it speaks of is on the disk. No model and no algorithm here.
+live activations (activations.py), verbatim, because computing them again does not give the same bits. A line is written only when
+everything it speaks of is on the disk. No model and no algorithm here.
 """
 
 import json
@@ -11,8 +11,7 @@ import os
 import time
 from pathlib import Path
 
-import torch
-
+from activations import STAMP_BYTES, Activations, live_file, save, stamp_of
 from leanquant.errors import InputError
 from leanquant.packing import Checkpoint, part_name, sync_folder, write_synced
 
@@ -44,7 +43,8 @@ class Journal:
         """Take up the journal in `folder`, or begin one. Without a folder nothing is kept. Raises InputError if the one that is there
         belongs to another run."""
         self.folder, self.layers, self.parts, self.rows, self.seconds = folder, 0, 0, [], {}
-        self._pending, self._generation, self._live, self._saved_at, self._cost = [], 0, None, time.monotonic(), 0.0
+        self.generation = 1  # of the live activations that are saved; the other one may be written over
+        self._pending, self._live, self._saved_at, self._cost = [], None, time.monotonic(), 0.0
         if folder is None:
             return
         self.path = folder / "journal.jsonl"
@@ -59,7 +59,7 @@ class Journal:
             self.layers, self.parts, self.seconds, self._live = last["layers"], last["parts"], last["seconds"], last["live"]
             lines = lines[: lines.index(last) + 1]
             self.rows = [row for line in lines[1:] for row in line["rows"]]
-            self._generation = 1 - int(self._live["generation"]) if self._live else 0
+            self.generation = int(self._live["generation"]) if self._live else 1
         else:
             lines = [fingerprint]
         self._rewrite(lines)
@@ -82,18 +82,8 @@ class Journal:
             return False
         if live is None:
             return True
-        file = self._live_file(live["generation"])
-        return file.is_file() and file.stat().st_size == live["bytes"] and self._stamp(file) == line["layers"]
-
-    def _live_file(self, generation: int) -> Path:
-        return self.folder / f"live-{generation}.bin"
-
-    @staticmethod
-    def _stamp(file: Path) -> int:
-        """The number of finished layers, in the last eight bytes."""
-        with open(file, "rb") as f:
-            f.seek(-8, os.SEEK_END)
-            return int.from_bytes(f.read(8), "little")
+        file = live_file(self.folder, live["generation"])
+        return file.is_file() and file.stat().st_size == live["bytes"] and stamp_of(file) == line["layers"]
 
     def _rewrite(self, lines: list[dict]) -> None:
         partial = self.path.with_name("journal.new")
@@ -101,35 +91,28 @@ class Journal:
         os.replace(partial, self.path)
         sync_folder(self.folder)
 
-    def restore(self, live: list[torch.Tensor]) -> None:
-        """Fill the tensors of `live` with what was saved after the last finished layer."""
+    def restore(self, live: list[Activations]) -> None:
+        """Set the streams `live` back to what was saved after the last finished layer."""
         if self._live is None:
             return
-        file = self._live_file(self._live["generation"])
-        with open(file, "rb") as f:
-            for tensor in live:
-                if f.readinto(_bytes_of(tensor)) != tensor.nbytes:
-                    raise InputError(f"{file} is shorter than the run needs: start over with --fresh")
+        with open(live_file(self.folder, self.generation), "rb") as file:
+            if not all(stream.restore_from(file, self.generation) for stream in live):
+                raise InputError(f"{file.name} is shorter than the run needs: start over with --fresh")
 
-    def add(self, layers: int, parts: int, rows: list[dict], seconds: dict[str, float], live: list[torch.Tensor], is_last: bool) -> None:
+    def add(self, layers: int, parts: int, rows: list[dict], seconds: dict[str, float], live: list[Activations], is_last: bool) -> None:
         """`layers` layers and `parts` parts are finished now, with the report's `rows` of the last one and `live` activations.
 
-        Saved at once, unless that takes longer than what would be lost; after the last layer no activations are needed.
+        Saved at once, unless that takes longer than what would be lost (activations in files are written anyway); after the
+        last layer no activations are needed.
         """
         self._pending += rows
-        if self.folder is None or (not is_last and time.monotonic() - self._saved_at < PATIENCE * self._cost):
+        impatient = is_last or live[0].on_disk or time.monotonic() - self._saved_at >= PATIENCE * self._cost
+        if self.folder is None or not impatient:
             return
         start, saved = time.monotonic(), None
         if not is_last:
-            saved = {"generation": self._generation, "bytes": sum(tensor.nbytes for tensor in live) + 8}
-            with open(self._live_file(self._generation), "wb", buffering=0) as f:
-                for tensor in live:
-                    view = _bytes_of(tensor)
-                    while len(view):  # one write may take only a part
-                        view = view[f.write(view) :]
-                f.write(layers.to_bytes(8, "little"))
-                os.fsync(f.fileno())
-            self._generation = 1 - self._generation
+            self.generation = save(live, self.folder, self.generation, layers)
+            saved = {"generation": self.generation, "bytes": sum(stream.nbytes for stream in live) + STAMP_BYTES}
         with open(self.path, "a") as f:
             f.write(json.dumps({"layers": layers, "parts": parts, "live": saved, "seconds": seconds, "rows": self._pending}) + "\n")
             f.flush()
@@ -137,8 +120,6 @@ class Journal:
         sync_folder(self.folder)
         self.layers, self._pending, self._saved_at = layers, [], time.monotonic()
         self._cost = self._saved_at - start
-
-
-def _bytes_of(tensor: torch.Tensor) -> memoryview:
-    """The memory of a contiguous host tensor, not copied."""
-    return memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        if is_last:
+            for generation in (0, 1):
+                live_file(self.folder, generation).unlink(missing_ok=True)

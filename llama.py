@@ -14,6 +14,7 @@ import platform
 import resource
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -30,6 +31,7 @@ import eval_quantized
 import leanquant
 import modelutils
 import quant
+from activations import KINDS, Place
 from journal import Journal, files_of
 from leanquant import packing
 from leanquant.errors import InputError
@@ -57,6 +59,8 @@ class Run:
     true_sequential: bool
     n_layers: int | None
     offload_threshold: int
+    hessian_device: torch.device | None
+    activations: str
     packing: str
     device: torch.device
     save_path: Path | None
@@ -101,9 +105,10 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
     Goes on after the layers that `journal` has.
     """
     with phases("forward"):
-        stream = model.embed(ids, run.batch_size)
+        place = Place(run.activations, run.device, writer.folder, journal.generation)
+        stream = model.embed(ids, run.batch_size, place, streams(config))
         reference = stream.twin() if config.shift > 0 else None
-    live = [stream.hidden] + ([reference.hidden] if reference else [])
+    live = [stream.states] + ([reference.states] if reference else [])
     journal.restore(live)
     count, rows = quantized_layers(model, run), list(journal.rows)
     bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None}
@@ -188,10 +193,18 @@ def collect_statistics(model, index: int, stream, reference, groups: list, done:
     return sums
 
 
+def streams(config: quant.QuantConfig) -> int:
+    """The quantized model's activations, and with --shift the unquantized model's."""
+    return 2 if config.shift > 0 else 1
+
+
 def hessian_device(width: int, run: Run) -> torch.device:
-    """Where a Hessian of this width lives: beyond --offload_threshold on the second GPU, or the CPU where there is none."""
-    if run.device.type == "cpu" or width < run.offload_threshold:
+    """Where a Hessian of this width lives: beyond --offload_threshold on --hessian_device, unset the second GPU, or the CPU where
+    there is none."""
+    if width < run.offload_threshold:
         return run.device
+    if run.hessian_device or run.device.type == "cpu":
+        return run.hessian_device or run.device
     others = [i for i in range(torch.cuda.device_count()) if i != (run.device.index or 0)]
     return torch.device("cuda", others[0]) if others else torch.device("cpu")
 
@@ -468,7 +481,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--offload_threshold",
         type=int,
         default=53248,
-        help="Hessians at least this wide are handled on the second GPU, or on the CPU where there is none",
+        help="Hessians at least this wide are handled on --hessian_device",
+    )
+    add(
+        "--hessian_device", help="cpu or cuda:N, for Hessians too wide for --device (unset: the second GPU, or the CPU where there is none)"
+    )
+    add(
+        "--activations",
+        choices=["auto", *KINDS],
+        default="auto",
+        help="where the activations of the calibration text wait between passes: on the device, in host memory, or on the disk, in the "
+        "folder where the run works; the same bytes come out; auto: the first of these in which they fit",
     )
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     add(
@@ -588,6 +611,8 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         true_sequential=args.true_sequential,
         n_layers=args.n_layers,
         offload_threshold=args.offload_threshold,
+        hessian_device=eval_quantized.pick_device(args.hessian_device) if args.hessian_device else None,
+        activations="host" if args.activations == "auto" else args.activations,
         packing=args.packing,
         device=device,
         save_path=args.save_path,
@@ -658,12 +683,7 @@ def run_command(args: argparse.Namespace) -> None:
             contents |= {"shift_bytes": shift_bytes(model, run, config)}
             print_summary(contents, run)
             write_report(run, contents)
-        contents["perplexity"] = []
-        for windows in tests:
-            losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source)
-            result = eval_quantized.perplexity(windows, losses)
-            contents["perplexity"].append(result._asdict())
-            print(result, flush=True)
+        evaluate(model, tests, run, contents)
         write_report(run, contents)
     except BaseException as error:
         if journal and journal.layers:
@@ -674,10 +694,21 @@ def run_command(args: argparse.Namespace) -> None:
             writer.close(keep=journal is None or journal.layers > 0)  # without a journal nothing there is this run's
 
 
+def evaluate(model, tests: list[eval_quantized.Windows], run: Run, contents: dict) -> None:
+    """Measure and print the perplexity on each of `tests`; its activations wait where those of the calibration text did."""
+    contents["perplexity"] = []
+    for windows in tests:
+        with tempfile.TemporaryDirectory(prefix="leanquant-", dir=run.save_path and run.save_path.absolute().parent) as folder:
+            place = Place(run.activations, run.device, Path(folder))
+            losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source, place)
+        result = eval_quantized.perplexity(windows, losses)
+        contents["perplexity"].append(result._asdict())
+        print(result, flush=True)
+
+
 def live_bytes(model, run: Run, config: quant.QuantConfig) -> int:
     """Two generations of the activations that the journal saves."""
-    streams = 2 if config.shift > 0 else 1
-    return 2 * streams * run.nsamples * run.seqlen * model.config.get_text_config().hidden_size * model.dtype.itemsize
+    return 2 * streams(config) * run.nsamples * run.seqlen * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
 
 def fingerprint(settings: dict, ids: torch.Tensor, checkpoint: packing.Checkpoint, dtype: torch.dtype, run: Run) -> dict:

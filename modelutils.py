@@ -20,6 +20,7 @@ from torch import nn
 from torch.func import functional_call
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from activations import Activations, Place, mapped
 from leanquant.errors import InputError
 from leanquant.experts import Experts, routers, split_experts, use_model_names
 from leanquant.packing import Checkpoint
@@ -71,11 +72,6 @@ def release_memory() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def host_tensor(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Uninitialised host memory for what goes to and comes from `device`: pinned for a GPU, so that copies need no staging."""
-    return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
-
-
 class _Stop(Exception):
     """Ends a forward pass as soon as what it was run for has been seen."""
 
@@ -100,24 +96,52 @@ class GroupInput(NamedTuple):
 
 @dataclass
 class Stream:
-    """Hidden states [n, T, D] on their way through the model, updated in place by each layer.
+    """Hidden states [n, T, D] on their way through the model; each layer moves them on.
 
     weights: parameters of the layer that this stream passes instead of the layer's own. finished: outputs of the
     layer's children that can no longer change, one a batch, so that the next pass need not compute them again. routing: the
-    experts that each module of experts was last told to use, and their weights, for a stream that is to follow.
+    experts that each module of experts was last told to use, and their weights, for a stream that is to follow. moved:
+    sequences that a pass which was broken off has moved already.
     """
 
-    hidden: torch.Tensor
+    states: Activations
     batch_size: int
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
     finished: dict[str, list] = field(default_factory=dict)
     routing: dict[str, tuple] = field(default_factory=dict)
+    moved: int = 0
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """All of them, in memory."""
+        return self.states.whole()
 
     def twin(self) -> "Stream":
-        return Stream(torch.empty_like(self.hidden, pin_memory=self.hidden.is_pinned()).copy_(self.hidden), self.batch_size)
+        return Stream(self.states.twin(), self.batch_size)
 
-    def batches(self) -> tuple[torch.Tensor, ...]:
-        return self.hidden.split(self.batch_size)
+    def spans(self) -> list[slice]:
+        """The sequences still to be moved, by batches."""
+        return self.states.spans(self.batch_size, self.moved)
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """The hidden states of those, on the device."""
+        for batch, _ in self.loaded():
+            yield batch
+
+    def loaded(self) -> Iterator[tuple[torch.Tensor, tuple]]:
+        """A batch at a time: its hidden states, and its outputs of each finished child."""
+        spans, finished = self.spans(), list(self.finished.values())
+
+        def load(number: int):
+            outputs = (mapped(self.states.recall, child[number]) for child in finished)
+            return self.states.read(spans[number]), tuple(outputs)
+
+        return self.states.batches(load, len(spans))
+
+    def forget(self) -> None:
+        """Let go of the outputs of finished children."""
+        self.finished = {}
+        self.states.forget()
 
 
 class StreamedModel:
@@ -259,62 +283,95 @@ class StreamedModel:
         return self._forward(on_layer, **inputs)
 
     @torch.no_grad()
-    def embed(self, windows: torch.Tensor, batch_size: int) -> Stream:
-        """The hidden states that enter the first layer, for token `windows` [n, T]; notes each layer's call."""
+    def embed(self, windows: torch.Tensor, batch_size: int, place: Place | None = None, streams: int = 1) -> Stream:
+        """The hidden states that enter the first layer, for token `windows` [n, T]; notes each layer's call.
+
+        They wait at `place` (unset: in host memory), as the first of so many streams.
+        """
+        stream = None
+        with self._outside_layers():
+            for start in range(0, len(windows), batch_size):
+                batch = windows[start : start + batch_size]
+                entering = self._record(batch)
+                if stream is None:
+                    shape = (*windows.shape, entering.shape[-1])
+                    place = place or Place("host", self.device)
+                    stream = Stream(place.activations(shape, entering.dtype, streams), batch_size)
+                stream.states.write(slice(start, start + len(batch)), entering)
+        stream.states.commit()
+        return stream
+
+    @contextlib.contextmanager
+    def _outside_layers(self) -> Iterator[None]:
+        """For the block: what runs before the layers has its weights."""
         names = [n for n in self.outside_names() if n != self.head_name]
         self._fill(names)
-        hidden, done = None, 0
-        for batch in windows.split(batch_size):
-            calls, entering = [], []
+        try:
+            yield
+        finally:
+            self._empty(names)
 
-            def record(index, states, args, kwargs, calls=calls, entering=entering):
-                if index == 0:  # also after a restart
-                    calls.clear()
-                    entering[:] = [states.cpu()]
-                calls.append((args, kwargs))
-                if index == len(self.layers) - 1:
-                    raise _Stop
-                return states
+    def _record(self, batch: torch.Tensor) -> torch.Tensor:
+        """The hidden states of a `batch` of tokens as they enter the first layer; notes what each layer is called with."""
+        calls, entering = [], []
 
-            with contextlib.suppress(_Stop):
-                self._forward(record, input_ids=batch.to(self.device))
-            if hidden is None:
-                width = entering[0].shape[-1]
-                hidden = host_tensor((*windows.shape, width), entering[0].dtype, self.device)
-            hidden[done : done + len(batch)] = entering[0]
-            done += len(batch)
-            self._calls.setdefault(tuple(batch.shape), calls)
-        self._empty(names)
-        return Stream(hidden, batch_size)
+        def record(index, states, args, kwargs):
+            if index == 0:  # also after a restart
+                calls.clear()
+                entering[:] = [states]
+            calls.append((args, kwargs))
+            if index == len(self.layers) - 1:
+                raise _Stop
+            return states
+
+        with contextlib.suppress(_Stop):
+            self._forward(record, input_ids=batch.to(self.device))
+        self._calls.setdefault(tuple(batch.shape), calls)
+        return entering[0]
+
+    @torch.no_grad()
+    def halve_batches(self, streams: list[Stream]) -> None:
+        """Let `streams` go on with batches of half the size; what their layer's finished children gave is computed again."""
+        for stream in streams:
+            stream.batch_size = max(1, stream.batch_size // 2)
+            stream.forget()
+        spans = (span for stream in streams for span in (*stream.spans(), *stream.states.spans(stream.batch_size)))
+        shapes = {(span.stop - span.start, streams[0].states.shape[1]) for span in spans}
+        with self._outside_layers():
+            for shape in shapes - set(self._calls):
+                self._record(torch.zeros(shape, dtype=torch.long))
 
     def run_layer(self, index: int, hidden: torch.Tensor, weights: dict[str, torch.Tensor]) -> torch.Tensor:
         """One batch [B, T, D] through layer `index`, which must hold its weights; those named in `weights` are replaced."""
         args, kwargs = self._calls[tuple(hidden.shape[:2])][index]
-        out = functional_call(self.layers[index], weights, (hidden.to(self.device, self.dtype, non_blocking=True), *args), kwargs)
+        out = functional_call(self.layers[index], weights, (hidden.to(self.device, self.dtype), *args), kwargs)
         self._returns_tuple = isinstance(out, tuple)
         return out[0] if self._returns_tuple else out
 
     @torch.no_grad()
     def advance(self, index: int, stream: Stream) -> None:
         """Move `stream` through layer `index`. Raises InputError if it leaves the finite numbers."""
-        for number, batch in enumerate(stream.batches()):
-            with self._skipping_finished(index, stream, number):
+        for rows, (batch, finished) in zip(stream.spans(), stream.loaded(), strict=True):
+            with self._skipping_finished(index, stream, finished):
                 out = self.run_layer(index, batch, stream.weights)
             if not torch.isfinite(out).all():
                 raise InputError(f"layer {index} gives non-finite activations in {self.dtype}: try --dtype float32 or bfloat16")
-            batch.copy_(out)
-        stream.weights, stream.finished = {}, {}
+            stream.states.write(rows, out)
+            stream.moved = rows.stop
+        stream.states.commit()
+        stream.weights, stream.moved = {}, 0
+        stream.forget()
 
     @contextlib.contextmanager
-    def _skipping_finished(self, index: int, stream: Stream, number: int) -> Iterator[None]:
-        """For the block: children of the layer that `stream` has finished return what they returned for this batch."""
-        children = [(self.layers[index].get_submodule(name), outputs[number]) for name, outputs in stream.finished.items()]
-        for child, output in children:
-            child.forward = lambda *_, output=output, **__: _moved(output, self.device)
+    def _skipping_finished(self, index: int, stream: Stream, outputs: tuple) -> Iterator[None]:
+        """For the block: children of the layer that `stream` has finished return `outputs`."""
+        children = [self.layers[index].get_submodule(name) for name in stream.finished]
+        for child, output in zip(children, outputs, strict=True):
+            child.forward = lambda *_, output=output, **__: output
         try:
             yield
         finally:
-            for child, _ in children:
+            for child in children:
                 del child.forward
 
     @torch.no_grad()
@@ -331,7 +388,7 @@ class StreamedModel:
         layer = self.layers[index]
         children = {name for name, _ in layer.named_children()} - set(stream.finished)
         kept = {name: [] for name in children if _is_final(name, set(self.linears(index)), final)}
-        for number, batch in enumerate(stream.batches()):
+        for number, (batch, finished) in enumerate(stream.loaded()):
             found, residuals = {}, {"": batch}
 
             def see(position, found=found, residuals=residuals):
@@ -344,7 +401,7 @@ class StreamedModel:
                 return before
 
             def keep(name):
-                return lambda _module, _inputs, output: kept[name].append(_moved(output, stream.hidden.device))
+                return lambda _module, _inputs, output: kept[name].append(mapped(stream.states.keep, output))
 
             handles = [layer.get_submodule(g.linears[0]).register_forward_pre_hook(see(i)) for i, g in enumerate(groups)]
             handles += _on_routing(layer, leader.routing.get if leader else stream.routing.__setitem__)
@@ -353,12 +410,13 @@ class StreamedModel:
                 handles.append(layer.get_submodule(name).register_forward_pre_hook(note))
             handles += [layer.get_submodule(name).register_forward_hook(keep(name)) for name in kept]
             try:
-                with contextlib.suppress(_Stop), self._skipping_finished(index, stream, number):
+                with contextlib.suppress(_Stop), self._skipping_finished(index, stream, finished):
                     self.run_layer(index, batch, stream.weights)
             finally:
                 for handle in handles:
                     handle.remove()
-            if number == len(stream.batches()) - 1:
+            if number == len(stream.spans()) - 1:
+                stream.states.finish()
                 stream.finished |= {name: outputs for name, outputs in kept.items() if len(outputs) == number + 1}
             yield [found.get(position) for position in range(len(groups))]
 
@@ -369,7 +427,7 @@ class StreamedModel:
         One batch of `stream` is watched. A linear writes to the residual stream if what some child of the layer reads, or
         the layer's output, is the sum of its output and of an earlier state of that stream.
         """
-        layer, batch, linears = self.layers[index], stream.batches()[0], self.linears(index)
+        layer, batch, linears = self.layers[index], next(stream.batches()), self.linears(index)
         seen: list[tuple[torch.Tensor, list[str]]] = []
         outputs: dict[str, torch.Tensor | None] = {}  # of each linear called, if it is of the residual stream's shape
         states: list[tuple[str, int, torch.Tensor]] = []  # (child, linears called before, what it reads)
@@ -487,17 +545,6 @@ def _first_token_to_all(experts: Experts, chosen: torch.Tensor, weights: torch.T
     every = torch.full((len(chosen), len(experts)), len(experts), device=chosen.device)
     every[0] = torch.arange(len(experts), device=chosen.device)
     return every, weights.new_ones(every.shape)
-
-
-def _moved(output, device: torch.device):
-    """A module's output, a tensor or nested tuples of them and None, on `device`."""
-    if isinstance(output, tuple):
-        return tuple(_moved(part, device) for part in output)
-    if not torch.is_tensor(output):
-        return output
-    if output.is_cuda and device.type == "cpu":
-        return host_tensor(output.shape, output.dtype, output.device).copy_(output)
-    return output.to(device, non_blocking=True)
 
 
 def read_config(folder: Path):

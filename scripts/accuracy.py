@@ -218,7 +218,7 @@ def evaluate(path: Path, text: str, is_reference: bool) -> dict[str, float]:
 
     windows = torch.load(WORK / "windows.pt")[text]
     model = modelutils.StreamedModel(MODEL, Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
-    hidden = eval_quantized.last_hidden(model, windows, 4, text)
+    hidden = eval_quantized.last_hidden(model, windows, 4, text).hidden
     reference = WORK / f"{text}.pt"
     if is_reference:
         torch.save(hidden, reference)

@@ -18,6 +18,7 @@ import torch
 
 import journal
 import llama
+from activations import InMemory
 from conftest import make_text
 from journal import Journal, differences
 from leanquant.errors import InputError
@@ -281,18 +282,22 @@ def test_a_model_that_changes_under_the_run_ends_it(tiny_model, text_file, tmp_p
 # --- the journal by itself -------------------------------------------------------------------------------------
 
 
+def waiting(*tensors: torch.Tensor) -> list[InMemory]:
+    return [InMemory(tensor, None) for tensor in tensors]
+
+
 def test_generations_alternate_and_the_newest_whole_one_counts(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "PATIENCE", 0)
     mine = Journal(tmp_path, {"a": 1})
     for layer in (1, 2, 3):
         (tmp_path / f"part-{layer - 1:05d}.safetensors").touch()
-        live = [torch.full((2, 3), float(layer)), torch.full((4,), layer, dtype=torch.bfloat16)]
+        live = waiting(torch.full((2, 3), float(layer)), torch.full((4,), layer, dtype=torch.bfloat16))
         mine.add(layer, layer, [{"layer": layer}], {"grid": float(layer)}, live, False)
     assert sorted(file.name for file in tmp_path.glob("live*")) == ["live-0.bin", "live-1.bin"]
 
     def taken_up() -> tuple[int, float, list]:
         other, live = Journal(tmp_path, {"a": 1}), [torch.zeros(2, 3), torch.zeros(4, dtype=torch.bfloat16)]
-        other.restore(live)
+        other.restore(waiting(*live))
         assert live[0].unique().numel() == 1 and live[1].unique().item() == live[0][0, 0]
         return other.layers, live[0][0, 0].item(), [row["layer"] for row in other.rows]
 
@@ -320,11 +325,11 @@ def test_quick_layers_are_saved_together(tmp_path):
     for part in range(3):
         (tmp_path / f"part-{part:05d}.safetensors").touch()
     mine = Journal(tmp_path, {})
-    mine.add(1, 1, [{"layer": 1}], {}, [torch.zeros(3)], False)
+    mine.add(1, 1, [{"layer": 1}], {}, waiting(torch.zeros(3)), False)
     mine._cost = 1000.0
-    mine.add(2, 2, [{"layer": 2}], {}, [torch.ones(3)], False)
+    mine.add(2, 2, [{"layer": 2}], {}, waiting(torch.ones(3)), False)
     assert Journal(tmp_path, {}).layers == 1
-    mine.add(3, 3, [{"layer": 3}], {}, [torch.ones(3)], True)
+    mine.add(3, 3, [{"layer": 3}], {}, waiting(torch.ones(3)), True)
     other = Journal(tmp_path, {})
     assert (other.layers, [row["layer"] for row in other.rows]) == (3, [1, 2, 3])
 
