@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import resource
 import signal
 import sys
@@ -19,7 +20,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -62,6 +63,8 @@ class Run:
     hessian_device: torch.device | None
     activations: str
     packing: str
+    skip: tuple[str, ...]  # regular expressions for linears that stay as they are
+    bits_for: tuple[tuple[str, int], ...]  # others, and the bits of what they match
     device: torch.device
     save_path: Path | None
     overwrite: bool
@@ -141,14 +144,15 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
             layer = stack.enter_context(model.layer(index))
         with phases("forward"):
             groups = model.groups(index, stream)
-        for stage in model.stages(index, groups) if run.true_sequential else [groups]:
-            statistics = collect_statistics(model, index, stream, reference, stage, done, run, config, phases)
-            for group in stage:
+        for stage in stages(model, index, groups, run):
+            wanted = [group for group in (without_skipped(model, index, group, run, config) for group in stage) if group.linears]
+            statistics = collect_statistics(model, index, stream, reference, wanted, done, run, config, phases) if wanted else []
+            for group in wanted:
                 for name, grid, codes, row in quantize_group(model, index, group, statistics.pop(0), run, config, phases):
                     solved[name] = (grid, codes)
                     replace_weight(layer.get_submodule(name), name, quant.dequantize(codes, grid.levels), reference)
                     rows.append(row)
-                done |= set(group.linears)
+            done |= {name for group in stage for name in group.linears}
         if reference:
             with phases("reference forward"):
                 model.advance(index, reference)
@@ -159,6 +163,36 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
     for row in rows:
         row["layer"] = index
     return tensors, rows
+
+
+def stages(model, index: int, groups: list, run: Run, most: int = 2**30) -> list[list]:
+    """The `groups` of layer `index` in lists to be quantized after one pass each: what depends on no other, up to `most` entries of
+    Hessians; without --true-sequential all at once."""
+    if not run.true_sequential:
+        return [groups]
+    found = []
+    for stage in model.stages(index, groups):
+        room = 0
+        for group in stage:
+            entries = model.layers[index].get_submodule(group.linears[0]).weight.shape[1] ** 2
+            if entries > room:
+                found.append([])
+                room = max(most, entries)
+            found[-1].append(group)
+            room -= entries
+    return found
+
+
+def without_skipped(model, index: int, group, run: Run, config: quant.QuantConfig):
+    """`group` without what --skip names."""
+    kept = [name for name in group.linears if bits_of(model.layer_prefix(index) + name, run, config.bits) < 16]
+    return group._replace(linears=kept)
+
+
+def bits_of(name: str, run: Run, bits: int) -> int:
+    """What the linear `name` is quantized to, by its full name: `bits`, or what --bits_for says; 16 if it is skipped."""
+    choices = (*((pattern, 16) for pattern in run.skip), *run.bits_for)
+    return next((chosen for pattern, chosen in choices if re.fullmatch(pattern, name)), bits)
 
 
 def replace_weight(linear: torch.nn.Linear, name: str, weight: torch.Tensor, reference) -> None:
@@ -211,26 +245,41 @@ def hessian_device(width: int, run: Run) -> torch.device:
 
 def quantize_group(model, index: int, group, statistics: quant.Statistics, run: Run, config: quant.QuantConfig, phases: Phases):
     """Quantize the linears that share `statistics` (overwritten). Yields (name, grid, codes, report row)."""
-    try:
-        with phases("factorization"):
-            factor = quant.factorize(statistics.H, config.percdamp, config.act_order)
-    except quant.NotPositiveDefinite:
-        warnings.warn(f"layer {index}: the Hessian of {', '.join(group.linears)} cannot be factorized: rounding to nearest", stacklevel=2)
-        factor = None
-    for names in stacks(model, index, group.linears):
+    factor = factorize(model, index, group, statistics, config, phases)
+    for its_config, names in stacks(model, index, group.linears, run, config):
         start = time.perf_counter()
         with phases("load"):
             W, sizes = read_weights(model, index, names)
-        grid, solved = quantize_weights(W, statistics, factor, config, phases)
+        grid, solved = quantize_weights(W, statistics, factor, its_config, phases)
         seconds = (time.perf_counter() - start) / len(W)
         parts = zip(names, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
         for name, codes, loss, its_grid in parts:
             row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(codes)}
             if run.report and factor is not None and index in example_layers(model, run):
                 row["example"] = example_row(W.split(sizes)[names.index(name)], its_grid, loss, factor)
+            if name in model.experts(index):
+                row["tokens"] = statistics.tokens
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
             yield name, its_grid, codes, row
+
+
+def factorize(model, index: int, group, statistics: quant.Statistics, config: quant.QuantConfig, phases: Phases):
+    """The factor of what `statistics` (overwritten) say, or None, with a warning, where they say too little."""
+    names = ", ".join(group.linears)
+    least = quant.LEAST_TOKENS * len(statistics.H)
+    if group.linears[0] in model.experts(index) and statistics.tokens < least:
+        warnings.warn(f"layer {index}: {names} saw {statistics.tokens} tokens, fewer than {least}: rounding to nearest", stacklevel=2)
+        return None
+    try:
+        with phases("factorization"):
+            factor = quant.factorize(statistics.H, config.percdamp, config.act_order)
+    except quant.NotPositiveDefinite:
+        warnings.warn(f"layer {index}: the Hessian of {names} cannot be factorized: rounding to nearest", stacklevel=2)
+        return None
+    if factor.percdamp != config.percdamp:
+        warnings.warn(f"layer {index}: the Hessian of {names} was damped with {factor.percdamp:g} instead of --percdamp", stacklevel=2)
+    return factor
 
 
 def quantize_weights(W: torch.Tensor, statistics: quant.Statistics, factor, config: quant.QuantConfig, phases: Phases):
@@ -254,14 +303,23 @@ def read_weights(model, index: int, names: list[str]) -> tuple[torch.Tensor, lis
     return weights[0] if len(weights) == 1 else torch.cat(weights), [len(weight) for weight in weights]
 
 
-def stacks(model, index: int, group: list[str], most: int = 2**27) -> list[list[str]]:
-    """Rows are independent given the Hessian: a group's linears are solved as one matrix, unless that grows too large."""
-    total = sum(model.layers[index].get_submodule(name).weight.numel() for name in group)
-    return [group] if total <= most else [[name] for name in group]
+def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantConfig, most: int = 2**27):
+    """Rows are independent given the Hessian: a group's linears of as many bits are solved as one matrix, unless that grows too large.
+
+    Returns pairs of a QuantConfig and names.
+    """
+    by_bits = {}
+    for name in group:
+        by_bits.setdefault(bits_of(model.layer_prefix(index) + name, run, config.bits), []).append(name)
+    found = []
+    for bits, names in by_bits.items():
+        total = sum(model.layers[index].get_submodule(name).weight.numel() for name in names)
+        found += [(replace(config, bits=bits), part) for part in ([names] if total <= most else [[name] for name in names])]
+    return found
 
 
 def pack_linear(codes: torch.Tensor, grid: quant.Grid, config: quant.QuantConfig, layout: str) -> packing.PackedLinear:
-    packed = packing.pack_codes(codes, config.bits, layout).cpu()
+    packed = packing.pack_codes(codes, grid.bits, layout).cpu()
     if grid.affine is None:
         return packing.PackedLinear(packed, grid=grid.levels.squeeze(1).to(config.levels_dtype).cpu())
     return packing.PackedLinear(packed, scale=grid.affine.scale.half().cpu(), zero=grid.affine.zero.cpu())
@@ -310,7 +368,7 @@ def shift_bytes(model, run: Run, config: quant.QuantConfig) -> dict[str, int]:
     layer, and the largest group's C and R (device)."""
     if not config.shift:
         return {}
-    shapes = [m.weight.shape for m in model.layers[0].modules() if isinstance(m, torch.nn.Linear)]
+    shapes = [linear.weight.shape for linear in model.linears(0).values()]
     width = model.config.get_text_config().hidden_size
     return {
         "stream": run.nsamples * run.seqlen * width * model.dtype.itemsize,
@@ -325,8 +383,8 @@ def peak_memory(device: torch.device) -> str:
     return f"{peak_host_bytes() / 1e9:.1f} GB"
 
 
-def settings_of(run: Run, config: quant.QuantConfig) -> dict:
-    """What the written file says about itself. Nothing in it varies from run to run."""
+def settings_of(run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> dict:
+    """What the written file says about itself. Nothing in it varies from run to run. bits: of each linear."""
     method = "rtn" if config.nearest else "gptq" if config.grid == "minmax" else "leanquant"
     return {
         "format_version": packing.FORMAT_VERSION,
@@ -336,6 +394,8 @@ def settings_of(run: Run, config: quant.QuantConfig) -> dict:
         "true_sequential": run.true_sequential,
         "n_layers": run.n_layers,
         "packing": run.packing,
+        "skip": run.skip,
+        "bits_for": {name: its for name, its in bits.items() if its not in (config.bits, 16)},
         "calibration": run.dataset,
         "nsamples": run.nsamples,
         "seqlen": run.seqlen,
@@ -429,6 +489,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--static-groups",
         action="store_true",
         help="accepted for compatibility: groups here are always learned up front, from the original weights",
+    )
+    add(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="REGEX",
+        help="linears that stay as they are: regular expressions for whole names such as model.layers.0.self_attn.q_proj",
+    )
+    add(
+        "--bits_for",
+        nargs="+",
+        default=[],
+        metavar="REGEX=BITS",
+        help="other bits than --wbits for the linears whose whole name matches; the first match counts, after --skip's",
     )
     add("--block_size", type=int, default=128, help="columns whose errors are propagated together")
     add("--n_layers", type=int, help="quantize only the first N decoder layers (unset: all)")
@@ -598,6 +672,8 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
     sources = () if sources == ("none",) else sources
     for source in (args.dataset, *sources):
         datautils.check_source(source)
+    if args.wbits == 16 and (args.skip or args.bits_for):
+        raise InputError("--skip and --bits_for are for quantizing: give --wbits 2, 3 or 4 with them")
     if args.wbits == 16 and (args.save_path or not sources):
         raise InputError("--wbits 16 only evaluates the unquantized model: give --wbits 2, 3 or 4 to quantize it")
     eval_quantized.check_json_path("--report", args.report)
@@ -614,6 +690,8 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         hessian_device=eval_quantized.pick_device(args.hessian_device) if args.hessian_device else None,
         activations="host" if args.activations == "auto" else args.activations,
         packing=args.packing,
+        skip=tuple(args.skip),
+        bits_for=tuple(map(parse_bits, args.bits_for)),
         device=device,
         save_path=args.save_path,
         overwrite=args.overwrite,
@@ -623,18 +701,37 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
     )
 
 
-def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig) -> int:
+def parse_bits(text: str) -> tuple[str, int]:
+    """(pattern, bits) of a `REGEX=BITS`."""
+    pattern, _, bits = text.rpartition("=")
+    if not pattern or bits not in ("2", "3", "4"):
+        raise InputError(f"--bits_for {text}: give REGEX=2, REGEX=3 or REGEX=4; what is to stay as it is goes to --skip")
+    return pattern, int(bits)
+
+
+def assigned_bits(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig) -> dict[str, int]:
+    """The bits of each linear in the layers to be quantized, by its full name; 16 if it is skipped."""
+    names = [model.layer_prefix(index) + name for index in range(quantized_layers(model, run)) for name in model.linears(index)]
+    modelutils.check_patterns(run.skip, names, "--skip")
+    modelutils.check_patterns([pattern for pattern, _ in run.bits_for], names, "--bits_for")
+    bits = {name: bits_of(name, run, config.bits) for name in names}
+    if set(bits.values()) == {16}:
+        raise InputError("--skip leaves nothing to quantize: give it fewer patterns")
+    if config.kmeans_bins < (most := max(2**its for its in bits.values() if its < 16)):
+        raise InputError(f"--kmeans_bins is {config.kmeans_bins}: give at least {most}")
+    return bits
+
+
+def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> int:
     """What only the model can tell: do the settings fit it? Returns the bytes the quantized model will take, about."""
     stored = model.checkpoint.file_bytes()
-    for index in range(quantized_layers(model, run)):
-        for name, module in model.layers[index].named_modules():
-            if isinstance(module, torch.nn.Linear):
-                O, I = module.weight.shape
-                if config.groupsize != -1 and (config.groupsize < 1 or I % config.groupsize):
-                    raise InputError(f"--groupsize {config.groupsize} does not divide the {I} inputs of {name}: give a divisor, or -1")
-                grid = 2 * 2**config.bits if config.grid == "nonuniform" else 3 * (1 if config.groupsize == -1 else I // config.groupsize)
-                stored += O * (packing.packed_width(I, config.bits, run.packing) + grid)
-                stored -= model.checkpoint.tensor_bytes(f"{model.layer_prefix(index)}{name}.weight")
+    for name, its in bits.items():
+        if its < 16:
+            O, I = model.model.get_submodule(name).weight.shape
+            if config.groupsize != -1 and (config.groupsize < 1 or I % config.groupsize):
+                raise InputError(f"--groupsize {config.groupsize} does not divide the {I} inputs of {name}: give a divisor, or -1")
+            grid = 2 * 2**its if config.grid == "nonuniform" else 3 * (1 if config.groupsize == -1 else I // config.groupsize)
+            stored += O * (packing.packed_width(I, its, run.packing) + grid) - model.checkpoint.tensor_bytes(f"{name}.weight")
     return stored
 
 
@@ -650,8 +747,9 @@ def run_command(args: argparse.Namespace) -> None:
     if config and checkpoint.quantized:
         raise InputError(f"{args.model} is already quantized: give the original model")
     modelutils.check_seqlen(folder, run.seqlen)
-    settings = settings_of(run, config) if config else {"method": "none", "base_model": run.model, "versions": versions()}
-    needed = check_model(model, run, config) + live_bytes(model, run, config) if config else 0
+    bits = assigned_bits(model, run, config) if config else {}
+    settings = settings_of(run, config, bits) if config else {"method": "none", "base_model": run.model, "versions": versions()}
+    needed = check_model(model, run, config, bits) + live_bytes(model, run, config) if config else 0
     writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if config else None
     journal = None
     contents = {"settings": settings, "run": asdict(run), "dtype": str(dtype).removeprefix("torch.")}

@@ -8,8 +8,10 @@ Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 
 import contextlib
 import ctypes
+import difflib
 import itertools
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -144,6 +146,20 @@ class Stream:
         self.states.forget()
 
 
+def check_patterns(patterns: Iterable[str], names: list[str], option: str) -> None:
+    """Raise InputError unless each of `patterns` is a regular expression that matches some of the linears `names` as a whole."""
+    for pattern in patterns:
+        try:
+            hits = [name for name in names if re.fullmatch(pattern, name)]
+        except re.error as error:
+            raise InputError(f"{option} {pattern} is no regular expression ({error})") from None
+        if not hits:
+            near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, 0)
+            raise InputError(
+                f"{option} {pattern} matches no linear's whole name: those to be quantized are called {', '.join(near)} and so on"
+            )
+
+
 class StreamedModel:
     """A causal LM whose weights stay in the checkpoint. `dtype` is that of weights and activations while running."""
 
@@ -192,16 +208,17 @@ class StreamedModel:
         kept = tuple(f"{name}." for name in routers(layer))
         return {n: m for n, m in layer.named_modules() if isinstance(m, nn.Linear) and not f"{n}.".startswith(kept)}
 
+    def experts(self, index: int) -> dict[str, str]:
+        """The linears of layer `index` that belong to one of several experts, by name: what they have in common with other experts'."""
+        blocks = [f"{name}." for name, module in self.layers[index].named_modules() if isinstance(module, Experts)]
+        inside = [(name, block) for name in self.linears(index) for block in blocks if name.startswith(block)]
+        return {name: block + name.removeprefix(block).partition(".")[2] for name, block in inside}
+
     def stages(self, index: int, groups: list[Group]) -> list[list[Group]]:
         """The `groups` of layer `index`, those together that do not depend on one another: the same linear of several experts."""
-        experts = [f"{name}." for name, module in self.layers[index].named_modules() if isinstance(module, Experts)]
-
-        def part(numbered: tuple[int, Group]):
-            number, group = numbered
-            inside = next((name for name in experts if group.linears[0].startswith(name)), None)
-            return number if inside is None else (inside, group.linears[0].removeprefix(inside).partition(".")[2])
-
-        return [[group for _, group in stage] for _, stage in itertools.groupby(enumerate(groups), part)]
+        experts = self.experts(index)
+        part = lambda group: experts.get(group.linears[0], group.linears[0])  # noqa: E731
+        return [list(stage) for _, stage in itertools.groupby(groups, part)]
 
     def check(self) -> None:
         """Every tensor the config asks for is in the checkpoint with its shape, and every layer is one we can quantize."""

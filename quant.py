@@ -29,6 +29,8 @@ from leanquant_grid import (
 GRIDS = ("nonuniform", "affine", "minmax")
 KMEANS = ("exact", "published", "uniform", "plusplus")
 SENSITIVITIES = ("cholesky", "inverse")
+# Of an expert, for each of its inputs: with fewer, a Hessian loses against rounding to nearest (docs/accuracy.md, Few tokens).
+LEAST_TOKENS = 2
 # fused_kernel.cu: w, U; levels, group_of, codes, errors; B, O, K
 SOLVE_BLOCK = kernels.Kernel(
     CUDA_SOURCE, "solve_block", (*2 * [torch.float32], torch.float32, torch.int32, torch.uint8, torch.float32, int, int, int)
@@ -81,6 +83,10 @@ class Grid(NamedTuple):
 
     levels: torch.Tensor
     affine: Affine | None
+
+    @property
+    def bits(self) -> int:
+        return self.levels.shape[2].bit_length() - 1
 
     def rows(self, index) -> "Grid":
         """The grid of some of the rows."""

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from .errors import InputError
@@ -58,7 +59,8 @@ def describe(checkpoint: Checkpoint) -> dict:
     checkpoint.check_bits(None, "it")
     checkpoint.check_headers()
     settings, linears = checkpoint.settings, checkpoint.quantized
-    bits = sorted({checkpoint.bits_of(linear) for linear in linears})
+    bits = Counter(map(checkpoint.bits_of, linears))
+    counts = ", ".join(str(b) if len(bits) == 1 else f"{b} in {n} linears" for b, n in sorted(bits.items()))
     weights = sum(checkpoint.weights_of(linear) for linear in linears)
     size = checkpoint.file_bytes()
     original = size - weights * checkpoint.bits_per_weight / 8 + 2 * weights
@@ -66,11 +68,13 @@ def describe(checkpoint: Checkpoint) -> dict:
     grid = "non-uniform levels" if linears[0] + GRID in checkpoint else f"affine, {'row-wise' if groups == {1} else 'in groups'}"
     found = {
         "method": settings.get("method", "leanquant (no metadata: a file of the published tool)"),
-        "bits": f"{', '.join(map(str, bits))} ({checkpoint.bits_per_weight:.2f} a weight with levels)",
+        "bits": f"{counts} ({checkpoint.bits_per_weight:.2f} a weight with levels)",
         "grid": grid,
         "linears": f"{len(linears)}, {weights / 1e6:.1f} M weights",
         "size": f"{size / 1e6:.1f} MB, {original / size:.2f} times less than 16 bits ({original / 1e6:.1f} MB)",
     }
+    if settings.get("skip"):
+        found["as they were"] = f"linears that match {settings['skip']}"
     for name in ("groupsize", "exponent", "percdamp", "shift", "refine"):
         if settings.get(name) is not None:
             found[name] = settings[name]

@@ -288,22 +288,27 @@ class Checkpoint:
 
     def bits_of(self, linear: str) -> int:
         """Bits of a quantized linear: from its grid's width, or from the settings for an affine one."""
+        said = self._said_bits(linear)
         if linear + GRID in self:
             shape = self.shapes[linear + GRID]
             if len(shape) != 2 or shape[1] not in (4, 8, 16):
                 raise InputError(f"{linear}{GRID} is {list(shape)}, not 4, 8 or 16 levels for each row: the file is damaged, get it again")
             bits = shape[1].bit_length() - 1
-            if self.settings.get("bits", bits) != bits:
-                raise InputError(
-                    f"{linear}{GRID} has {shape[1]} levels a row, but the metadata says {self.settings['bits']} bits: get the file again"
-                )
+            if said not in (None, bits):
+                raise InputError(f"{linear}{GRID} has {shape[1]} levels a row, but the metadata says {said} bits: get the file again")
             return bits
-        bits = self.settings.get("bits")
-        if type(bits) is not int or bits not in (2, 3, 4):
+        if type(said) is not int or said not in (2, 3, 4):
             raise InputError(
-                f"{linear}{CODES}: an affine file's leanquant metadata must give its bits, 2, 3 or 4, not {bits!r}: quantize again"
+                f"{linear}{CODES}: an affine file's leanquant metadata must give its bits, 2, 3 or 4, not {said!r}: quantize again"
             )
-        return bits
+        return said
+
+    def _said_bits(self, linear: str):
+        """What the settings say: `bits`, but for the linears that `bits_for` names."""
+        exceptions = self.settings.get("bits_for", {})
+        if not isinstance(exceptions, dict):
+            raise InputError("the leanquant metadata's bits_for is not a JSON object: download or copy the file again")
+        return exceptions.get(linear, self.settings.get("bits"))
 
     def check_linear(self, linear: str, rows: int, columns: int) -> None:
         """Raise InputError unless the header describes a quantized [rows, columns] under the module path `linear`."""
@@ -352,11 +357,13 @@ class Checkpoint:
         return 8 * stored / sum(map(self.weights_of, self.quantized))
 
     def check_bits(self, bits: int | None, path) -> None:
-        """Raise InputError unless this holds quantized linears, of `bits` bits if that is given."""
+        """Raise InputError unless this holds quantized linears, of `bits` bits if that is given: for a mixed file, those that it was
+        quantized to but for exceptions."""
         held = sorted({self.bits_of(linear) for linear in self.quantized})
         if not held:
             raise InputError(f"{path} holds no quantized weights: it is a plain model, for transformers' AutoModelForCausalLM")
-        if bits is not None and held != [bits]:
+        usual = held if len(held) == 1 else [self.settings.get("bits")]
+        if bits is not None and usual != [bits]:
             raise InputError(f"{path} holds {held} bits, not {bits}: correct the bits or leave them out")
 
     def check_plain_dtypes(self) -> None:
