@@ -20,6 +20,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
+from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from activations import Activations, Place, mapped
@@ -222,19 +223,30 @@ class StreamedModel:
 
     def check(self) -> None:
         """Every tensor the config asks for is in the checkpoint with its shape, and every layer is one we can quantize."""
+        seen = {}
         for index, layer in enumerate(self.layers):
-            deciding = tuple(f"{name}." for name in routers(layer))
-            for module_name, module in layer.named_modules():
-                for name, parameter in module.named_parameters(recurse=False):
-                    if parameter.ndim > 1 and not isinstance(module, nn.Linear) and not f"{module_name}.".startswith(deciding):
-                        raise InputError(
-                            f"layer {index} holds {module_name}.{name} {list(parameter.shape)} in a {type(module).__name__}: only "
-                            "stacks of nn.Linear can be quantized, so this model is not supported"
-                        )
+            self._check_layer(index, layer)
             for name, parameter in layer.named_parameters():
+                if id(parameter) in seen:
+                    raise InputError(f"layer {index} shares {name} with layer {seen[id(parameter)]}: such models are not supported")
                 self._check_tensor(self.layer_prefix(index) + name, parameter)
+            seen |= {id(parameter): index for parameter in layer.parameters()}
         for name in self.outside_names():
             self._check_tensor(self._source(name), self.model.get_parameter(name))
+
+    def _check_layer(self, index: int, layer: nn.Module) -> None:
+        """All matrices of the layer are linears', or choose among experts. The largest other one is named."""
+        deciding = tuple(f"{name}." for name in routers(layer))
+        others = [
+            (p.ndim, f"{name}.{leaf} {list(p.shape)} in a {type(module).__name__}")
+            for name, module in layer.named_modules()
+            if not isinstance(module, nn.Linear) and not f"{name}.".startswith(deciding)
+            for leaf, p in module.named_parameters(recurse=False)
+            if p.ndim > 1
+        ]
+        if others:
+            worst = max(others, key=lambda other: other[0])[1]
+            raise InputError(f"layer {index} holds {worst}: only stacks of nn.Linear can be quantized, so this model is not supported")
 
     def _check_tensor(self, name: str, parameter: torch.Tensor) -> None:
         if name not in self.checkpoint:
@@ -343,7 +355,10 @@ class StreamedModel:
 
         with contextlib.suppress(_Stop):
             self._forward(record, input_ids=batch.to(self.device))
-        self._calls.setdefault(tuple(batch.shape), calls)
+        if entering[0].shape[:-1] != batch.shape:
+            raise InputError(f"hidden states {list(entering[0].shape)} enter the first layer: only one state a token is supported")
+        if not _same_tensors(self._calls.setdefault(tuple(batch.shape), calls), calls):
+            raise InputError("the layers are given something besides hidden states that depends on the text: such models are not supported")
         return entering[0]
 
     @torch.no_grad()
@@ -557,6 +572,13 @@ def _residual_writers(outputs: dict[str, torch.Tensor | None], entering: torch.T
     return writers
 
 
+def _same_tensors(first, second) -> bool:
+    """Do two lists of calls, nested in the same way, hold equal tensors?"""
+    pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
+    distinct = {(id(a), id(b)): (a, b) for a, b in pairs if torch.is_tensor(a) and a is not b}  # layers share most of them
+    return all(torch.equal(a, b) for a, b in distinct.values())
+
+
 def _first_token_to_all(experts: Experts, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A routing [N, E] that calls every expert, with the first token, and none with any other."""
     every = torch.full((len(chosen), len(experts)), len(experts), device=chosen.device)
@@ -569,6 +591,10 @@ def read_config(folder: Path):
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"{folder}/config.json cannot be used ({str(error).splitlines()[0]})") from None
+    if getattr(config, "is_encoder_decoder", False):
+        raise InputError(f"{folder} is an encoder-decoder model ({config.model_type}): only stacks of decoder layers are supported")
+    if getattr(config.get_text_config(), "hidden_size_per_layer_input", None):
+        raise InputError(f"{folder} gives each layer an input of its own ({config.model_type}): such models are not supported")
     # A folder of ours reads as a plain model here: its weights are dequantized on the way in.
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method")

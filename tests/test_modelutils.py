@@ -491,7 +491,7 @@ def test_config_that_is_not_json_is_refused(broken):
 
 
 def test_model_that_is_not_a_causal_one_is_refused(broken):
-    transformers.T5Config(vocab_size=300, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4).save_pretrained(broken)
+    transformers.ViTConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4).save_pretrained(broken)
     assert "causal language model" in refusal(stream, broken)
 
 
