@@ -34,7 +34,9 @@ def quantize(model: Path, text: Path, out: Path, *options) -> int:
 
 def dequantized(base: Path, checkpoint: Checkpoint):
     """transformers' own model with the file's weights."""
-    shapes = {name: tuple(p.shape) for name, p in AutoModelForCausalLM.from_pretrained(base).named_parameters()}
+    model = AutoModelForCausalLM.from_pretrained(base)
+    there = {*checkpoint.shapes, *(f"{linear}.weight" for linear in checkpoint.quantized)}  # without a tied head
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if name in there}
     return whole_model(base, {name: checkpoint.weight(name, shape, torch.float32) for name, shape in shapes.items()})
 
 
