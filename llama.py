@@ -221,7 +221,7 @@ def collect_statistics(model, index: int, stream, reference, groups: list, done:
                     if ours[number]:
                         total.add(ours[number], theirs and theirs[number])
     for group, total in zip(groups, sums, strict=True):
-        if not torch.isfinite(total.H.diagonal()).all():
+        if not total.is_finite():
             raise InputError(f"layer {index}: the input of {', '.join(group.linears)} is not finite: try --dtype float32 or bfloat16")
         total.divide()
     return sums

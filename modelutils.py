@@ -387,12 +387,24 @@ class StreamedModel:
             with self._skipping_finished(index, stream, finished):
                 out = self.run_layer(index, batch, stream.weights)
             if not torch.isfinite(out).all():
-                raise InputError(f"layer {index} gives non-finite activations in {self.dtype}: try --dtype float32 or bfloat16")
+                where = self._first_not_finite(index, batch, stream)
+                raise InputError(f"layer {index} gives non-finite activations in {self.dtype}, {where}: try --dtype float32 or bfloat16")
             stream.states.write(rows, out)
             stream.moved = rows.stop
         stream.states.commit()
         stream.weights, stream.moved = {}, 0
         stream.forget()
+
+    def _first_not_finite(self, index: int, batch: torch.Tensor, stream: Stream) -> str:
+        """Which linear of layer `index` is the first to give something that is not finite for `batch`."""
+        found = []
+        look = lambda name: lambda _module, _inputs, out: None if torch.isfinite(out).all() else found.append(name)  # noqa: E731
+        linears = [(name, m) for name, m in self.layers[index].named_modules() if isinstance(m, nn.Linear)]
+        handles = [module.register_forward_hook(look(name)) for name, module in linears]
+        self.run_layer(index, batch, stream.weights)
+        for handle in handles:
+            handle.remove()
+        return f"first in {found[0]}" if found else "though its linears do not"
 
     @contextlib.contextmanager
     def _skipping_finished(self, index: int, stream: Stream, outputs: tuple) -> Iterator[None]:

@@ -145,6 +145,9 @@ class Statistics:
             if self.R is not None:
                 accumulate_product(self.R, _difference(theirs.residual, ours.residual.to(X)), X)
 
+    def is_finite(self) -> bool:
+        return all(total is None or bool(torch.isfinite(total).all()) for total in (self.H, self.C, self.R))
+
     def divide(self) -> None:
         """Make the sums means."""
         for total in (self.H, self.C, self.R):
