@@ -112,7 +112,7 @@ def use_model_names(checkpoint: Checkpoint, model: nn.Module) -> None:
             continue
         name, source = rename_source_key(stored, renamings, converters, model.base_model_prefix, wanted)
         block, _, leaf = name.rpartition(".")
-        if name in wanted:
+        if name in wanted and source is None:
             checkpoint.cut(stored, [name], shape)
         elif block in blocks and leaf in FUSED and len(shape) == 3 and shape[1] % len(FUSED[leaf]) == 0:
             rows = shape[1] // len(FUSED[leaf])

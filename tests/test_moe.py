@@ -189,16 +189,19 @@ def test_a_following_stream_takes_the_leaders_experts(base):
 # --- quantizing ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "name, stored, grid", [("mixtral", "one by one", GRID), ("mixtral", "fused", ["--grid", "affine"]), ("qwen3", "one by one", GRID)]
-)
+AFFINE = ["--grid", "affine", "--true-sequential"]
+WAYS = [("mixtral", "one by one", GRID), ("mixtral", "fused", AFFINE), ("qwen3", "one by one", GRID), ("qwen2", "fused", AFFINE)]
+WAYS += [("olmoe", "one by one", AFFINE), ("a bias in the choice", "one by one", AFFINE)]
+
+
+@pytest.mark.parametrize("name, stored, grid", WAYS)
 def test_quantized_mixtures_load_everywhere(base, text_file, tmp_path, name, stored, grid):
     folder, ids = base(name, STORED[stored]), random_ids(2, 16)
     options = [*grid, *MANY, "--grid_partitions", 64]
     for out in (tmp_path / "q.safetensors", tmp_path / "folder"):
         assert quantize(folder, text_file, out, *options, "--report", tmp_path / "report.json") == 0
     checkpoint = Checkpoint.open(out)
-    blocks, E = [0, 2] if name == "qwen3" else [0, 1], 4
+    blocks, E = {"qwen3": [0, 2], "a bias in the choice": [1]}.get(name, [0, 1]), 4
     experts = {f"model.layers.{i}.mlp.experts.{e}.{x}_proj" for i in blocks for e in range(E) for x in ("gate", "up", "down")}
     assert {linear for linear in checkpoint.quantized if ".experts." in linear} == experts
     assert not any(linear.endswith(".gate") for linear in checkpoint.quantized)
@@ -288,6 +291,23 @@ def test_an_expert_without_any_token_is_rounded(base, text_file, tmp_path):
     with pytest.warns(UserWarning, match=r"mlp.experts.\d.down_proj saw 0 tokens"):
         assert quantize(folder, text_file, out, *GRID, *MANY) == 0
     assert all(torch.isfinite(t).all() for t in load_file(out).values() if t.is_floating_point())
+
+
+def test_a_killed_run_goes_on_to_the_same_bytes(base, text_file, tmp_path, monkeypatch):
+    folder, real = base("mixtral"), llama.quantize_layer
+    outs = [tmp_path / f"{name}.safetensors" for name in ("whole", "resumed")]
+    assert quantize(folder, text_file, outs[0], *GRID, *MANY) == 0
+
+    def quantize_layer(model, index, *rest):
+        if index == 1:
+            raise KeyboardInterrupt
+        return real(model, index, *rest)
+
+    monkeypatch.setattr(llama, "quantize_layer", quantize_layer)
+    assert quantize(folder, text_file, outs[1], *GRID, *MANY) == 130
+    monkeypatch.setattr(llama, "quantize_layer", real)
+    assert quantize(folder, text_file, outs[1], *GRID, *MANY) == 0
+    assert outs[0].read_bytes() == outs[1].read_bytes()
 
 
 def test_bounded_stages_change_nothing(base, text_file, tmp_path, monkeypatch):
