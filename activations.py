@@ -2,18 +2,22 @@
 
 The same numbers in all three places, so that a run writes the same bytes wherever they wait. Files are two generations of all
 streams: a pass reads one and writes the other, which is also what the journal needs to go on with (journal.py). Batches come
-one ahead: the next is read or copied while the device works on this one. No model here.
+one ahead: the next is read or copied while the device works on this one. Several ranks (ranks.py) hold some of the sequences each,
+and their files hold all, so that the number of ranks may change when a run goes on. No model here.
 Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 """
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+
+from ranks import Ranks
 
 KINDS = ("device", "host", "disk")
 STAMP_BYTES = 8  # behind a finished generation: the number of layers that it has passed
@@ -25,19 +29,35 @@ def live_file(folder: Path, generation: int) -> Path:
     return folder / f"live-{generation}.bin"
 
 
-def save(live: list["Activations"], folder: Path, saved: int, layers: int) -> int:
+def open_file(path: Path):
+    """`path`, unbuffered, to be read and written, with what it holds; made if it is not there."""
+    return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+
+
+def save(live: list["Activations"], folder: Path, saved: int, layers: int, ranks: Ranks) -> int:
     """Make the streams `live`, which have passed `layers` layers, a generation that a killed run can go on with. Returns which;
-    generation `saved` is left alone."""
-    generation = live[0].generation if live[0].on_disk else 1 - saved
-    with open(os.open(live_file(folder, generation), os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0) as file:
-        size = sum(stream.nbytes for stream in live)
-        if os.fstat(file.fileno()).st_size > size:
+    generation `saved` is left alone. Each rank writes its sequences, the first one the stamp when all have done so."""
+    generation, size = live[0].generation if live[0].on_disk else 1 - saved, sum(stream.file_bytes for stream in live)
+    with open_file(live_file(folder, generation)) as file:
+        if ranks.is_first and os.fstat(file.fileno()).st_size > size:
             file.truncate(size)  # without its stamp it is no generation
-        for stream in live:
+        ranks.barrier()
+        for stream, place in zip(live, places(live), strict=True):
+            file.seek(place)
             stream.save_into(file)
-        file.write(layers.to_bytes(STAMP_BYTES, "little"))
         os.fsync(file.fileno())
+        ranks.barrier()
+        if ranks.is_first:
+            file.seek(size)
+            file.write(layers.to_bytes(STAMP_BYTES, "little"))
+            os.fsync(file.fileno())
     return generation
+
+
+def places(live: list["Activations"]) -> list[int]:
+    """Where in the file of a generation the sequences of each stream of `live` begin that this rank has."""
+    before = itertools.accumulate((stream.file_bytes for stream in live), initial=0)
+    return [start + stream.file_offset for start, stream in zip(before, live, strict=False)]
 
 
 def stamp_of(file: Path) -> int:
@@ -66,33 +86,40 @@ class Kept:
 @dataclass(frozen=True)
 class Place:
     """Where activations wait that `device` computes with. kind: one of KINDS. folder: of the files, if it is "disk"; there the
-    generation `saved` is not written over at first."""
+    generation `saved` is not written over at first. ranks: those that hold the rest of the sequences."""
 
     kind: str
     device: torch.device
     folder: Path | None = None
     saved: int = 1
+    ranks: Ranks = field(default_factory=Ranks)
 
     def activations(self, shape: tuple[int, int, int], dtype: torch.dtype, streams: int = 1) -> "Activations":
         """Room for [n, T, D], uninitialised, for the first of so many streams of that size."""
+        total = self.ranks.total(shape[0])
+        share = self.ranks.rows(total).start, total
         if self.kind == "disk":
-            return OnDisk(_Files(self, streams), 0, shape, dtype)
+            return OnDisk(_Files(self, streams), 0, shape, dtype, share)
         where = self.device if self.kind == "device" else torch.device("cpu")
-        return InMemory(torch.empty(shape, dtype=dtype, device=where, pin_memory=where != self.device), _Conveyor(self.device))
+        tensor = torch.empty(shape, dtype=dtype, device=where, pin_memory=where != self.device)
+        return InMemory(tensor, _Conveyor(self.device), share)
 
 
 class Activations:
     """Hidden states [n, T, D] and what is kept with them. `commit` ends a pass that has stored every sequence anew.
 
     Subclasses have `read` and `write` of some sequences, `keep` and `recall` of a tensor, `forget` all that is kept, `commit`,
-    `twin`, and for the journal `save_into` and `restore_from` the file of a generation.
+    `twin`, and for the journal `save_into` and `restore_from` the file of a generation, which holds all ranks' sequences of a stream
+    after one another: `share` are how many come before these, and how many there are (unset: these are all).
     """
 
     on_disk = False
 
-    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, conveyor: "_Conveyor"):
-        self.shape, self.dtype, self.conveyor = torch.Size(shape), dtype, conveyor
+    def __init__(self, shape: tuple[int, int, int], dtype: torch.dtype, conveyor: "_Conveyor", share: tuple[int, int] | None):
+        self.shape, self.dtype, self.conveyor, self.share = torch.Size(shape), dtype, conveyor, share or (0, shape[0])
         self.nbytes = self.shape.numel() * dtype.itemsize
+        self.row_bytes = self.nbytes // shape[0]
+        self.file_offset, self.file_bytes = (count * self.row_bytes for count in self.share)
 
     def batches(self, load: Callable[[int], object], count: int) -> Iterator:
         """load(0) to load(count - 1), nested tensors, on the device, each begun before the one before it is used up."""
@@ -124,8 +151,8 @@ class Activations:
 class InMemory(Activations):
     """In one tensor, which each pass changes in place."""
 
-    def __init__(self, tensor: torch.Tensor, conveyor: "_Conveyor"):
-        super().__init__(tensor.shape, tensor.dtype, conveyor)
+    def __init__(self, tensor: torch.Tensor, conveyor: "_Conveyor", share: tuple[int, int] | None = None):
+        super().__init__(tensor.shape, tensor.dtype, conveyor, share)
         self.tensor = tensor
 
     def read(self, rows: slice) -> torch.Tensor:
@@ -151,7 +178,8 @@ class InMemory(Activations):
         self.finish()
 
     def twin(self) -> "InMemory":
-        return InMemory(torch.empty_like(self.tensor, pin_memory=self.tensor.is_pinned()).copy_(self.tensor), self.conveyor)
+        tensor = torch.empty_like(self.tensor, pin_memory=self.tensor.is_pinned()).copy_(self.tensor)
+        return InMemory(tensor, self.conveyor, self.share)
 
     def whole(self) -> torch.Tensor:
         return self.tensor
@@ -175,24 +203,21 @@ class OnDisk(Activations):
 
     on_disk = True
 
-    def __init__(self, files: "_Files", number: int, shape: tuple[int, int, int], dtype: torch.dtype):
-        super().__init__(shape, dtype, files.conveyor)
-        files.allocate(self.nbytes)
-        self.files, self.offset, self.number = files, number * self.nbytes, number
+    def __init__(self, files: "_Files", number: int, shape: tuple[int, int, int], dtype: torch.dtype, share: tuple[int, int]):
+        super().__init__(shape, dtype, files.conveyor, share)
+        files.allocate(self.file_bytes)
+        self.files, self.offset, self.number = files, number * self.file_bytes + self.file_offset, number
         self.generation = files.saved
         self._kept_bytes = 0
 
-    def _row_bytes(self) -> int:
-        return self.nbytes // self.shape[0]
-
     def read(self, rows: slice) -> torch.Tensor:
         shape = (rows.stop - rows.start, *self.shape[1:])
-        return self.files.read(self.files.live[self.generation], self.offset + rows.start * self._row_bytes(), shape, self.dtype)
+        return self.files.read(self.files.live[self.generation], self.offset + rows.start * self.row_bytes, shape, self.dtype)
 
     def write(self, rows: slice, batch: torch.Tensor) -> None:
         file = self.files.live[1 - self.generation]
         file.truncate(self.files.size)  # without its stamp it is no generation to go on with
-        self.files.write(file, self.offset + rows.start * self._row_bytes(), batch.to(self.dtype))
+        self.files.write(file, self.offset + rows.start * self.row_bytes, batch.to(self.dtype))
 
     def keep(self, tensor: torch.Tensor) -> Kept:
         kept = Kept(self._kept_bytes, tensor.shape, tensor.dtype)
@@ -211,7 +236,7 @@ class OnDisk(Activations):
         self.generation = 1 - self.generation
 
     def twin(self) -> "OnDisk":
-        other = OnDisk(self.files, self.number + 1, self.shape, self.dtype)
+        other = OnDisk(self.files, self.number + 1, self.shape, self.dtype, self.share)
         other.generation = 1 - self.generation
         for rows in self.pieces():
             other.write(rows, self.read(rows))
@@ -219,7 +244,7 @@ class OnDisk(Activations):
         return other
 
     def save_into(self, file) -> None:
-        file.seek(self.nbytes, os.SEEK_CUR)  # it is there
+        pass  # it is there
 
     def restore_from(self, file, generation: int) -> bool:
         self.generation = generation
@@ -231,23 +256,25 @@ class _Files:
 
     def __init__(self, place: Place, streams: int):
         self.conveyor, self.streams, self.saved, self.size = _Conveyor(place.device), streams, place.saved, 0
+        self._ranks = place.ranks
         self._pinned = place.device.type == "cuda"
         names = [
             live_file(place.folder, 0),
             live_file(place.folder, 1),
-            *(place.folder / f"kept-{number}.bin" for number in range(streams)),
+            *(place.folder / f"kept-{number}-{place.ranks.rank}.bin" for number in range(streams)),
         ]
-        files = [open(name, "r+b" if name.exists() else "w+b", buffering=0) for name in names]  # noqa: SIM115
+        files = [open_file(name) for name in names]
         self.live, self.kept = files[:2], files[2:]
 
     def allocate(self, stream_bytes: int) -> None:
         """Claim the room now that a run will need: a disk that is too full says so before the work."""
         if not self.size:
             self.size = self.streams * stream_bytes
-            for file in self.live:
+            for file in self.live if self._ranks.is_first else ():
                 if os.fstat(file.fileno()).st_size not in (self.size, self.size + STAMP_BYTES):
                     file.truncate(0)
                 os.posix_fallocate(file.fileno(), 0, self.size)
+            self._ranks.barrier()
 
     def read(self, file, offset: int, shape, dtype: torch.dtype) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype, pin_memory=self._pinned)

@@ -3,7 +3,7 @@
 It lies in the run's working folder, beside the parts that are written (leanquant.packing.ModelWriter): `journal.jsonl`, whose
 first line is the run's fingerprint and each further line what was finished since the line before; and two generations of the
 live activations (activations.py), verbatim, because computing them again does not give the same bits. A line is written only when
-everything it speaks of is on the disk. No model and no algorithm here.
+everything it speaks of is on the disk. Of several ranks the first keeps the journal. No model and no algorithm here.
 """
 
 import json
@@ -11,9 +11,10 @@ import os
 import time
 from pathlib import Path
 
-from activations import STAMP_BYTES, Activations, live_file, save, stamp_of
+from activations import STAMP_BYTES, Activations, live_file, places, save, stamp_of
 from leanquant.errors import InputError
 from leanquant.packing import Checkpoint, part_name, sync_folder, write_synced
+from ranks import Ranks
 
 # A layer that is computed faster than activations are saved need not be saved at once: at most this many times the saving is lost.
 PATIENCE = 4
@@ -39,30 +40,35 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 class Journal:
     """layers: how many are finished and saved; rows: the report's rows of those; seconds: time spent on them, by phase."""
 
-    def __init__(self, folder: Path | None, fingerprint: dict):
+    def __init__(self, folder: Path | None, fingerprint: dict, ranks: Ranks | None = None):
         """Take up the journal in `folder`, or begin one. Without a folder nothing is kept. Raises InputError if the one that is there
         belongs to another run."""
         self.folder, self.layers, self.parts, self.rows, self.seconds = folder, 0, 0, [], {}
         self.generation = 1  # of the live activations that are saved; the other one may be written over
         self._pending, self._live, self._saved_at, self._cost = [], None, time.monotonic(), 0.0
+        self._ranks = ranks or Ranks()
         if folder is None:
             return
         self.path = folder / "journal.jsonl"
-        fingerprint = json.loads(json.dumps(fingerprint, default=str))  # as it will be read again
+        lines = self._ranks.from_first(lambda: self._take_up(json.loads(json.dumps(fingerprint, default=str))))  # as it will be read again
+        if self._read() != lines:
+            raise InputError(f"{self.path} is not what rank 0 has written: several machines need one folder that all see for --save_path")
+        if len(lines) > 1:
+            last = lines[-1]
+            self.layers, self.parts, self.seconds, self._live = last["layers"], last["parts"], last["seconds"], last["live"]
+            self.rows = [row for line in lines[1:] for row in line["rows"]]
+            self.generation = int(self._live["generation"]) if self._live else 1
+
+    def _take_up(self, fingerprint: dict) -> list[dict]:
+        """The lines that count, which are all that is left on the disk: the fingerprint and what is finished."""
         lines = self._read()
         usable = [line for line in lines[1:] if self._is_there(line)]
         if usable and (changed := differences(lines[0], fingerprint)):
             what = "; ".join(changed[:4])
-            raise InputError(f"{folder} holds an unfinished run that differs ({what}): finish that one, or start over with --fresh")
-        if usable:
-            last = usable[-1]
-            self.layers, self.parts, self.seconds, self._live = last["layers"], last["parts"], last["seconds"], last["live"]
-            lines = lines[: lines.index(last) + 1]
-            self.rows = [row for line in lines[1:] for row in line["rows"]]
-            self.generation = int(self._live["generation"]) if self._live else 1
-        else:
-            lines = [fingerprint]
+            raise InputError(f"{self.folder} holds an unfinished run that differs ({what}): finish that one, or start over with --fresh")
+        lines = lines[: lines.index(usable[-1]) + 1] if usable else [fingerprint]
         self._rewrite(lines)
+        return lines
 
     def _read(self) -> list[dict]:
         """The whole lines; one that was cut off by a kill is the last and left out."""
@@ -96,8 +102,10 @@ class Journal:
         if self._live is None:
             return
         with open(live_file(self.folder, self.generation), "rb") as file:
-            if not all(stream.restore_from(file, self.generation) for stream in live):
-                raise InputError(f"{file.name} is shorter than the run needs: start over with --fresh")
+            for stream, place in zip(live, places(live), strict=True):
+                file.seek(place)
+                if not stream.restore_from(file, self.generation):
+                    raise InputError(f"{file.name} is shorter than the run needs: start over with --fresh")
 
     def add(self, layers: int, parts: int, rows: list[dict], seconds: dict[str, float], live: list[Activations], is_last: bool) -> None:
         """`layers` layers and `parts` parts are finished now, with the report's `rows` of the last one and `live` activations.
@@ -106,20 +114,22 @@ class Journal:
         last layer no activations are needed.
         """
         self._pending += rows
-        impatient = is_last or live[0].on_disk or time.monotonic() - self._saved_at >= PATIENCE * self._cost
-        if self.folder is None or not impatient:
+        is_due = lambda: is_last or live[0].on_disk or time.monotonic() - self._saved_at >= PATIENCE * self._cost  # noqa: E731
+        if self.folder is None or not self._ranks.from_first(is_due):
             return
         start, saved = time.monotonic(), None
         if not is_last:
-            self.generation = save(live, self.folder, self.generation, layers)
-            saved = {"generation": self.generation, "bytes": sum(stream.nbytes for stream in live) + STAMP_BYTES}
-        with open(self.path, "a") as f:
-            f.write(json.dumps({"layers": layers, "parts": parts, "live": saved, "seconds": seconds, "rows": self._pending}) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-        sync_folder(self.folder)
+            self.generation = save(live, self.folder, self.generation, layers, self._ranks)
+            saved = {"generation": self.generation, "bytes": sum(stream.file_bytes for stream in live) + STAMP_BYTES}
+        if self._ranks.is_first:
+            with open(self.path, "a") as f:
+                f.write(json.dumps({"layers": layers, "parts": parts, "live": saved, "seconds": seconds, "rows": self._pending}) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
+            sync_folder(self.folder)
+        self._ranks.barrier()
         self.layers, self._pending, self._saved_at = layers, [], time.monotonic()
         self._cost = self._saved_at - start
         if is_last:
-            for generation in (0, 1):
+            for generation in (0, 1) if self._ranks.is_first else ():
                 live_file(self.folder, generation).unlink(missing_ok=True)

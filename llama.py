@@ -3,13 +3,15 @@
     python llama.py MODEL DATASET --wbits 4 --exponent 4 --true-sequential --act-order --percdamp 0.1 --save_path OUT.safetensors
 
 MODEL is a hub name or a local folder, DATASET a published corpus or a local text file. This file owns the command
-line and the loop; the maths is in quant.py and leanquant_grid.py, the model in modelutils.py.
+line and the loop; the maths is in quant.py and leanquant_grid.py, the model in modelutils.py. Under torchrun several processes
+share the work (ranks.py).
 """
 
 import argparse
 import contextlib
 import hashlib
 import json
+import os
 import platform
 import re
 import resource
@@ -18,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -36,6 +39,7 @@ from activations import KINDS, Place
 from journal import Journal, files_of
 from leanquant import packing
 from leanquant.errors import InputError
+from ranks import Ending, RankLost, Ranks
 
 # An equally spaced grid cannot serve a few very sensitive columns and all others too: 2, the weight that an error has in
 # the solver's own loss, serves it better than the 4 of free levels (README, Numbers).
@@ -71,6 +75,7 @@ class Run:
     fresh: bool
     report: Path | None
     eval: tuple[str, ...]
+    ranks: Ranks
 
 
 class Phases:
@@ -105,29 +110,32 @@ class Phases:
 def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, journal: Journal, phases: Phases):
     """Quantize the layers one after the other, handing each one's tensors to `writer`. Returns a row per linear.
 
-    Goes on after the layers that `journal` has.
+    Goes on after the layers that `journal` has. Of several ranks the first has a writer, and returns the rows that count.
     """
+    kind, folder = run.ranks.from_first(lambda: (run.activations, str(writer.folder)))
     with phases("forward"):
-        place = Place(run.activations, run.device, writer.folder, journal.generation)
-        stream = model.embed(ids, run.batch_size, place, streams(config))
+        place = Place(kind, run.device, Path(folder), journal.generation, run.ranks)
+        stream = model.embed(ids[run.ranks.rows(len(ids))], run.batch_size, place, streams(config))
         reference = stream.twin() if config.shift > 0 else None
     live = [stream.states] + ([reference.states] if reference else [])
     journal.restore(live)
     count, rows = quantized_layers(model, run), list(journal.rows)
-    bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None}
+    bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None if run.ranks.is_first else True}
     for index in tqdm(range(journal.layers, count), initial=journal.layers, total=count, **bar):
         start = time.perf_counter()
         tensors, linears = quantize_layer(model, index, stream, reference, run, config, phases)
         model.checkpoint.check_unchanged()  # before any of it counts as finished
         with phases("pack"):
-            writer.add(tensors)
+            if run.ranks.is_first:
+                writer.add(tensors)
         rows += linears
         with phases("save"):
-            journal.add(index + 1, len(writer.parts), linears, phases.seconds, live, index == count - 1)
+            journal.add(index + 1, len(writer.parts) if writer else 0, linears, phases.seconds, live, index == count - 1)
         loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
         tqdm.write(f"layer {index + 1}/{count}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
+    run.ranks.part()
     with phases("pack"):
-        for tensors in untouched_tensors(model, count):
+        for tensors in untouched_tensors(model, count) if run.ranks.is_first else ():
             writer.add(tensors)
     model.checkpoint.check_unchanged()
     return rows
@@ -143,7 +151,7 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
         with phases("load"):
             layer = stack.enter_context(model.layer(index))
         with phases("forward"):
-            groups = model.groups(index, stream)
+            groups = [modelutils.Group(*group) for group in run.ranks.from_first(lambda: model.groups(index, stream))]
         for stage in stages(model, index, groups, run):
             wanted = [group for group in (without_skipped(model, index, group, run, config) for group in stage) if group.linears]
             statistics = collect_statistics(model, index, stream, reference, wanted, done, run, config, phases) if wanted else []
@@ -159,7 +167,7 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
         with phases("forward"):
             model.advance(index, stream)
     with phases("pack"):
-        tensors = layer_tensors(model, index, solved, config, run.packing)
+        tensors = layer_tensors(model, index, solved, config, run.packing) if run.ranks.is_first else {}
     for row in rows:
         row["layer"] = index
     return tensors, rows
@@ -221,9 +229,14 @@ def collect_statistics(model, index: int, stream, reference, groups: list, done:
                     if ours[number]:
                         total.add(ours[number], theirs and theirs[number])
     for group, total in zip(groups, sums, strict=True):
+        with phases("hessian"):
+            run.ranks.sum_(total.H, total.C, total.R)
+            total.tokens = run.ranks.total(total.tokens)
         if not total.is_finite():
             raise InputError(f"layer {index}: the input of {', '.join(group.linears)} is not finite: try --dtype float32 or bfloat16")
         total.divide()
+        if total.R is not None:
+            total.R = total.R[run.ranks.rows(len(total.R))]  # as the weights that it belongs to
     return sums
 
 
@@ -239,18 +252,19 @@ def hessian_device(width: int, run: Run) -> torch.device:
         return run.device
     if run.hessian_device or run.device.type == "cpu":
         return run.hessian_device or run.device
-    others = [i for i in range(torch.cuda.device_count()) if i != (run.device.index or 0)]
-    return torch.device("cuda", others[0]) if others else torch.device("cpu")
+    return run.ranks.second_device(run.device)
 
 
 def quantize_group(model, index: int, group, statistics: quant.Statistics, run: Run, config: quant.QuantConfig, phases: Phases):
-    """Quantize the linears that share `statistics` (overwritten). Yields (name, grid, codes, report row)."""
-    factor = factorize(model, index, group, statistics, config, phases)
+    """Quantize the linears that share `statistics` (overwritten), each rank its rows. Yields (name, grid, codes, report row)."""
+    factor = factorize(model, index, group, statistics, run.ranks, config, phases)
     for its_config, names in stacks(model, index, group.linears, run, config):
         start = time.perf_counter()
         with phases("load"):
             W, sizes = read_weights(model, index, names)
-        grid, solved = quantize_weights(W, statistics, factor, its_config, phases)
+        grid, solved = quantize_weights(W[run.ranks.rows(len(W))], statistics, factor, its_config, phases)
+        with phases("solve"):
+            grid, solved = run.ranks.gather_rows(grid, len(W)), run.ranks.gather_rows(solved, len(W))
         seconds = (time.perf_counter() - start) / len(W)
         parts = zip(names, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
         for name, codes, loss, its_grid in parts:
@@ -264,21 +278,40 @@ def quantize_group(model, index: int, group, statistics: quant.Statistics, run: 
             yield name, its_grid, codes, row
 
 
-def factorize(model, index: int, group, statistics: quant.Statistics, config: quant.QuantConfig, phases: Phases):
+def factorize(model, index: int, group, statistics: quant.Statistics, ranks: Ranks, config: quant.QuantConfig, phases: Phases):
     """The factor of what `statistics` (overwritten) say, or None, with a warning, where they say too little."""
+    warn = warnings.warn if ranks.is_first else lambda *_, **__: None
     names = ", ".join(group.linears)
     least = quant.LEAST_TOKENS * len(statistics.H)
     if group.linears[0] in model.experts(index) and statistics.tokens < least:
-        warnings.warn(f"layer {index}: {names} saw {statistics.tokens} tokens, fewer than {least}: rounding to nearest", stacklevel=2)
+        warn(f"layer {index}: {names} saw {statistics.tokens} tokens, fewer than {least}: rounding to nearest", stacklevel=2)
         return None
-    try:
-        with phases("factorization"):
-            factor = quant.factorize(statistics.H, config.percdamp, config.act_order)
-    except quant.NotPositiveDefinite:
-        warnings.warn(f"layer {index}: the Hessian of {names} cannot be factorized: rounding to nearest", stacklevel=2)
+    with phases("factorization"):
+        factor = common_factor(statistics.H, config, ranks)
+    if factor is None:
+        warn(f"layer {index}: the Hessian of {names} cannot be factorized: rounding to nearest", stacklevel=2)
+    elif factor.percdamp != config.percdamp:
+        warn(f"layer {index}: the Hessian of {names} was damped with {factor.percdamp:g} instead of --percdamp", stacklevel=2)
+    return factor
+
+
+def common_factor(H: torch.Tensor, config: quant.QuantConfig, ranks: Ranks) -> quant.Factor | None:
+    """The factor of `H` [I, I] (overwritten), the same on every rank, or None if it has none. Rank 0 makes it and the others get it.
+
+    They would have to wait for their own as long. Where ranks share a machine's cores and memory, one factorization takes a share of
+    the time and of the two further matrices of several; copying I^2 numbers is half of what summing H is, against I^3 operations.
+    """
+    factor = None
+    if ranks.is_first:
+        with contextlib.suppress(quant.NotPositiveDefinite):
+            factor = quant.factorize(H, config.percdamp, config.act_order)
+    percdamp = ranks.from_first(lambda: factor and factor.percdamp)
+    if percdamp is None:
         return None
-    if factor.percdamp != config.percdamp:
-        warnings.warn(f"layer {index}: the Hessian of {names} was damped with {factor.percdamp:g} instead of --percdamp", stacklevel=2)
+    if factor is None:
+        order, dead = (torch.empty(len(H), dtype=dtype, device=H.device) for dtype in (torch.int64, torch.bool))
+        factor = quant.Factor(H, order, dead, percdamp)
+    ranks.copy_first_(factor.U, factor.order, factor.dead)
     return factor
 
 
@@ -444,7 +477,13 @@ def write_report(run: Run, contents: dict) -> None:
         device = {"device": str(run.device)}
         if run.device.type == "cuda":
             device |= {"gpu": torch.cuda.get_device_name(run.device), "peak_device_bytes": torch.cuda.max_memory_allocated(run.device)}
-        machine = {"python": platform.python_version(), "threads": torch.get_num_threads(), "peak_host_bytes": peak_host_bytes(), **device}
+        machine = {
+            "python": platform.python_version(),
+            "threads": torch.get_num_threads(),
+            "ranks": run.ranks.size,
+            "peak_host_bytes": peak_host_bytes(),
+            **device,
+        }
         run.report.write_text(json.dumps(contents | {"machine": machine}, indent=2, default=str) + "\n")
 
 
@@ -567,7 +606,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="where the activations of the calibration text wait between passes: on the device, in host memory, or on the disk, in the "
         "folder where the run works; the same bytes come out; auto: the first of these in which they fit",
     )
-    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N; under torchrun cuda is a GPU for each rank")
     add(
         "--dtype",
         default="auto",
@@ -661,7 +700,7 @@ def recipe(args: argparse.Namespace, grid: str) -> dict:
     return {name: value if getattr(args, name) is None else getattr(args, name) for name, value in pieces.items()}
 
 
-def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
+def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -> Run:
     """Where, how much and onto what. Raises InputError for what can be seen to be wrong at once."""
     if args.wbits not in (2, 3, 4, 16):
         raise InputError(f"--wbits is {args.wbits}: give 2, 3 or 4, or 16 to evaluate the unquantized model")
@@ -672,6 +711,8 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
     sources = () if sources == ("none",) else sources
     for source in (args.dataset, *sources):
         datautils.check_source(source)
+    if args.wbits != 16 and args.nsamples < ranks.size:
+        raise InputError(f"--nsamples is {args.nsamples} and there are {ranks.size} ranks: give each at least one window")
     if args.wbits == 16 and (args.skip or args.bits_for):
         raise InputError("--skip and --bits_for are for quantizing: give --wbits 2, 3 or 4 with them")
     if args.wbits == 16 and (args.save_path or not sources):
@@ -687,7 +728,7 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         true_sequential=args.true_sequential,
         n_layers=args.n_layers,
         offload_threshold=args.offload_threshold,
-        hessian_device=eval_quantized.pick_device(args.hessian_device) if args.hessian_device else None,
+        hessian_device=ranks.device(eval_quantized.pick_device(args.hessian_device)) if args.hessian_device else None,
         activations="host" if args.activations == "auto" else args.activations,
         packing=args.packing,
         skip=tuple(args.skip),
@@ -698,6 +739,7 @@ def run_settings(args: argparse.Namespace, device: torch.device) -> Run:
         fresh=args.fresh,
         report=args.report,
         eval=sources,
+        ranks=ranks,
     )
 
 
@@ -735,10 +777,10 @@ def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantCo
     return stored
 
 
-def run_command(args: argparse.Namespace) -> None:
-    device = eval_quantized.pick_device(args.device)
+def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
+    device = ranks.device(eval_quantized.pick_device(args.device))
     torch.backends.cuda.matmul.fp32_precision = "ieee"  # an environment variable of some images rounds float32 products to TF32
-    run = run_settings(args, device)
+    run = run_settings(args, device, ranks)
     folder = modelutils.resolve_model(args.model)
     checkpoint = packing.Checkpoint.open(folder)
     config = None if args.wbits == 16 else quant_config(args, checkpoint.stored_dtype)
@@ -750,19 +792,28 @@ def run_command(args: argparse.Namespace) -> None:
     bits = assigned_bits(model, run, config) if config else {}
     settings = settings_of(run, config, bits) if config else {"method": "none", "base_model": run.model, "versions": versions()}
     needed = check_model(model, run, config, bits) + live_bytes(model, run, config) if config else 0
-    writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if config else None
+    if config is None:  # there is only something to evaluate, which rank 0 does
+        ranks.part()
+        if not ranks.is_first:
+            return
+    writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if config and ranks.is_first else None
     journal = None
-    contents = {"settings": settings, "run": asdict(run), "dtype": str(dtype).removeprefix("torch.")}
+    contents = {"settings": settings, "run": vars(run), "dtype": str(dtype).removeprefix("torch.")}
     try:
         tokenizer = modelutils.load_tokenizer(folder)
-        tests = [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval]
+        tests = [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval if ranks.is_first]
         if config:
-            ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
+            ids = torch.empty(run.nsamples, run.seqlen, dtype=torch.int64)
+            if ranks.is_first:
+                ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
+            ranks.copy_first_(ids)
         if config:
-            journal = Journal(writer.folder if run.save_path else None, fingerprint(settings, ids, checkpoint, dtype, run))
-            writer.keep(journal.parts)
+            kept_in = ranks.from_first(lambda: str(writer.folder)) if run.save_path else None
+            journal = Journal(kept_in and Path(kept_in), fingerprint(settings, ids, checkpoint, dtype, run), ranks)
+            if writer:
+                writer.keep(journal.parts)
         if journal is None or not journal.layers:
-            checkpoint.check_finite()  # last: it reads everything
+            checkpoint.check_finite(ranks.rank, ranks.size)  # last: it reads everything
         if config:
             if journal.layers:
                 print(f"going on after layer {journal.layers}, which an earlier run finished", flush=True)
@@ -770,6 +821,8 @@ def run_command(args: argparse.Namespace) -> None:
             phases, start = Phases(device, journal.seconds), time.perf_counter()
             earlier = sum(journal.seconds.values())
             rows = quantize_model(model, ids, run, config, writer, journal, phases)
+            if not ranks.is_first:
+                return
             with phases("pack"):
                 model.checkpoint = writer.finish(settings, folder)
             journal = None  # there is a result now, and nothing to take up
@@ -816,7 +869,7 @@ def fingerprint(settings: dict, ids: torch.Tensor, checkpoint: packing.Checkpoin
         "calibration tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
         "dtype": str(dtype).removeprefix("torch."),
         "batch_size": run.batch_size,
-        "device": str(run.device),
+        "device": run.device.type,
         "files of the model": files_of(checkpoint),
     }
 
@@ -828,17 +881,34 @@ def print_summary(contents: dict, run: Run) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    ranks = Ranks.join()
+    mine = "" if ranks.size == 1 else f" (rank {ranks.rank})"
+    warnings.formatwarning = lambda message, *_, **__: f"warning{mine}: {message}\n"
     try:
-        with torch.no_grad(), terminated_as_interrupted():
-            run_command(parse(argv))
+        with contextlib.ExitStack() as stack:
+            if not ranks.is_first:  # what all would print alike is printed once
+                stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            ranks.from_first(lambda: bool(parse(argv)))  # which may print help or an error: once
+            args = parse(argv)
+            stack.enter_context(terminated_as_interrupted())
+            with torch.no_grad():
+                run_command(args, ranks)
     except InputError as error:
-        print(f"error: {error}{kept(error)}", file=sys.stderr)
-        return 2
+        return ranks.leave(Ending(2, str(error), True), kept(error))
     except KeyboardInterrupt as error:
-        print(f"interrupted{kept(error) or ': nothing was finished yet'}", file=sys.stderr)
-        return 130
-    return 0
+        return ranks.leave(Ending(130, "interrupted"), kept(error) or ": nothing was finished yet")
+    except RankLost as error:
+        return ranks.leave(Ending(1, str(error)), kept(error))
+    except SystemExit as end:  # of the parser, which has said why
+        if ranks.size == 1:
+            raise
+        return ranks.leave(Ending(end.code or 0, is_cause=True))
+    except Exception as error:
+        if ranks.size == 1:
+            raise
+        traceback.print_exc()
+        return ranks.leave(Ending(1, f"{type(error).__name__}: {error}", True), kept(error))
+    return ranks.leave(Ending(0))
 
 
 def kept(error: BaseException) -> str:

@@ -36,7 +36,7 @@ TORCH_DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
 }
 # What a run keeps in its own folder while it works.
-WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable|journal\.(jsonl|new)|(live|kept)-[01]\.bin")
+WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin")
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
@@ -269,9 +269,11 @@ class Checkpoint:
         """Bytes all tensors take."""
         return sum(map(self.tensor_bytes, self.shapes))
 
-    def check_finite(self) -> None:
-        """Read everything once, with progress. Raises InputError with the name of a tensor that holds NaN or infinity."""
-        for name in tqdm(self.files, desc="checking weights", unit="tensor", ncols=80, leave=False, disable=None):
+    def check_finite(self, share: int = 0, shares: int = 1) -> None:
+        """Read everything once, or one of several shares, with progress. Raises InputError with the name of a tensor that holds
+        NaN or infinity."""
+        bar = {"desc": "checking weights", "unit": "tensor", "ncols": 80, "leave": False, "disable": True if share else None}
+        for name in tqdm(list(self.files)[share::shares], **bar):
             tensor = self.get(name)
             if tensor.is_floating_point() and not is_finite(tensor):
                 raise InputError(f"{self.files[name].name}: tensor {name} holds NaN or infinity; the checkpoint is damaged")

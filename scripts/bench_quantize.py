@@ -35,6 +35,7 @@ import modelutils  # noqa: E402
 import quant  # noqa: E402
 from leanquant import kernels, packing  # noqa: E402
 from leanquant_grid import affine_search, kmeans_levels, sensitivity  # noqa: E402
+from ranks import Ranks  # noqa: E402
 
 T = 2048
 BRUTE_FORCE = kernels.Kernel(ROOT / "scripts" / "brute_force.cu", "brute_force", (*3 * [torch.float32], torch.uint8, int, int, int))
@@ -240,7 +241,7 @@ def quantize_layers(command: list[str], seqlen: int, device: torch.device) -> di
     """One run of the loop of llama.py, to the finished file: seconds, by phase too, and peak memory."""
     parsed = llama.parse(command)
     checkpoint = packing.Checkpoint.open(parsed.model)
-    config, run = llama.quant_config(parsed, checkpoint.stored_dtype), llama.run_settings(parsed, device)
+    config, run = llama.quant_config(parsed, checkpoint.stored_dtype), llama.run_settings(parsed, device, Ranks())
     model = modelutils.StreamedModel(Path(parsed.model), checkpoint, torch.float32 if device.type == "cpu" else torch.bfloat16, device)
     ids = torch.randint(1024, (run.nsamples, seqlen), generator=torch.Generator().manual_seed(0))
     run.save_path.unlink(missing_ok=True)

@@ -58,7 +58,7 @@ def test_kept_tensors_come_back_until_they_are_forgotten(place, tmp_path):
         assert all(torch.equal(states.recall(one), value) for one, value in zip(kept, values, strict=True))
         states.forget()
     if states.on_disk:
-        assert (tmp_path / "kept-0.bin").stat().st_size == 4 * 2 * 3 * 4, "the next layer's are written over the last one's"
+        assert (tmp_path / "kept-0-0.bin").stat().st_size == 4 * 2 * 3 * 4, "the next layer's are written over the last one's"
 
 
 def test_a_write_that_fails_is_raised(tmp_path):

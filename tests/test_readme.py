@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch.distributed.run as torchrun
 
 import bench_inference
 import bench_quantize
@@ -24,12 +25,16 @@ def blocks(language: str) -> list[str]:
 
 
 def test_every_command_parses():
-    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("python ")]
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(("python ", "torchrun "))]
     parsers = {"llama.py": llama.parse, "eval_quantized.py": eval_quantized.parse, "scripts/plot.py": plot.parse}
     parsers |= {"scripts/reproduce.py": reproduce.parse, "scripts/mt_bench.py": mt_bench.parse}
     assert len(lines) >= 4
     for line in lines:
-        _, script, *arguments = shlex.split(line, comments=True)
+        program, *arguments = shlex.split(line, comments=True)
+        if program == "torchrun":
+            started = torchrun.parse_args(arguments)
+            arguments = [started.training_script, *started.training_script_args]
+        script, *arguments = arguments
         if script == "-m":
             assert arguments.pop(0) == "leanquant"
             leanquant_main.parse(arguments)
@@ -74,6 +79,7 @@ def test_options_that_the_readme_names_exist(capsys):
         reproduce.parse,
         mt_bench.parse,
         plot.parse,
+        torchrun.parse_args,
     ):
         with pytest.raises(SystemExit):
             parse(["--help"])
