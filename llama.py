@@ -397,11 +397,12 @@ def peak_host_bytes() -> int:
 
 
 def shift_bytes(model, run: Run, config: quant.QuantConfig) -> dict[str, int]:
-    """What the shifted target takes beyond the plain algorithm: the unquantized model's stream (host), its linears of one
-    layer, and the largest group's C and R (device)."""
+    """What the shifted target takes beyond the plain algorithm: the unquantized model's stream (host), its linears of the
+    largest layer, and the largest linear's C and R (device)."""
     if not config.shift:
         return {}
-    shapes = [linear.weight.shape for linear in model.linears(0).values()]
+    layers = ([linear.weight.shape for linear in model.linears(index).values()] for index in range(len(model.layers)))
+    shapes = max(layers, key=lambda shapes: sum(shape.numel() for shape in shapes))
     width = model.config.get_text_config().hidden_size
     return {
         "stream": run.nsamples * run.seqlen * width * model.dtype.itemsize,

@@ -198,7 +198,8 @@ WAYS += [("olmoe", "one by one", AFFINE), ("a bias in the choice", "one by one",
 def test_quantized_mixtures_load_everywhere(base, text_file, tmp_path, name, stored, grid):
     folder, ids = base(name, STORED[stored]), random_ids(2, 16)
     options = [*grid, *MANY, "--grid_partitions", 64]
-    for out in (tmp_path / "q.safetensors", tmp_path / "folder"):
+    outs = [tmp_path / "q.safetensors", tmp_path / "folder"][name not in ("mixtral", "qwen3") :]
+    for out in outs:
         assert quantize(folder, text_file, out, *options, "--report", tmp_path / "report.json") == 0
     checkpoint = Checkpoint.open(out)
     blocks, E = {"qwen3": [0, 2], "a bias in the choice": [1]}.get(name, [0, 1]), 4
@@ -207,7 +208,7 @@ def test_quantized_mixtures_load_everywhere(base, text_file, tmp_path, name, sto
     assert not any(linear.endswith(".gate") for linear in checkpoint.quantized)
     expected = logits(with_weights_of(folder, checkpoint), ids)
     assert 0.01 < (expected - whole_logits(folder, ids)).abs().mean() < 0.5 * expected.std()
-    ours = LeanQuantModelForCausalLM.from_pretrained(folder, tmp_path / "q.safetensors")
+    ours = LeanQuantModelForCausalLM.from_pretrained(folder, outs[0])
     plugged = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     for model in (ours, plugged):
         assert sum(isinstance(m, QuantizedLinear) for m in model.modules()) == len(checkpoint.quantized)
@@ -331,6 +332,20 @@ def test_skipped_and_mixed_experts_load_everywhere(base, text_file, tmp_path, op
     for model in (ours, plugged):
         assert any(isinstance(module, Experts) for module in model.modules())
         torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.gpu
+def test_a_mixture_on_a_gpu_is_that_of_the_cpu(base, text_file, tmp_path):
+    folder, ids, found = base("mixtral"), random_ids(4, 16), {}
+    for device in ("cpu", "cuda"):
+        out = tmp_path / f"{device}.safetensors"
+        assert quantize(folder, text_file, out, *GRID, *MANY, "--device", device, "--dtype", "float32") == 0
+        found[device] = logits(with_weights_of(folder, Checkpoint.open(out)), ids)
+    original = whole_logits(folder, ids)
+    errors = {device: (one - original).square().mean() for device, one in found.items()}
+    assert errors["cuda"] < 1.3 * errors["cpu"] and errors["cpu"] < 1.3 * errors["cuda"]
+    model = LeanQuantModelForCausalLM.from_pretrained(folder, tmp_path / "cpu.safetensors", device="cuda", torch_dtype=torch.float32)
+    torch.testing.assert_close(logits(model, ids.cuda()).cpu(), found["cpu"], rtol=1e-3, atol=1e-3)
 
 
 # --- refusals --------------------------------------------------------------------------------------------------
