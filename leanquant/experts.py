@@ -76,11 +76,11 @@ def split_experts(model: nn.Module) -> None:
 def _is_fused(module: nn.Module) -> bool:
     """Does `module` compute what `Experts` does, from two 3-D parameters?"""
     parameters = dict(module.named_parameters(recurse=False))
-    if set(parameters) != set(FUSED) or any(getattr(module, name, None) != value for name, value in LAYOUT.items()):
+    if set(parameters) != set(FUSED) or any(getattr(module, name, value) != value for name, value in LAYOUT.items()):
         return False
     (E, D, M), gate_up = parameters["down_proj"].shape, parameters["gate_up_proj"].shape
-    # A class with a gate of its own brings its own method.
-    return gate_up == (E, 2 * M, D) and type(module)._apply_gate.__module__ == "transformers.integrations.moe"
+    gate = getattr(module, "_apply_gate", None)  # transformers' own, unless the class brings another
+    return gate_up == (E, 2 * M, D) and getattr(gate, "__module__", None) == "transformers.integrations.moe"
 
 
 def routers(layer: nn.Module) -> set[str]:

@@ -21,7 +21,7 @@ from leanquant import InputError, LeanQuantModelForCausalLM
 from leanquant.experts import Experts, split_experts
 from leanquant.linear import QuantizedLinear
 from leanquant.packing import Checkpoint
-from test_cli import transformers_perplexity, whole_model
+from test_cli import ONE_GPU, transformers_perplexity, whole_model
 from test_modelutils import random_ids, stream, streamed_logits, whole_logits
 
 ROUTED = {"num_experts_per_tok": 2}
@@ -335,6 +335,7 @@ def test_skipped_and_mixed_experts_load_everywhere(base, text_file, tmp_path, op
 
 
 @pytest.mark.gpu
+@ONE_GPU
 def test_a_mixture_on_a_gpu_is_that_of_the_cpu(base, text_file, tmp_path):
     folder, ids, found = base("mixtral"), random_ids(4, 16), {}
     for device in ("cpu", "cuda"):
