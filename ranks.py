@@ -56,8 +56,9 @@ class Ranks:
 
         if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
             return cls()
-        # NCCL's watchdog would end the process without a word where a rank is lost: `_meet` notices too, and says so.
-        os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+        # Else a thread of NCCL's ends the process without a word where a rank is lost: so `_meet` gets the error.
+        os.environ.setdefault("TORCH_NCCL_BLOCKING_WAIT", "1")
+        os.environ.setdefault("NCCL_ALGO", "^NVLS")  # whose sums may differ from run to run
         store, rank, size = next(rendezvous("env://", timeout=TIMEOUT))
         store = dist.PrefixStore(f"leanquant-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -107,13 +108,16 @@ class Ranks:
         Asked for, not slept for: a process that sleeps in a collective does not see SIGTERM.
         """
         try:
-            work, looked = start(), time.monotonic()
+            work, began, looked = start(), time.monotonic(), 0.0
             while not work.is_completed():
                 time.sleep(2e-4)
-                if time.monotonic() - looked > LOOK:
+                waited = time.monotonic() - began
+                if waited > TIMEOUT.total_seconds():
+                    raise RankLost(f"other ranks have not come within {TIMEOUT}")
+                if waited > looked + LOOK:
                     if self.store.check(["ended"]):
                         raise RankLost("another rank has ended")
-                    looked = time.monotonic()
+                    looked = waited
             work.wait()
         except torch.OutOfMemoryError:
             raise

@@ -9,17 +9,20 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 import journal
 import llama
 import ranks
+from conftest import SIZES, write_model
 from leanquant import packing
 from leanquant.errors import InputError
-from ranks import Ending, Ranks
+from ranks import Ending, RankLost, Ranks
 from test_cli import GRIDS, ROOT, SEQUENTIAL, environment
 
 LAYERS = 4
@@ -214,6 +217,21 @@ def test_fewer_rows_than_ranks(launch, tiny_model, text_file, tmp_path):
         assert torch.equal(one.get(name), three.get(name)), name
 
 
+def test_experts_are_told_apart_by_the_tokens_of_all_ranks(launch, text_file, tmp_path):
+    """One expert a token: a rank sees few of some."""
+    sizes = SIZES | {"num_hidden_layers": 1, "num_local_experts": 6, "num_experts_per_tok": 1}
+    arguments = [write_model(MixtralConfig(**sizes), tmp_path / "model"), text_file, *SETTINGS, *GRIDS["nonuniform"], "--eval", "none"]
+    arguments += ["--nsamples", "10", "--skip", ".*attn.*"]  # what they read differs by rounding only
+    reports = [tmp_path / "one.json", tmp_path / "three.json"]
+    assert llama.main([str(word) for word in (*arguments, "--report", reports[0])]) == 0
+    assert launch(3, [*arguments, "--report", reports[1]])[0] == {}
+    one, three = (json.loads(report.read_text())["linears"] for report in reports)
+    assert [(row["linear"], row.get("tokens")) for row in one] == [(row["linear"], row.get("tokens")) for row in three]
+    solved = [(a["loss"], b["loss"]) for a, b in zip(one, three, strict=True) if a["loss"] is not None]
+    assert 2 < len(solved) < len(one)
+    assert [b for _, b in solved] == pytest.approx([a for a, _ in solved], rel=0.01)
+
+
 # --- ends ------------------------------------------------------------------------------------------------------
 
 
@@ -344,6 +362,28 @@ def test_a_process_alone_does_nothing():
     assert mine.device(torch.device("cuda", 3)) == torch.device("cuda", 3)
 
 
+class Never:
+    """A collective that does not end, and a store in which `ended` is set or not."""
+
+    def __init__(self, ended: bool = False):
+        self.ended = ended
+
+    def is_completed(self) -> bool:
+        return False
+
+    def check(self, keys: list[str]) -> bool:
+        assert keys == ["ended"]
+        return self.ended
+
+
+def test_nobody_waits_for_ever(monkeypatch):
+    with pytest.raises(RankLost, match="another rank has ended"):
+        Ranks(0, 2, store=Never(ended=True))._meet(Never)
+    monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=0.3))
+    with pytest.raises(RankLost, match="have not come within 0:00:00.3"):
+        Ranks(0, 2, store=Never())._meet(Never)
+
+
 def test_another_launchers_environment_is_not_torchrun(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "8")
     monkeypatch.setenv("RANK", "3")
@@ -406,7 +446,8 @@ def test_a_lone_process_says_why_it_ends(capsys):
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_gpus(model, text_file, tmp_path):
     """NCCL: as one GPU does, and the same bytes again."""
-    arguments = [model, text_file, *SETTINGS[:-2], *GRIDS["nonuniform"], "--eval", "none", "--save_path"]
+    settings = [*SETTINGS[:-1], "cuda", "--dtype", "float32", *GRIDS["nonuniform"], "--eval", "none"]
+    arguments = [model, text_file, *settings, "--save_path"]
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "llama.py")]
     assert llama.main([str(word) for word in (*arguments, tmp_path / "one.safetensors")]) == 0
     for name in ("two", "again"):
