@@ -152,7 +152,7 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
             layer = stack.enter_context(model.layer(index))
         with phases("forward"):
             groups = [modelutils.Group(*group) for group in run.ranks.from_first(lambda: model.groups(index, stream))]
-        for stage in stages(model, index, groups, run):
+        for stage in stages(model, index, groups, run, config):
             wanted = [group for group in (without_skipped(model, index, group, run, config) for group in stage) if group.linears]
             statistics = collect_statistics(model, index, stream, reference, wanted, done, run, config, phases) if wanted else []
             for group in wanted:
@@ -173,21 +173,21 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
     return tensors, rows
 
 
-def stages(model, index: int, groups: list, run: Run, most: int = 2**30) -> list[list]:
-    """The `groups` of layer `index` in lists to be quantized after one pass each: what depends on no other, up to `most` entries of
-    Hessians; without --true-sequential all at once."""
+def stages(model, index: int, groups: list, run: Run, config: quant.QuantConfig, most: int = 2**30) -> list[list]:
+    """The `groups` of layer `index` in lists to be quantized after one pass each: what depends on no other, up to `most` numbers of
+    statistics; without --true-sequential all at once."""
     if not run.true_sequential:
         return [groups]
     found = []
     for stage in model.stages(index, groups):
         room = 0
         for group in stage:
-            entries = model.layers[index].get_submodule(group.linears[0]).weight.shape[1] ** 2
-            if entries > room:
+            size = model.layers[index].get_submodule(group.linears[0]).weight.shape[1] ** 2 * (2 if config.shift else 1)
+            if size > room:
                 found.append([])
-                room = max(most, entries)
+                room = max(most, size)
             found[-1].append(group)
-            room -= entries
+            room -= size
     return found
 
 

@@ -177,6 +177,22 @@ def test_torchrun_gives_one_process_result_and_prints_once(two, alone):
     assert sorted(entry.name for entry in path.parent.iterdir()) == ["q.json", "q.safetensors"]
 
 
+def test_ranks_count_the_tokens_of_an_expert_together(launch, text_file, tmp_path):
+    """Behind attention as it was the router sees the same in both runs; where a rank sees too few tokens, all may see enough."""
+    config = MixtralConfig(**SIZES, num_local_experts=4, num_experts_per_tok=2)
+    base, rows = write_model(config, tmp_path / "model"), {}
+    options = ["--nsamples", 20, "--seqlen", 32, "--percdamp", 0.1, "--wbits", 4, "--exponent", 4, "--true-sequential", "--n_layers", 1]
+    for count in (1, 2):
+        report = tmp_path / f"{count}.json"
+        words = [base, text_file, *options, "--eval", "none", "--skip", ".*self_attn.*", "--report", report]
+        assert launch(count, [*words, "--save_path", tmp_path / f"{count}.safetensors"])[0] == {}
+        rows[count] = {row["linear"]: row for row in json.loads(report.read_text())["linears"]}
+    one, two = ({name: row["tokens"] for name, row in rows[count].items()} for count in (1, 2))
+    assert one == two and sum(one.values()) == 3 * 2 * 20 * 32
+    assert any(192 <= tokens < 2 * 192 for name, tokens in one.items() if "down" in name)  # more than is needed, less than that for each
+    assert [row["loss"] is None for row in rows[1].values()] == [row["loss"] is None for row in rows[2].values()]
+
+
 @pytest.mark.parametrize(
     "count, options",
     [
