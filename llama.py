@@ -269,10 +269,9 @@ def quantize_group(model, index: int, group, statistics: quant.Statistics, run: 
         parts = zip(names, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
         for name, codes, loss, its_grid in parts:
             row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(codes)}
+            row |= {"bits": its_config.bits, "tokens": statistics.tokens}
             if run.report and factor is not None and index in example_layers(model, run):
                 row["example"] = example_row(W.split(sizes)[names.index(name)], its_grid, loss, factor)
-            if name in model.experts(index):
-                row["tokens"] = statistics.tokens
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
             yield name, its_grid, codes, row

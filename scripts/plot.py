@@ -66,7 +66,8 @@ def label(report: dict) -> str:
         return method
     groups = f", groups of {settings['groupsize']}" if settings["groupsize"] != -1 else ""
     grid = {"nonuniform": " non-uniform", "affine": " affine"}.get(settings["grid"], "")
-    return f"{method}{grid}{groups}"
+    mixed = ", mixed" if settings.get("bits_for") or settings.get("skip") else ""
+    return f"{method}{grid}{groups}{mixed}"
 
 
 def label_all(reports: list[dict]) -> list[dict]:

@@ -117,6 +117,26 @@ def test_a_family_in_16_bits_has_transformers_loss(base, text_file, test_text, t
     assert found == pytest.approx(transformers_perplexity(whole_model(folder), folder, test_text), rel=1e-5)
 
 
+def test_a_vision_tower_beside_the_decoder_stays_as_it_is(text_file, tmp_path):
+    """Gemma 3 as it is published: its text model is quantized, all else is copied under its name."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = transformers.Gemma3Config(text_config=SIZES | ALTERNATING, vision_config=vision)
+    folder, out, ids = write_model(config, tmp_path / "model"), tmp_path / "folder", random_ids(2, 24)
+    assert run(folder, text_file, *OPTIONS, "--eval", "none", "--save_path", out) == 0
+    checkpoint = Checkpoint.open(out)
+    assert len(checkpoint.quantized) == 4 * 7 and all(".language_model." in linear for linear in checkpoint.quantized)
+    expected = logits(dequantized(folder, checkpoint).eval(), ids)
+    for model in (LeanQuantModelForCausalLM.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)):
+        torch.testing.assert_close(logits(model, ids), expected, rtol=1e-4, atol=1e-4)
+
+
 # --- refusals --------------------------------------------------------------------------------------------------
 
 SMALL = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2}

@@ -94,7 +94,8 @@ def test_file_and_report_and_info_say_what_was_done(tiny_model, text_file, tmp_p
     settings = Checkpoint.open(out).settings
     assert settings["bits"] == 4 and settings["skip"] == [MIXED[1]]
     assert settings["bits_for"] == {name: bits for name, bits in expected_bits().items() if bits != 4}
-    assert len(json.loads(report.read_text())["linears"]) == len(expected_bits())
+    rows = json.loads(report.read_text())["linears"]
+    assert {f"model.layers.{row['layer']}.{row['linear']}": row["bits"] for row in rows} == expected_bits()
     capsys.readouterr()
     assert info.main(["info", str(out)]) == 0
     shown = capsys.readouterr().out

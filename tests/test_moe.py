@@ -219,7 +219,8 @@ def test_quantized_mixtures_load_everywhere(base, text_file, tmp_path, name, sto
         again = AutoModelForCausalLM.from_pretrained(tmp_path / type(model).__name__, dtype=torch.float32)
         assert torch.equal(logits(again, ids), logits(model, ids))
     rows = json.loads((tmp_path / "report.json").read_text())["linears"]
-    counts = {(row["layer"], row["linear"]): row["tokens"] for row in rows if "tokens" in row}
+    counts = {(row["layer"], row["linear"]): row["tokens"] for row in rows}
+    assert counts[0, next(name for layer, name in counts if not layer)] == 24 * 32
     for i in blocks:
         for x in ("gate", "up", "down"):  # each token goes to two experts
             assert sum(counts[i, f"mlp.experts.{e}.{x}_proj"] for e in range(E)) == 2 * 24 * 32
