@@ -582,7 +582,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="rounds of coordinate descent on codes and least squares on levels; +30 %% of the time of published each "
         "(unset: 2 for --recipe best, else 0)",
     )
-    add("--kmeans_seed", type=int, default=0, help="of the random start that --kmeans plusplus has, and the published recipe at 4 bits")
+    add(
+        "--kmeans_seed",
+        type=int,
+        default=0,
+        help="of the random start that --kmeans plusplus has, and the published recipe at 4 bits; under torchrun it depends on the "
+        "number of ranks too",
+    )
     add("--grid_partitions", type=int, default=2048, help="T of the affine search: range ends move in steps of range / T")
     add(
         "--grid_search",
