@@ -9,6 +9,7 @@ Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 import contextlib
 import ctypes
 import difflib
+import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
@@ -223,6 +224,8 @@ class StreamedModel:
 
     def check(self) -> None:
         """Every tensor the config asks for is in the checkpoint with its shape, and every layer is one we can quantize."""
+        if "inputs_embeds" not in inspect.signature(self.model.forward).parameters:
+            raise InputError(f"{type(self.model).__name__} takes no embeddings (inputs_embeds) in place of tokens, so it is not supported")
         seen = {}
         for index, layer in enumerate(self.layers):
             self._check_layer(index, layer)

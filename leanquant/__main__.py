@@ -74,7 +74,7 @@ def describe(checkpoint: Checkpoint) -> dict:
         "size": f"{size / 1e6:.1f} MB, {original / size:.2f} times less than 16 bits ({original / 1e6:.1f} MB)",
     }
     if settings.get("skip") and isinstance(settings["skip"], list):
-        found["as before"] = f"linears called {' '.join(map(str, settings['skip']))}"
+        found["unquantized"] = f"linears called {' '.join(map(str, settings['skip']))}"
     for name in ("groupsize", "exponent", "percdamp", "shift", "refine"):
         if settings.get(name) is not None:
             found[name] = settings[name]

@@ -147,6 +147,11 @@ UNSUPPORTED = {
     "RecurrentGemma": ("RecurrentGemmaConfig", SIZES | {"lru_width": 64, "head_dim": 16, "pad_token_id": 0}, "conv_1d"),
     "RWKV": ("RwkvConfig", SMALL, "time_mix"),
     "GPT-2": ("GPT2Config", {"vocab_size": 300, "n_embd": 64, "n_layer": 2, "n_head": 4}, "Conv1D"),
+    "CPM-Ant": (
+        "CpmAntConfig",
+        {"vocab_size": 300, "hidden_size": 64, "num_attention_heads": 4, "dim_head": 16, "dim_ff": 96},
+        "inputs_embeds",
+    ),
     "T5": ("T5Config", {"vocab_size": 300, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 4}, "encoder-decoder"),
     "BART": ("BartConfig", {"vocab_size": 300, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2}, "encoder-decoder"),
     "Gemma 3n": ("Gemma3nTextConfig", SIZES | {"head_dim": 16, "vocab_size_per_layer_input": 300}, "an input of its own"),
