@@ -216,12 +216,13 @@ class Ranks:
     def _heard(self, ranks, seconds: float) -> dict[int, Ending]:
         """What those of `ranks` say that say something within so many seconds."""
         ranks, heard, deadline = list(ranks), {}, time.monotonic() + seconds
-        while len(heard) < len(ranks) and time.monotonic() < deadline:
+        while True:
             for rank in ranks:
                 if rank not in heard and self.store.check([f"ended/{rank}"]):
                     heard[rank] = Ending(*json.loads(self.store.get(f"ended/{rank}")))
+            if len(heard) == len(ranks) or time.monotonic() > deadline:
+                return heard
             time.sleep(0.02)
-        return heard
 
     def _verdict(self, mine: Ending) -> Ending:
         """Rank 0: why the run ends."""
@@ -241,7 +242,7 @@ class Ranks:
         self._tell(mine)
         if first := self._heard([0], 2 * GRACE):
             return first[0]._replace(what="")
-        heard = self._heard(range(1, self.size), 0.1)
+        heard = self._heard(range(1, self.size), 0) | {self.rank: mine}
         if self.rank > min(heard) or any(ending.is_cause for ending in heard.values()):  # then rank 0 lives, and will hear of it
             return mine._replace(what="")
         return Ending(1, "rank 0 ended without a message (killed?)")
