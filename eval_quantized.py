@@ -126,7 +126,7 @@ def last_hidden(model: modelutils.StreamedModel, windows: torch.Tensor, batch_si
     """What the last decoder layer gives for token `windows` [n, T]; layer by layer, under a progress bar. It waits at `place`."""
     stream = model.embed(windows, batch_size, place)
     for index in tqdm(range(len(model.layers)), desc=label, unit="layer", ncols=80, leave=False, disable=None):
-        with model.layer(index):
+        with model.layer(index, index + 1 if index + 1 < len(model.layers) else None):
             model.advance(index, stream)
     return stream
 

@@ -9,6 +9,8 @@ everything it speaks of is on the disk. Of several ranks the first keeps the jou
 import json
 import os
 import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from activations import STAMP_BYTES, Activations, live_file, places, save, stamp_of
@@ -38,13 +40,17 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 
 
 class Journal:
-    """layers: how many are finished and saved; rows: the report's rows of those; seconds: time spent on them, by phase."""
+    """layers: how many are finished and saved; rows: the report's rows of those; seconds: time spent on them, by phase.
+
+    batch_size: of the last one; 0 if there is none.
+    """
 
     def __init__(self, folder: Path | None, fingerprint: dict, ranks: Ranks | None = None):
         """Take up the journal in `folder`, or begin one. Without a folder nothing is kept. Raises InputError if the one that is there
         belongs to another run."""
         self.folder, self.layers, self.parts, self.rows, self.seconds = folder, 0, 0, [], {}
         self.generation = 1  # of the live activations that are saved; the other one may be written over
+        self.batch_size = 0
         self._pending, self._live, self._saved_at, self._cost = [], None, time.monotonic(), 0.0
         self._ranks = ranks or Ranks()
         if folder is None:
@@ -58,6 +64,7 @@ class Journal:
             self.layers, self.parts, self.seconds, self._live = last["layers"], last["parts"], last["seconds"], last["live"]
             self.rows = [row for line in lines[1:] for row in line["rows"]]
             self.generation = int(self._live["generation"]) if self._live else 1
+            self.batch_size = last["batch_size"]
 
     def _take_up(self, fingerprint: dict) -> list[dict]:
         """The lines that count, which are all that is left on the disk: the fingerprint and what is finished."""
@@ -107,8 +114,18 @@ class Journal:
                 if not stream.restore_from(file, self.generation):
                     raise InputError(f"{file.name} is shorter than the run needs: start over with --fresh")
 
-    def add(self, layers: int, parts: int, rows: list[dict], seconds: dict[str, float], live: list[Activations], is_last: bool) -> None:
-        """`layers` layers and `parts` parts are finished now, with the report's `rows` of the last one and `live` activations.
+    def add(
+        self,
+        layers: int,
+        parts: int,
+        rows: list[dict],
+        seconds: dict[str, float],
+        live: list[Activations],
+        is_last: bool,
+        batch_size: int = 0,
+    ) -> None:
+        """`layers` layers and `parts` parts are finished now, with the report's `rows` of the last one and `live` activations,
+        which go on in batches of `batch_size`.
 
         Saved at once, unless that takes longer than what would be lost (activations in files are written anyway); after the
         last layer no activations are needed.
@@ -122,8 +139,9 @@ class Journal:
             self.generation = save(live, self.folder, self.generation, layers, self._ranks)
             saved = {"generation": self.generation, "bytes": sum(stream.file_bytes for stream in live) + STAMP_BYTES}
         if self._ranks.is_first:
+            line = {"layers": layers, "parts": parts, "live": saved, "batch_size": batch_size, "seconds": seconds, "rows": self._pending}
             with open(self.path, "a") as f:
-                f.write(json.dumps({"layers": layers, "parts": parts, "live": saved, "seconds": seconds, "rows": self._pending}) + "\n")
+                f.write(json.dumps(line) + "\n")
                 f.flush()
                 os.fsync(f.fileno())
             sync_folder(self.folder)
@@ -133,3 +151,40 @@ class Journal:
         if is_last:
             for generation in (0, 1) if self._ranks.is_first else ():
                 live_file(self.folder, generation).unlink(missing_ok=True)
+
+
+class Saver:
+    """One thread that packs and writes finished layers, in order, while the next is computed; at most one layer waits.
+
+    A failure is raised by the next `wait`. Leaving the block waits, so that what was finished is saved also when a run ends early.
+    Several ranks meet while they save: those do it at once.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._thread, self._saving, self._ranks = ThreadPoolExecutor(1, "saver"), None, ranks
+
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        self._thread.shutdown()
+        if kind is None:
+            self.wait()
+
+    def begin(self, work: Callable, *args) -> Future:
+        """Begin a piece of the layer that is being computed."""
+        return self._thread.submit(work, *args)
+
+    def finish(self, work: Callable, *args) -> None:
+        """Begin what makes the layer count as finished."""
+        self.wait()
+        if self._ranks.size > 1:
+            work(*args)
+        else:
+            self._saving = self._thread.submit(work, *args)
+
+    def wait(self) -> None:
+        """Until the layer before is saved: its live activations must stay as they are until then."""
+        saving, self._saving = self._saving, None
+        if saving:
+            saving.result()

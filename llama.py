@@ -9,6 +9,7 @@ share the work (ranks.py).
 
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -22,8 +23,10 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -34,9 +37,10 @@ import datautils
 import eval_quantized
 import leanquant
 import modelutils
+import plan
 import quant
 from activations import KINDS, Place
-from journal import Journal, files_of
+from journal import Journal, Saver, files_of
 from leanquant import packing
 from leanquant.errors import InputError
 from ranks import Ending, RankLost, Ranks
@@ -73,9 +77,16 @@ class Run:
     save_path: Path | None
     overwrite: bool
     fresh: bool
+    force: bool
     report: Path | None
     eval: tuple[str, ...]
     ranks: Ranks
+
+
+MOST_WEIGHTS = 2**27  # that are solved at a time
+
+# A disk that is full, over its quota, at its largest file, failing, or gone read-only.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Phases:
@@ -110,29 +121,30 @@ class Phases:
 def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, journal: Journal, phases: Phases):
     """Quantize the layers one after the other, handing each one's tensors to `writer`. Returns a row per linear.
 
-    Goes on after the layers that `journal` has. Of several ranks the first has a writer, and returns the rows that count.
+    Goes on after the layers that `journal` has. A layer is written while the next is computed, which is read while this one is. Of
+    several ranks the first has a writer, and returns the rows that count.
     """
     kind, folder = run.ranks.from_first(lambda: (run.activations, str(writer.folder)))
     with phases("forward"):
         place = Place(kind, run.device, Path(folder), journal.generation, run.ranks)
-        stream = model.embed(ids[run.ranks.rows(len(ids))], run.batch_size, place, streams(config))
+        stream = model.embed(ids[run.ranks.rows(len(ids))], journal.batch_size or run.batch_size, place, streams(config))
         reference = stream.twin() if config.shift > 0 else None
     live = [stream.states] + ([reference.states] if reference else [])
     journal.restore(live)
     count, rows = quantized_layers(model, run), list(journal.rows)
     bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None if run.ranks.is_first else True}
-    for index in tqdm(range(journal.layers, count), initial=journal.layers, total=count, **bar):
-        start = time.perf_counter()
-        tensors, linears = quantize_layer(model, index, stream, reference, run, config, phases)
-        model.checkpoint.check_unchanged()  # before any of it counts as finished
-        with phases("pack"):
-            if run.ranks.is_first:
-                writer.add(tensors)
-        rows += linears
+    with Saver(run.ranks) as saver:
+        for index in tqdm(range(journal.layers, count), initial=journal.layers, total=count, **bar):
+            start = time.perf_counter()
+            packed, linears = quantize_layer(model, index, stream, reference, run, config, phases, saver)
+            ending = {"rows": linears, "seconds": dict(phases.seconds), "live": live, "is_last": index == count - 1}
+            entry = partial(journal.add, index + 1, **ending, batch_size=stream.batch_size)
+            saver.finish(save_layer, model, index, packed, writer, entry)
+            rows += linears
+            loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
+            tqdm.write(f"layer {index + 1}/{count}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
         with phases("save"):
-            journal.add(index + 1, len(writer.parts) if writer else 0, linears, phases.seconds, live, index == count - 1)
-        loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
-        tqdm.write(f"layer {index + 1}/{count}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
+            saver.wait()
     run.ranks.part()
     with phases("pack"):
         for tensors in untouched_tensors(model, count) if run.ranks.is_first else ():
@@ -141,36 +153,55 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
     return rows
 
 
-def quantize_layer(model, index: int, stream, reference, run: Run, config: quant.QuantConfig, phases: Phases):
+def quantize_layer(model, index: int, stream, reference, run: Run, config: quant.QuantConfig, phases: Phases, saver: Saver):
     """Quantize layer `index` and move `stream` through it, and `reference`, the unquantized model's, through the original.
 
-    Returns the layer's tensors as stored, and a row per linear.
+    Returns the layer's linears as they will be stored, by name, packed by `saver`'s thread, and a row per linear.
     """
-    solved, rows, done = {}, [], set()
+    packed, rows, done = {}, [], set()
+    following = index + 1 if index + 1 < quantized_layers(model, run) else None
+    both = [stream, reference] if reference else [stream]
     with contextlib.ExitStack() as stack:
         with phases("load"):
-            layer = stack.enter_context(model.layer(index))
+            layer = stack.enter_context(model.layer(index, following))
         with phases("forward"):
-            groups = [modelutils.Group(*group) for group in run.ranks.from_first(lambda: model.groups(index, stream))]
+            found = run.ranks.from_first(lambda: in_smaller_batches(model, both, model.groups, index, stream))
+            groups = [modelutils.Group(*group) for group in found]
         for stage in stages(model, index, groups, run, config):
             wanted = [group for group in (without_skipped(model, index, group, run, config) for group in stage) if group.linears]
-            statistics = collect_statistics(model, index, stream, reference, wanted, done, run, config, phases) if wanted else []
+            seen = (model, index, stream, reference, wanted, done, run, config, phases)
+            statistics = in_smaller_batches(model, both, collect_statistics, *seen) if wanted else []
             for group in wanted:
                 for name, grid, codes, row in quantize_group(model, index, group, statistics.pop(0), run, config, phases):
-                    solved[name] = (grid, codes)
-                    replace_weight(layer.get_submodule(name), name, quant.dequantize(codes, grid.levels), reference)
-                    rows.append(row)
+                    packed[name] = saver.begin(pack_linear, codes, grid, config, run.packing) if run.ranks.is_first else None
+                    replace_weight(layer.get_submodule(name), name, codes, grid, reference)
+                    rows.append(row | {"layer": index})
             done |= {name for group in stage for name in group.linears}
+        with phases("save"):
+            saver.wait()  # what is saved of the layer before are the activations that move now
         if reference:
             with phases("reference forward"):
-                model.advance(index, reference)
+                in_smaller_batches(model, both, model.advance, index, reference)
         with phases("forward"):
-            model.advance(index, stream)
-    with phases("pack"):
-        tensors = layer_tensors(model, index, solved, config, run.packing) if run.ranks.is_first else {}
-    for row in rows:
-        row["layer"] = index
-    return tensors, rows
+            in_smaller_batches(model, both, model.advance, index, stream)
+    return packed, rows
+
+
+def in_smaller_batches(model, streams: list, phase: Callable, *args):
+    """phase(*args), and again with half the batch if the device runs out of memory, at most twice."""
+    for left in (2, 1, 0):
+        try:
+            return phase(*args)
+        except torch.OutOfMemoryError:
+            size = streams[0].batch_size
+            if not left or size == 1:
+                raise InputError(
+                    f"{model.device} ran out of memory with batches of {size} sequences: give a smaller --batch_size or --seqlen, "
+                    "--activations host or disk, or a smaller --offload_threshold (--plan shows what fits)"
+                ) from None
+        torch.cuda.empty_cache()
+        model.halve_batches(streams)
+        tqdm.write(f"{model.device} ran out of memory: going on with batches of {streams[0].batch_size} sequences instead of {size}")
 
 
 def stages(model, index: int, groups: list, run: Run, config: quant.QuantConfig, most: int = 2**30) -> list[list]:
@@ -203,11 +234,13 @@ def bits_of(name: str, run: Run, bits: int) -> int:
     return next((chosen for pattern, chosen in choices if re.fullmatch(pattern, name)), bits)
 
 
-def replace_weight(linear: torch.nn.Linear, name: str, weight: torch.Tensor, reference) -> None:
-    """Give `linear` its quantized `weight`; `reference` goes on passing the original one."""
+def replace_weight(linear: torch.nn.Linear, name: str, codes: torch.Tensor, grid: quant.Grid, reference) -> None:
+    """Give `linear` its quantized weight; `reference` goes on passing the original one."""
+    original, linear.weight = linear.weight, None
     if reference:
-        reference.weights[name + ".weight"] = linear.weight
-    linear.weight = torch.nn.Parameter(weight.to(linear.weight), requires_grad=False)
+        reference.weights[name + ".weight"] = original
+    weight = quant.dequantize(codes, grid.levels, original.dtype)
+    linear.weight = torch.nn.Parameter(weight.to(original.device), requires_grad=False)
 
 
 def collect_statistics(model, index: int, stream, reference, groups: list, done: set, run: Run, config, phases: Phases) -> list:
@@ -257,24 +290,29 @@ def hessian_device(width: int, run: Run) -> torch.device:
 
 def quantize_group(model, index: int, group, statistics: quant.Statistics, run: Run, config: quant.QuantConfig, phases: Phases):
     """Quantize the linears that share `statistics` (overwritten), each rank its rows. Yields (name, grid, codes, report row)."""
-    factor = factorize(model, index, group, statistics, run.ranks, config, phases)
+    factor, H = factorize(model, index, group, statistics, run.ranks, config, phases), None
     for its_config, names in stacks(model, index, group.linears, run, config):
-        start = time.perf_counter()
-        with phases("load"):
-            W, sizes = read_weights(model, index, names)
-        grid, solved = quantize_weights(W[run.ranks.rows(len(W))], statistics, factor, its_config, phases)
+        start, sizes = time.perf_counter(), [len(model.layers[index].get_submodule(name).weight) for name in names]
+        matrices = targets(model, index, names, run.ranks.rows(sum(sizes)), statistics, factor, its_config, phases)
+        if len(group.linears) == 1:  # what made the targets is wider than they are
+            matrices, statistics.C, statistics.R = list(matrices), None, None
+        if config.refine and factor is not None and H is None:
+            with phases("refine"):
+                H = quant.damped_hessian(factor)
+        pieces = [quantize_weights(W, factor, H, its_config, phases) for W in matrices]
+        grids, codes, losses = zip(*pieces, strict=True)
+        grid, codes, losses = quant.Grid.joined(grids), torch.cat(codes), torch.cat(losses)
         with phases("solve"):
-            grid, solved = run.ranks.gather_rows(grid, len(W)), run.ranks.gather_rows(solved, len(W))
-        seconds = (time.perf_counter() - start) / len(W)
-        parts = zip(names, solved.codes.split(sizes), solved.loss.split(sizes), grid.split(sizes), strict=True)
-        for name, codes, loss, its_grid in parts:
-            row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(codes)}
+            grid, codes, losses = (run.ranks.gather_rows(part, sum(sizes)) for part in (grid, codes, losses))
+        seconds = (time.perf_counter() - start) / len(codes)
+        for name, its_codes, loss, its_grid in zip(names, codes.split(sizes), losses.split(sizes), grid.split(sizes), strict=True):
+            row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(its_codes)}
             row |= {"bits": its_config.bits, "tokens": statistics.tokens}
             if run.report and factor is not None and index in example_layers(model, run):
-                row["example"] = example_row(W.split(sizes)[names.index(name)], its_grid, loss, factor)
+                row["example"] = example_row(model.checkpoint, f"{model.layer_prefix(index)}{name}.weight", its_grid, loss, factor)
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
-            yield name, its_grid, codes, row
+            yield name, its_grid, its_codes, row
 
 
 def factorize(model, index: int, group, statistics: quant.Statistics, ranks: Ranks, config: quant.QuantConfig, phases: Phases):
@@ -314,28 +352,52 @@ def common_factor(H: torch.Tensor, config: quant.QuantConfig, ranks: Ranks) -> q
     return factor
 
 
-def quantize_weights(W: torch.Tensor, statistics: quant.Statistics, factor, config: quant.QuantConfig, phases: Phases):
-    """The recipe for one stack of linears `W` [O, I] (README, How it works). Returns a Grid and a Quantized."""
-    if factor is not None:
-        with phases("target") if config.shift else contextlib.nullcontext():
-            W = quant.target(W, statistics, factor, config.shift)
+def targets(model, index: int, names: list[str], rows: slice, statistics: quant.Statistics, factor, config, phases: Phases):
+    """What is to be quantized in place of `rows` of the stacked linears `names`: pieces of rows [O, I] in float32."""
+    for piece in row_pieces(rows.stop - rows.start, len(statistics.H)):
+        with phases("load"):
+            W = read_weights(model, index, names, slice(rows.start + piece.start, rows.start + piece.stop))
+        if factor is not None:
+            with phases("target") if config.shift else contextlib.nullcontext():
+                W = quant.target(W, statistics, factor, config.shift, piece)
+        yield W
+        del W
+
+
+def quantize_weights(W: torch.Tensor, factor, H: torch.Tensor | None, config: quant.QuantConfig, phases: Phases):
+    """The recipe for some rows, `W` [O, I] (README, How it works); `H`, the damped Hessian, to refine them. Returns a Grid, codes and
+    the loss of each row."""
     with phases("grid"):
         grid = quant.learn_grid(W, factor, config)
     with phases("solve"):
         solved = quant.quantize(W, grid, factor, config)
     if config.refine and factor is not None:
         with phases("refine"):
-            grid, solved = quant.refine(W, grid, solved, factor, config)
-    return grid, solved
+            grid, solved = quant.refine(W, grid, solved, factor, config, H)
+    return grid, *solved
 
 
-def read_weights(model, index: int, names: list[str]) -> tuple[torch.Tensor, list[int]]:
-    """The original weights of the linears `names`, stacked by rows in float32 on the model's device, and the rows of each."""
-    weights = [model.checkpoint.get(f"{model.layer_prefix(index)}{name}.weight").to(model.device, torch.float32) for name in names]
-    return weights[0] if len(weights) == 1 else torch.cat(weights), [len(weight) for weight in weights]
+def read_weights(model, index: int, names: list[str], rows: slice) -> torch.Tensor:
+    """`rows` of the original weights of the linears `names`, stacked, in float32 on the model's device."""
+    found, first = [], 0
+    for name in names:
+        count = len(model.layers[index].get_submodule(name).weight)
+        part = slice(max(rows.start - first, 0), min(rows.stop - first, count))
+        if part.start < part.stop:
+            weight = model.checkpoint.get(f"{model.layer_prefix(index)}{name}.weight", part)
+            found.append(weight.to(model.device).float())
+        first += count
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantConfig, most: int = 2**27):
+def row_pieces(rows: int, columns: int) -> list[slice]:
+    """A matrix in equal pieces of up to MOST_WEIGHTS: what a solver takes grows with them."""
+    count = -(-rows * columns // MOST_WEIGHTS)
+    step = -(-rows // count)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantConfig):
     """Rows are independent given the Hessian: a group's linears of as many bits are solved as one matrix, unless that grows too large.
 
     Returns pairs of a QuantConfig and names.
@@ -346,7 +408,7 @@ def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantCon
     found = []
     for bits, names in by_bits.items():
         total = sum(model.layers[index].get_submodule(name).weight.numel() for name in names)
-        found += [(replace(config, bits=bits), part) for part in ([names] if total <= most else [[name] for name in names])]
+        found += [(replace(config, bits=bits), part) for part in ([names] if total <= MOST_WEIGHTS else [[name] for name in names])]
     return found
 
 
@@ -357,14 +419,22 @@ def pack_linear(codes: torch.Tensor, grid: quant.Grid, config: quant.QuantConfig
     return packing.PackedLinear(packed, scale=grid.affine.scale.half().cpu(), zero=grid.affine.zero.cpu())
 
 
-def layer_tensors(model, index: int, solved: dict, config: quant.QuantConfig, layout: str) -> dict[str, torch.Tensor]:
-    """The tensors of layer `index` as stored: its linears from `solved`, all else as it is."""
+def save_layer(model, index: int, packed: dict[str, Future], writer, entry: Callable) -> None:
+    """Write layer `index` and then, once that is durable, the journal's `entry`."""
+    tensors = layer_tensors(model, index, packed) if writer else {}
+    model.checkpoint.check_unchanged()  # before any of it counts as finished
+    if writer:
+        writer.add(tensors)
+    entry(parts=len(writer.parts) if writer else 0)
+
+
+def layer_tensors(model, index: int, packed: dict[str, Future]) -> dict[str, torch.Tensor]:
+    """The tensors of layer `index` as stored: its linears as `packed`, all else as it is."""
     prefix, tensors = model.layer_prefix(index), {}
     for name in layer_names(model, index):
         linear = name.removeprefix(prefix).removesuffix(".weight")
-        if linear in solved:
-            grid, codes = solved[linear]
-            tensors |= pack_linear(codes, grid, config, layout).named(prefix + linear)
+        if linear in packed:
+            tensors |= packed[linear].result().named(prefix + linear)
         else:
             tensors[name] = model.checkpoint.get(name)
     return tensors
@@ -393,21 +463,6 @@ def peak_host_bytes() -> int:
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def shift_bytes(model, run: Run, config: quant.QuantConfig) -> dict[str, int]:
-    """What the shifted target takes beyond the plain algorithm: the unquantized model's stream (host), its linears of the
-    largest layer, and the largest linear's C and R (device)."""
-    if not config.shift:
-        return {}
-    layers = ([linear.weight.shape for linear in model.linears(index).values()] for index in range(len(model.layers)))
-    shapes = max(layers, key=lambda shapes: sum(shape.numel() for shape in shapes))
-    width = model.config.get_text_config().hidden_size
-    return {
-        "stream": run.nsamples * run.seqlen * width * model.dtype.itemsize,
-        "weights": sum(shape.numel() for shape in shapes) * model.dtype.itemsize,
-        "products": max(4 * I * (I + (width if config.residual else 0)) for _, I in shapes),
-    }
 
 
 def peak_memory(device: torch.device) -> str:
@@ -452,14 +507,15 @@ def quantized_layers(model, run: Run) -> int:
     return len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
 
 
-def example_row(W: torch.Tensor, grid: quant.Grid, loss: torch.Tensor, factor: quant.Factor, bins: int = 80) -> dict:
-    """What scripts/plot.py draws of a linear `W` [O, I]: of the row of median loss, or of its first group, the weights counted in
+def example_row(checkpoint, name: str, grid: quant.Grid, loss: torch.Tensor, factor: quant.Factor, bins: int = 80) -> dict:
+    """What scripts/plot.py draws of the weight `name`: of the row of median loss, or of its first group, the weights counted in
     `bins` between `low` and `high`, the levels, and the weights of the columns, one in a hundred, that are outliers of
     1 / diag(inv(H))."""
     row = int(loss.argsort()[len(loss) // 2])
-    w = W[row, : W.shape[1] // grid.levels.shape[1]].float()
-    diagonal = torch.empty(W.shape[1])
+    w = checkpoint.get(name, slice(row, row + 1))[0].float()
+    diagonal = torch.empty(len(w))
     diagonal[factor.order.cpu()] = torch.linalg.vector_norm(factor.U, dim=0).square().cpu()
+    w = w[: len(w) // grid.levels.shape[1]]
     diagonal = diagonal[: len(w)]
     outliers = diagonal.argsort()[: max(1, len(w) // 100)]
     return {
@@ -468,7 +524,7 @@ def example_row(W: torch.Tensor, grid: quant.Grid, loss: torch.Tensor, factor: q
         "high": w.max().item(),
         "counts": torch.histc(w, bins).int().tolist(),
         "levels": grid.levels[row, 0].tolist(),
-        "outlier_weights": w[outliers.to(w.device)].tolist(),
+        "outlier_weights": w[outliers].tolist(),
     }
 
 
@@ -496,7 +552,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("model", help="hub name or local folder of the model (safetensors)")
-    add("dataset", help=f"calibration text: {', '.join(datautils.CORPORA)}, or a local .txt, .jsonl (text field) or .parquet file")
+    corpora = ", ".join(datautils.CORPORA)
+    add("dataset", nargs="?", help=f"calibration text: {corpora}, or a local .txt, .jsonl (text field) or .parquet file")
     add("--wbits", type=int, default=16, help="bits a weight: 2, 3 or 4; 16 evaluates the unquantized model")
     add(
         "--grid",
@@ -633,6 +690,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--overwrite", action="store_true", help="replace what --save_path names")
     add("--fresh", action="store_true", help="begin anew where an unfinished run with the same --save_path would be taken up")
+    add("--force", action="store_true", help="begin although the plan says that memory or disk are too small")
+    add(
+        "--plan",
+        nargs="?",
+        const="auto",
+        choices=["auto", *plan.HARDWARE],
+        help="do not run: print the memory, disk, operations and time that the run would take on this hardware (without a name: here), "
+        "and what would make it fit; MODEL may be a config.json, DATASET may be missing",
+    )
     add("--eval", nargs="+", metavar="NAME|PATH", help="texts to measure perplexity on afterwards, or none (unset: wikitext2 ptb c4)")
     add("--new-eval", action="store_true", help="with --eval unset, use wikitext2 ptb-new c4-new")
     add(
@@ -715,6 +781,8 @@ def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
             raise InputError(f"--{name} is {value}: give at least {least}")
     sources = tuple(args.eval or (datautils.NEW_TEST_SETS if args.new_eval else datautils.TEST_SETS))
     sources = () if sources == ("none",) else sources
+    if args.dataset is None:
+        raise InputError("the calibration text is missing: give a DATASET behind the model")
     for source in (args.dataset, *sources):
         datautils.check_source(source)
     if args.wbits != 16 and args.nsamples < ranks.size:
@@ -735,7 +803,7 @@ def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
         n_layers=args.n_layers,
         offload_threshold=args.offload_threshold,
         hessian_device=ranks.device(eval_quantized.pick_device(args.hessian_device)) if args.hessian_device else None,
-        activations="host" if args.activations == "auto" else args.activations,
+        activations=args.activations,
         packing=args.packing,
         skip=tuple(args.skip),
         bits_for=tuple(map(parse_bits, args.bits_for)),
@@ -743,6 +811,7 @@ def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
         save_path=args.save_path,
         overwrite=args.overwrite,
         fresh=args.fresh,
+        force=args.force,
         report=args.report,
         eval=sources,
         ranks=ranks,
@@ -770,20 +839,81 @@ def assigned_bits(model: modelutils.StreamedModel, run: Run, config: quant.Quant
     return bits
 
 
-def check_model(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> int:
-    """What only the model can tell: do the settings fit it? Returns the bytes the quantized model will take, about."""
-    stored = model.checkpoint.file_bytes()
+def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bits: dict[str, int]) -> None:
+    """Do groups of columns fit the model's linears? Raises InputError."""
     for name, its in bits.items():
-        if its < 16:
-            O, I = model.model.get_submodule(name).weight.shape
-            if config.groupsize != -1 and (config.groupsize < 1 or I % config.groupsize):
-                raise InputError(f"--groupsize {config.groupsize} does not divide the {I} inputs of {name}: give a divisor, or -1")
-            grid = 2 * 2**its if config.grid == "nonuniform" else 3 * (1 if config.groupsize == -1 else I // config.groupsize)
-            stored += O * (packing.packed_width(I, its, run.packing) + grid) - model.checkpoint.tensor_bytes(f"{name}.weight")
-    return stored
+        columns = model.model.get_submodule(name).weight.shape[1]
+        if its < 16 and config.groupsize != -1 and (config.groupsize < 1 or columns % config.groupsize):
+            raise InputError(f"--groupsize {config.groupsize} does not divide the {columns} inputs of {name}: give a divisor, or -1")
+
+
+# --- the plan --------------------------------------------------------------------------------------------------
+
+
+def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
+    """Print what the run would need on the hardware that --plan names, and what would make it fit there. Nothing is read but the config
+    and headers of shards."""
+    if args.wbits == 16:
+        raise InputError("--plan is of a quantization: give --wbits 2, 3 or 4, and the other settings of the run")
+    hardware = plan.name_of(eval_quantized.pick_device(args.device)) if args.plan == "auto" else args.plan
+    device = torch.device("cpu" if hardware == "cpu" else "cuda")
+    wide, args.hessian_device = args.hessian_device, None  # which need not be there
+    args.dataset, args.eval = args.dataset or "c4-new", ["none"]
+    run = replace(run_settings(args, device, ranks), hessian_device=torch.device(wide) if wide else None)
+    path = Path(args.model)
+    if path.is_file() and path.suffix == ".json":
+        stored = modelutils.read_config(path).dtype or torch.bfloat16
+        names = {kind: name for name, kind in packing.TORCH_DTYPES.items()}
+        bare = argparse.Namespace(stored_dtype=torch.float16 if stored == torch.float16 else torch.bfloat16)
+        model = modelutils.PlannedModel(path, names[stored], eval_quantized.pick_dtype(args.dtype, bare, device))
+    else:
+        folder = modelutils.resolve_model(args.model)
+        checkpoint = packing.Checkpoint.open(folder)
+        dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
+        model = modelutils.StreamedModel(folder, checkpoint, dtype, torch.device("cpu"))
+    config = quant_config(args, model.checkpoint.stored_dtype)
+    limits = plan.limits_of(hardware, (run.save_path or Path(tempfile.gettempdir())).absolute().parent)
+    wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits)
+    print(plan.as_text(wanted, hardware))
+    if run.report:
+        run.report.write_text(json.dumps({"plan": wanted.as_dict(), "run": vars(wanted.run)}, indent=2, default=str) + "\n")
+    if missing := plan.lacks(wanted, limits):
+        print("\n".join([*(f"does not fit: {part}" for part in missing), plan.advice(make, wanted.run, limits, shapes)]))
+    else:
+        print(f"fits: the host has {plan.gb(limits.host)}, the disk {plan.gb(limits.disk)}")
+
+
+def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], hardware: str, limits: plan.Limits):
+    """The plan of `run` with its activations where they fit, the function that makes plans of other runs, and the shapes."""
+    check_groups(model, config, bits)
+    shapes, base = plan.shapes_of(model, run, config, bits), plan.resident_bytes()
+    make = lambda other: plan.make(shapes, other, config, model.dtype, hardware, base)  # noqa: E731
+    if run.activations != "auto":
+        return make(run), make, shapes
+    kinds = [kind for kind in KINDS if hardware != "cpu" or kind != "device"]
+    plans = [make(replace(run, activations=kind)) for kind in kinds]
+    return next((one for one in plans if not plan.lacks(one, limits)), plans[-1]), make, shapes
+
+
+def checked_plan(model, run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> plan.Plan:
+    """The plan of a run that is to begin here. Raises InputError, with what to change, if device or host are too small for it, unless
+    --force."""
+    hardware = plan.name_of(run.device)
+    limits = plan.limits_of(hardware, (run.save_path or Path(tempfile.gettempdir())).absolute().parent)
+    if run.device.type == "cuda":
+        limits = limits._replace(device=torch.cuda.mem_get_info(run.device)[0])
+    limits = limits._replace(host=limits.host / run.ranks.local_size, disk=float("inf"))  # the writer knows what is there to be reused
+    share = replace(run, nsamples=-(-run.nsamples // run.ranks.size))
+    wanted, make, shapes = planned(model, share, config, bits, hardware, limits)
+    if (missing := plan.lacks(wanted, limits)) and not run.force:
+        raise InputError(f"{'; '.join(missing)}: {plan.advice(make, wanted.run, limits, shapes)}, or --force to try")
+    run = replace(run, activations=wanted.run.activations)
+    return replace(wanted, run=run, disk=make(run).disk)
 
 
 def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
+    if args.plan:
+        return show_plan(args, ranks) if ranks.is_first else None
     device = ranks.device(eval_quantized.pick_device(args.device))
     torch.backends.cuda.matmul.fp32_precision = "ieee"  # an environment variable of some images rounds float32 products to TF32
     run = run_settings(args, device, ranks)
@@ -797,7 +927,11 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     modelutils.check_seqlen(folder, run.seqlen)
     bits = assigned_bits(model, run, config) if config else {}
     settings = settings_of(run, config, bits) if config else {"method": "none", "base_model": run.model, "versions": versions()}
-    needed = check_model(model, run, config, bits) + live_bytes(model, run, config) if config else 0
+    wanted = checked_plan(model, run, config, bits) if config else None
+    if wanted:
+        run = wanted.run
+        print(f"activations wait {plan.WHERE[run.activations]}; planned {plan.peaks(wanted)}", flush=True)
+    needed = 0 if run.force or not wanted else wanted.disk / (2 if run.save_path else 1)  # the writer counts parts and result
     if config is None:  # there is only something to evaluate, which rank 0 does
         ranks.part()
         if not ranks.is_first:
@@ -837,7 +971,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
             contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
             if device.type == "cuda":
                 contents["peak_device_bytes_quantizing"] = torch.cuda.max_memory_allocated(device)
-            contents |= {"shift_bytes": shift_bytes(model, run, config)}
+            contents |= {"plan": wanted.as_dict()}
             print_summary(contents, run)
             write_report(run, contents)
         evaluate(model, tests, run, contents)
@@ -861,11 +995,6 @@ def evaluate(model, tests: list[eval_quantized.Windows], run: Run, contents: dic
         result = eval_quantized.perplexity(windows, losses)
         contents["perplexity"].append(result._asdict())
         print(result, flush=True)
-
-
-def live_bytes(model, run: Run, config: quant.QuantConfig) -> int:
-    """Two generations of the activations that the journal saves."""
-    return 2 * streams(config) * run.nsamples * run.seqlen * model.config.get_text_config().hidden_size * model.dtype.itemsize
 
 
 def fingerprint(settings: dict, ids: torch.Tensor, checkpoint: packing.Checkpoint, dtype: torch.dtype, run: Run) -> dict:
@@ -901,6 +1030,14 @@ def main(argv: list[str] | None = None) -> int:
                 run_command(args, ranks)
     except InputError as error:
         return ranks.leave(Ending(2, str(error), True), kept(error))
+    except torch.OutOfMemoryError as error:
+        what = "give a smaller --offload_threshold, --activations host or disk, or a larger GPU (--plan shows what fits)"
+        return ranks.leave(Ending(2, f"the GPU ran out of memory ({str(error).splitlines()[0]}): {what}", True), kept(error))
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        what = f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room"
+        return ranks.leave(Ending(2, what, True), kept(error))
     except KeyboardInterrupt as error:
         return ranks.leave(Ending(130, "interrupted"), kept(error) or ": nothing was finished yet")
     except RankLost as error:

@@ -13,6 +13,7 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -187,6 +188,7 @@ class StreamedModel:
                 buffer_owner._buffers[name] = None if buffer is None else buffer.to(device)
         self._calls: dict[tuple[int, int], list] = {}  # (B, T) -> (args, kwargs) of each layer
         self._returns_tuple = False
+        self._reader, self._ahead = ThreadPoolExecutor(1, "reader"), {}  # layer -> what is read of it, one at most
         self.check()
 
     # --- what there is ---
@@ -261,12 +263,14 @@ class StreamedModel:
 
     # --- weights in and out ---
 
-    def _fill(self, names: list[str]) -> None:
-        """Give the named parameters their values on the device."""
+    def _fill(self, names: list[str], stored: dict | None = None) -> None:
+        """Give the named parameters their values on the device; `stored`, emptied here, holds what was read before."""
+        stored = stored or {}
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            value = self.checkpoint.weight(self._source(name), tuple(module._parameters[leaf].shape), self.dtype, self.device)
+            shape = tuple(module._parameters[leaf].shape)
+            value = self.checkpoint.weight(self._source(name), shape, self.dtype, self.device, stored.pop(name, None))
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _empty(self, names: list[str]) -> None:
@@ -276,15 +280,25 @@ class StreamedModel:
             module._parameters[leaf] = nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
 
     @contextlib.contextmanager
-    def layer(self, index: int) -> Iterator[nn.Module]:
-        """Decoder layer `index` with its weights on the device, for as long as the block lasts."""
-        names = [self.layer_prefix(index) + name for name, _ in self.layers[index].named_parameters()]
-        self._fill(names)
+    def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
+        """Decoder layer `index` with its weights on the device, for as long as the block lasts. Those of layer `following` are read
+        into host memory meanwhile."""
+        names, ahead = self._layer_names(index), self._ahead.pop(index, None)
+        self._ahead.clear()
+        self._fill(names, ahead and ahead.result())
+        if following is not None:
+            self._ahead[following] = self._reader.submit(self._read, self._layer_names(following))
         try:
             yield self.layers[index]
         finally:
             self._empty(names)
             release_memory()
+
+    def _layer_names(self, index: int) -> list[str]:
+        return [self.layer_prefix(index) + name for name, _ in self.layers[index].named_parameters()]
+
+    def _read(self, names: list[str]) -> dict:
+        return {name: self.checkpoint.stored(self._source(name), tuple(self.model.get_parameter(name).shape)) for name in names}
 
     # --- running ---
 
@@ -513,6 +527,51 @@ class StreamedModel:
         residuals = _residual_writers(outputs, batch.to(out), [*states, ("", len(outputs), out)])
         return [Group(names, residuals.get(names[0]) if len(names) == 1 else None) for _, names in seen]
 
+    @torch.no_grad()
+    def shared_inputs(self, index: int) -> list[list[str]]:
+        """`groups` without weights: the linears of layer `index` in call order, those that read the same input together.
+
+        Two tokens pass the layer as shapes only. What cannot be followed so, as experts cannot, is grouped by module and width.
+        """
+        linears, seen = self.linears(index), []
+
+        def note(name: str):
+            def before(_module, inputs):
+                group = next((names for tensor, names in seen if tensor is inputs[0]), None)
+                if group is None:
+                    seen.append((inputs[0], group := []))
+                group.append(name)
+
+            return before
+
+        handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
+        with contextlib.suppress(Exception):  # of a model that decides by values
+            hidden, args, kwargs = self._call_of_two_tokens(index)
+            self.layers[index](hidden, *args, **kwargs)
+        for handle in handles:
+            handle.remove()
+        found = [names for _, names in seen]
+        left = [name for name in linears if not any(name in names for names in found)]
+        alike = itertools.groupby(left, lambda name: (name.rpartition(".")[0], linears[name].in_features))
+        return found + [list(names) for _, names in alike]
+
+    def _call_of_two_tokens(self, index: int):
+        """What layer `index` is called with, on the meta device."""
+        calls = []
+
+        def record(_index, states, args, kwargs):
+            calls.append((states, args, kwargs))
+            if len(calls) == len(self.layers):
+                raise _Stop
+            return states
+
+        width = self.model.get_input_embeddings().embedding_dim
+        with contextlib.suppress(_Stop):
+            self._forward(record, inputs_embeds=torch.zeros(1, 2, width, dtype=self.dtype, device=self.device))
+        hidden, args, kwargs = calls[index - len(self.layers)]
+        to_meta = lambda value: mapped(lambda tensor: tensor.to("meta"), value)  # noqa: E731
+        return to_meta(hidden), to_meta(args), {name: to_meta(value) for name, value in kwargs.items()}
+
     @contextlib.contextmanager
     def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """For the block: a function from last hidden states [B, T, D] to logits [B, T, vocabulary]."""
@@ -599,6 +658,20 @@ def _first_token_to_all(experts: Experts, chosen: torch.Tensor, weights: torch.T
     every = torch.full((len(chosen), len(experts)), len(experts), device=chosen.device)
     every[0] = torch.arange(len(experts), device=chosen.device)
     return every, weights.new_ones(every.shape)
+
+
+class PlannedModel(StreamedModel):
+    """A model of which there is only a config: the checkpoint is taken to hold what the model would have, in `stored` (safetensors'
+    name of a dtype)."""
+
+    def __init__(self, config: Path, stored: str, dtype: torch.dtype):
+        self._stored = stored
+        super().__init__(config, Checkpoint([]), dtype, torch.device("cpu"))
+
+    def check(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            self.checkpoint.shapes[name], self.checkpoint.dtypes[name] = tuple(parameter.shape), self._stored
+        super().check()
 
 
 def read_config(folder: Path):

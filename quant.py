@@ -6,7 +6,7 @@ G groups of columns, N tokens. "Solver order": columns permuted by act-order.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -98,6 +98,12 @@ class Grid(NamedTuple):
         if self.affine is None:
             return Grid(levels, None)
         return Grid(levels, Affine(*(torch.where(keep.view(-1, 1), a, b) for a, b in zip(self.affine, other.affine, strict=True))))
+
+    @classmethod
+    def joined(cls, grids: Sequence["Grid"]) -> "Grid":
+        """One grid for matrices stacked by rows."""
+        affine = None if grids[0].affine is None else Affine(*map(torch.cat, zip(*(grid.affine for grid in grids), strict=True)))
+        return cls(torch.cat([grid.levels for grid in grids]), affine)
 
     def split(self, rows: list[int]) -> list["Grid"]:
         """One grid for each of the matrices that were stacked."""
@@ -256,11 +262,25 @@ def _cholesky(H: torch.Tensor) -> torch.Tensor | None:
 
 
 def _reversed_inverse(L: torch.Tensor, scratch: torch.Tensor) -> torch.Tensor:
-    """inv(L) reversed in rows and columns, in the memory of `scratch` [I, I]: at most three such matrices are alive."""
-    scratch.zero_().diagonal().fill_(1)
-    inverse = torch.linalg.solve_triangular(L, scratch, upper=False)
-    del L
-    return scratch.copy_(inverse.flip(0, 1))
+    """inv(L) reversed in rows and columns, in the memory of `scratch` [I, I]; overwrites `L`."""
+    invert_triangular(L)
+    for rows in blocks(len(L), 1024, torch.device("cpu")):
+        scratch[rows] = L[len(L) - rows.stop : len(L) - rows.start].flip(0, 1)
+    return scratch
+
+
+def invert_triangular(L: torch.Tensor, panel: int = 1024) -> None:
+    """Replace the lower triangular `L` [I, I] by its inverse, by panels of columns from the last to the first: in its own memory, and
+    with a third of the work of solving for the identity.
+
+    With L = [[A, 0], [B, D]] and inv(D) in its place, inv(L) = [[inv(A), 0], [-inv(D) B inv(A), inv(D)]].
+    """
+    for columns in reversed(list(blocks(len(L), panel, torch.device("cpu")))):
+        below = slice(columns.stop, len(L))
+        A = L[columns, columns]
+        inverse = torch.linalg.solve_triangular(A, torch.eye(len(A), dtype=L.dtype, device=L.device), upper=False)
+        L[below, columns] = (L[below, below] @ L[below, columns]).neg_() @ inverse
+        L[columns, columns] = inverse
 
 
 # --- grids -----------------------------------------------------------------------------------------------------
@@ -329,13 +349,14 @@ def without_dead(W: torch.Tensor, factor: Factor) -> torch.Tensor:
 # --- target ----------------------------------------------------------------------------------------------------
 
 
-def target(W: torch.Tensor, statistics: Statistics, factor: Factor, strength: float) -> torch.Tensor:
-    """What `W` [O, I] is replaced by before it is quantized: `shifted_target`, and zeros where the input always is 0."""
+def target(W: torch.Tensor, statistics: Statistics, factor: Factor, strength: float, rows: slice = slice(None)) -> torch.Tensor:
+    """What `W` [O, I], `rows` of a linear or all, is replaced by before it is quantized: `shifted_target`, and zeros where the input
+    always is 0."""
     if statistics.C is not None:
-        shift = W @ statistics.C.to(W)
+        shift = product(W, statistics.C)
         if statistics.R is not None:
-            shift += statistics.R.to(W)
-        W = shifted_target(W, strength * shift, factor)
+            shift += statistics.R[rows].to(W)
+        W = shifted_target(W, shift.mul_(strength), factor)
     return without_dead(W, factor)
 
 
@@ -348,28 +369,52 @@ def shifted_target(W: torch.Tensor, shift: torch.Tensor, factor: Factor) -> torc
     it: few calibration tokens make C noisy, and the whole step would fit that noise.
     """
     order = factor.order.to(W.device)
-    U = factor.U.to(W.device)
+    step = product(product(shift[:, order], factor.U.T), factor.U)
     target = W.clone()
-    target[:, order] += shift[:, order] @ U.T @ U
+    target[:, order] += step
     return target
+
+
+def product(A: torch.Tensor, M: torch.Tensor, panel: int = 2048) -> torch.Tensor:
+    """A M. A wide `M` may lie on another device: it then comes by panels of columns."""
+    if M.device == A.device:
+        return A @ M
+    found = A.new_empty(A.shape[0], M.shape[1])
+    for start in range(0, M.shape[1], panel):
+        columns = slice(start, start + panel)
+        found[:, columns] = A @ M[:, columns].to(A)
+    return found
 
 
 # --- refinement ------------------------------------------------------------------------------------------------
 
 
 def damped_hessian(factor: Factor) -> torch.Tensor:
-    """H + damping [I, I] in original column order: the inverse of U^T U."""
-    original = torch.argsort(factor.order)
-    return torch.cholesky_inverse(factor.U, upper=True)[original][:, original]
+    """H + damping [I, I] in original column order: the inverse of U^T U. Beside U there is never more than it and a panel of it."""
+    H, original = torch.cholesky_inverse(factor.U, upper=True).T, torch.argsort(factor.order)  # symmetric, and its rows contiguous
+    for _ in range(2):  # H is symmetric: its columns, then, transposed, its rows
+        for rows in blocks(len(H), 1024, torch.device("cpu")):
+            H[rows] = H[rows][:, original]
+        transpose(H)
+    return H
 
 
-def refine(W: torch.Tensor, grid: Grid, solved: Quantized, factor: Factor, config: QuantConfig) -> tuple[Grid, Quantized]:
-    """Alternate between better codes and better levels for `W` [O, I] under the damped Hessian.
+def transpose(M: torch.Tensor, panel: int = 1024) -> None:
+    """Transpose a square matrix in its own memory."""
+    for rows in blocks(len(M), panel, torch.device("cpu")):
+        for columns in blocks(rows.stop, panel, torch.device("cpu")):
+            upper = M[columns, rows].T.clone()
+            M[columns, rows] = M[rows, columns].T.clone()
+            M[rows, columns] = upper
+
+
+def refine(W: torch.Tensor, grid: Grid, solved: Quantized, factor: Factor, config: QuantConfig, H=None) -> tuple[Grid, Quantized]:
+    """Alternate between better codes and better levels for `W` [O, I] under the damped Hessian `H`, damped_hessian(factor) if unset.
 
     Each of config.refine rounds is a sweep of coordinate descent over the codes, then a least-squares fit of the levels,
     rounded as stored and taken by the rows that gain from it. The loss of a row, tr(E H E^T), never rises.
     """
-    H, codes = damped_hessian(factor).to(W.device), solved.codes
+    H, codes = damped_hessian(factor) if H is None else H, solved.codes
     for _ in range(config.refine):
         codes = descend(W, codes, grid.levels, H, config.block_size)
         grid = fit_grid(W, codes, grid, H, config)
@@ -379,7 +424,7 @@ def refine(W: torch.Tensor, grid: Grid, solved: Quantized, factor: Factor, confi
 
 def row_losses(E: torch.Tensor, H: torch.Tensor) -> torch.Tensor:
     """tr(E H E^T) by rows: `E` [O, I] -> [O]."""
-    return ((E @ H) * E).sum(1)
+    return product(E, H).mul_(E).sum(1)
 
 
 def descend(W: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, H: torch.Tensor, block_size: int = 128) -> torch.Tensor:
@@ -393,7 +438,7 @@ def descend(W: torch.Tensor, codes: torch.Tensor, levels: torch.Tensor, H: torch
     group_of = torch.arange(len(E), dtype=torch.int32, device=W.device) // (len(E) // levels.shape[1])
     levels = levels.transpose(0, 1).contiguous()  # [G, O, K]
     for block in blocks(len(E), block_size, W.device):
-        H_rows = H[block]
+        H_rows = H[block].to(W.device)
         E[block] += descend_block(q[block], H_rows @ E, H_rows[:, block], levels, group_of[block], codes[block])
     return codes.T.contiguous()
 
@@ -431,7 +476,7 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: torch.Tensor, 
     diagonal towards the old l, which keeps a level without codes where it is. Products in float32, the solve in float64.
     Rows that lose by it (through rounding) keep what they have.
     """
-    times_H = _products_with(H)
+    times_H = _products_with(H) if H.device == W.device else lambda B: product(B, H)
     old = grid.levels.squeeze(1) if grid.affine is None else grid.affine.scale
     fitted, chunk = [], max(1, (2**21 if W.device.type == "cpu" else 2**26) // (old.shape[1] * W.shape[1]))
     for start in range(0, len(W), chunk):
@@ -482,10 +527,13 @@ def _products_with(H: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda B: sum(torch.mm(B.bfloat16(), part, out_dtype=torch.float32) for part in parts)
 
 
-def dequantize(codes: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
-    """levels[codes]: codes [O, I], levels [O, G, K] -> [O, I]."""
+def dequantize(codes: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """levels[codes]: codes [O, I], levels [O, G, K] -> [O, I] in `dtype`, or that of the levels. By rows: indices take 8 bytes."""
     O, G, _ = levels.shape
-    return levels.gather(2, codes.view(O, G, -1).long()).view(O, -1)
+    found = torch.empty(codes.shape, dtype=dtype or levels.dtype, device=codes.device)
+    for rows in blocks(O, max(1, 2**24 // codes.shape[1]), torch.device("cpu")):
+        found[rows] = levels[rows].gather(2, codes[rows].reshape(len(codes[rows]), G, -1).long()).view(-1, codes.shape[1])
+    return found
 
 
 def round_to_nearest(W: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:

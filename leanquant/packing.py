@@ -8,6 +8,7 @@ Legend: O rows, I columns, K = 2**bits levels, G groups.
 """
 
 import contextlib
+import errno
 import json
 import math
 import os
@@ -243,15 +244,18 @@ class Checkpoint:
             if now != before:
                 raise InputError(f"the model's files were changed while the run read them ({file.name}): put back what was there")
 
-    def get(self, name: str) -> torch.Tensor:
-        """A copy in host memory. Read, not mapped: a mapped file that cannot be read kills the process."""
+    def get(self, name: str, rows: slice | None = None) -> torch.Tensor:
+        """A copy in host memory, of some `rows` or of all. Read, not mapped: a mapped file that cannot be read kills the process."""
         if name not in self.files:
             raise InputError(f"the checkpoint has no tensor {name}: it does not match its config.json")
-        tensor = torch.empty(self.shapes[name], dtype=TORCH_DTYPES[self.dtypes[name]])
+        shape, first = self.shapes[name], 0
+        if rows is not None:
+            shape, first = (rows.stop - rows.start, *shape[1:]), rows.start * math.prod(shape[1:])
+        tensor = torch.empty(shape, dtype=TORCH_DTYPES[self.dtypes[name]])
         left = memoryview(tensor.view(-1).view(torch.uint8).numpy())
         try:
             with open(self.files[name], "rb", buffering=0) as f:
-                f.seek(self.offsets[name])
+                f.seek(self.offsets[name] + first * tensor.itemsize)
                 while len(left):
                     if not (count := f.readinto(left)):
                         raise OSError("it ends too early")
@@ -399,16 +403,23 @@ class Checkpoint:
         found = {suffix: self.shapes.get(linear + suffix) for suffix in kinds}
         return PackedLinear(*(s and torch.empty(s, dtype=kinds[suffix], device="meta") for suffix, s in found.items()))
 
-    def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
-        """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's.
+    def stored(self, name: str, shape: tuple[int, ...]) -> "PackedLinear | torch.Tensor":
+        """What `weight` makes tensor `name` of, as it lies in the file, in host memory."""
+        linear = name.removesuffix(".weight")
+        return self.packed(linear, *shape) if name not in self and self.is_quantized(linear) else self.get(name)
+
+    def weight(
+        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", stored=None
+    ) -> torch.Tensor:
+        """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's; `stored`, if that was read before.
 
         Raises InputError unless it has `shape` and finite values.
         """
-        linear = name.removesuffix(".weight")
-        if name not in self and self.is_quantized(linear):
-            tensor = self.packed(linear, *shape).to(device).dequantize(self.bits_of(linear), shape[1], dtype)
+        stored = self.stored(name, shape) if stored is None else stored
+        if isinstance(stored, PackedLinear):
+            tensor = stored.to(device).dequantize(self.bits_of(name.removesuffix(".weight")), shape[1], dtype)
         else:
-            tensor = self.get(name).to(device, dtype)
+            tensor = stored.to(device, dtype)
             if not is_finite(tensor):
                 raise InputError(f"{name} holds NaN or infinity, or more than {dtype} can: the file is damaged, or needs another dtype")
         if tensor.shape != torch.Size(shape):
@@ -540,9 +551,14 @@ class ModelWriter:
             raise InputError(f"{where} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB: free some or save elsewhere")
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one part, durably."""
+        """Write one part, durably; OSError if the disk does not take it."""
         part = self._part(len(self.parts))
-        save_file(tensors, part)
+        try:
+            save_file(tensors, part)
+        except SafetensorError as error:
+            part.unlink(missing_ok=True)
+            number = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
+            raise OSError(number, os.strerror(number), str(part)) from None
         with open(part, "rb") as f:
             os.fsync(f.fileno())
         self.parts.append(part)

@@ -20,6 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -32,6 +33,7 @@ sys.path.insert(0, str(ROOT))
 import journal  # noqa: E402
 import llama  # noqa: E402
 import modelutils  # noqa: E402
+import plan  # noqa: E402
 import quant  # noqa: E402
 from leanquant import kernels, packing  # noqa: E402
 from leanquant_grid import affine_search, kmeans_levels, sensitivity  # noqa: E402
@@ -245,7 +247,8 @@ def quantize_layers(command: list[str], seqlen: int, device: torch.device) -> di
     model = modelutils.StreamedModel(Path(parsed.model), checkpoint, torch.float32 if device.type == "cpu" else torch.bfloat16, device)
     ids = torch.randint(1024, (run.nsamples, seqlen), generator=torch.Generator().manual_seed(0))
     run.save_path.unlink(missing_ok=True)
-    writer = packing.ModelWriter(run.save_path, True, llama.check_model(model, run, config))
+    run = replace(run, activations="host")
+    writer = packing.ModelWriter(run.save_path, True, plan.result_bytes(model, run, config, llama.assigned_bits(model, run, config)))
     phases = llama.Phases(device)
     reset_peaks(device)
     start = time.perf_counter()

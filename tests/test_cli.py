@@ -959,3 +959,35 @@ def test_wide_hessians_go_to_the_cpu_where_there_is_one_gpu(tiny_model, text_fil
 @TWO_GPUS
 def test_wide_hessians_go_to_the_second_gpu(tiny_model, text_file, out, monkeypatch):
     compare_offloaded(tiny_model, text_file, out, monkeypatch, "cuda:1")
+
+
+@pytest.mark.parametrize("grid", ["nonuniform", "affine"])
+def test_a_large_matrix_is_solved_in_pieces_of_rows(tiny_model, text_file, tmp_path, monkeypatch, grid):
+    """As good as at once: rows are independent given the Hessian."""
+    files, sizes, real = {}, [], llama.quantize_weights
+    for most in (2**27, 1000):
+        monkeypatch.setattr(llama, "MOST_WEIGHTS", most)
+        monkeypatch.setattr(llama, "quantize_weights", lambda W, *rest: sizes.append(W.numel()) or real(W, *rest))
+        files[most] = tmp_path / f"{most}.safetensors"
+        command = [
+            tiny_model(),
+            text_file,
+            "--nsamples",
+            4,
+            "--seqlen",
+            32,
+            "--percdamp",
+            0.1,
+            "--wbits",
+            4,
+            *GRIDS[grid],
+            *SEQUENTIAL,
+            "--eval",
+            "none",
+        ]
+        assert llama.main([str(part) for part in (*command, "--save_path", files[most])]) == 0
+    assert min(sizes) <= 1000 < max(sizes)
+    whole, pieces = (load_file(file) for file in files.values())
+    codes = [name for name in whole if name.endswith("weight_codes")]
+    same = sum((whole[name] == pieces[name]).sum().item() for name in codes) / sum(whole[name].numel() for name in codes)
+    assert same > 0.98, "only rounding may tell them apart"

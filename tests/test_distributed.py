@@ -43,6 +43,7 @@ def at_layer(number, rank, action):
     real = llama.quantize_layer
     def quantize_layer(model, index, *rest):
         if index == number and int(os.environ["RANK"]) == rank:
+            rest[-1].wait()  # for the layer before, which is being saved
             action()
         return real(model, index, *rest)
     llama.quantize_layer = quantize_layer

@@ -126,12 +126,15 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
         takes.append(time.monotonic() - start)
         expected = (tmp_path / "first.safetensors").read_bytes()
         (tmp_path / "first.safetensors").unlink()
+    longest = min(takes)
     for number in range(KILLS):
         path = tmp_path / f"{number}.safetensors"
-        status = run(path, rng.uniform(0.25, 1) * min(takes))
+        status = run(path, rng.uniform(0.25, 1) * longest)
         killed += status == -signal.SIGKILL
         lines = path.with_name(path.name + ".partial") / "journal.jsonl"
-        resumed += lines.is_file() and len(lines.read_text().splitlines()) > 1
+        saved = lines.is_file() and len(lines.read_text().splitlines()) > 1
+        resumed += saved
+        longest *= 0.8 if status == 0 else 1 if saved else 1.1  # other work on the machine comes and goes
         if path.exists():  # killed after the result was complete, or not at all
             assert path.read_bytes() == expected, f"kill {number}"
             path.unlink()

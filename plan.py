@@ -1,0 +1,496 @@
+"""What a run will need, before it starts: memory, disk, bytes moved, operations and time, from shapes alone.
+
+Pure functions of a model's shapes (config and shard headers; no weight is read), of the run's settings and of a machine. Peaks
+are sums of what lives at the same time, phase by phase, so a formula here describes what llama.py, quant.py and modelutils.py
+hold; the tests compare them with measured peaks. Times are operations over rated speed, times what is usually reached of it.
+Not planned: the text's tokens, and groups that --true-sequential splits for their size.
+Legend: n sequences, T tokens a sequence, D hidden size, O rows, I columns, K = 2**bits levels; sizes in bytes.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from leanquant.linear import free_host_bytes
+from leanquant.packing import packed_width
+
+FLOAT = 4  # Hessians, and weights while they are solved
+# Solving holds so many matrices of the size of the rows that are solved (quant.py): to make the target, weights, shift, its
+# product, target and a reordering of it; then the target, two reorderings and codes; then the target, values, errors and codes.
+TARGET_COPIES, SOLVE_COPIES, REFINE_COPIES = 5.0, 3.75, 3.75
+# H and L in factorize, U and its inverse in damped_hessian, each with panels of 1024 columns.
+FACTOR_COPIES = 2
+WHERE = {"device": "on the device", "host": "in host memory", "disk": "on the disk"}  # activations
+KMEANS_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # of a chunk, at 60 bytes (leanquant_grid.kmeans_levels)
+LATER_LIBRARIES = 45e6  # buffers of MKL and threads, that a run's first products bring
+REACHED = 0.5  # of a rated speed
+CUDA_CONTEXT, CUDA_HOST = 0.6e9, 2.5e9  # what CUDA itself takes on the device and, with its libraries, on the host
+
+
+class Hardware(NamedTuple):
+    """memory: bytes, None: this machine's. The others a second: bytes of memory, operations with 16-bit factors and with float32,
+    bytes between host and device."""
+
+    memory: float | None
+    bandwidth: float
+    half: float
+    single: float
+    link: float
+
+
+# Sources: NVIDIA's data sheets of H200 (SXM), L40S, Quadro RTX 8000, and the Ada whitepaper for the RTX 4090; dense, float32 sums.
+HARDWARE = {
+    "h200": Hardware(141e9, 4.8e12, 989e12, 67e12, 64e9),
+    "4090": Hardware(24e9, 1.008e12, 165e12, 82.6e12, 32e9),
+    "l40s": Hardware(48e9, 0.864e12, 362e12, 91.6e12, 32e9),
+    "rtx8000": Hardware(48e9, 0.672e12, 130e12, 16.3e12, 16e9),
+    # A core of AVX2: 60 GFLOP/s in float32 and 8 GB/s each, measured with products of 4096 x 4096 on the machine of README, Numbers.
+    "cpu": Hardware(None, 8e9, 60e9, 60e9, 8e9),
+}
+
+
+class LayerGroup(NamedTuple):
+    """Linears that read the same input of `columns`: rows of each, and the layer's child that holds them. share: of the tokens that
+    it sees; residual: whether it alone writes to the residual stream."""
+
+    rows: tuple[int, ...]
+    columns: int
+    child: str
+    bits: int
+    share: float = 1.0
+    residual: bool = False
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A decoder layer: parameters of all of it, bytes of them in the checkpoint, groups in call order."""
+
+    parameters: int
+    stored: int
+    groups: tuple[LayerGroup, ...]
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """layers: those to be quantized. outside: elements and stored bytes of each tensor outside the layers, by name; embedding and head
+    name two of them. stored: bytes of the checkpoint. result: bytes of the quantized model."""
+
+    layers: tuple[Layer, ...]
+    outside: dict[str, tuple[int, int]]
+    embedding: str
+    head: str
+    hidden: int
+    attention: int  # heads times their size
+    stored: int
+    result: int
+
+
+@dataclass
+class Phase:
+    """What a phase of the run does in all: operations, bytes that it reads and writes in memory and over the link to the device."""
+
+    operations: float = 0.0
+    bytes: float = 0.0
+    link: float = 0.0
+    half: bool = False  # with 16-bit factors
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Peaks, with what they are made of, and totals, in bytes; seconds by phase."""
+
+    device: dict[str, float]
+    host: dict[str, float]
+    other_device: dict[str, float]  # the GPU of --hessian_device
+    disk: float
+    read: float
+    written: float
+    operations: dict[str, float]
+    seconds: dict[str, float]
+    run: object = field(repr=False)
+
+    @property
+    def device_peak(self) -> float:
+        return sum(self.device.values())
+
+    @property
+    def host_peak(self) -> float:
+        return sum(self.host.values())
+
+    def as_dict(self) -> dict:
+        """For a report."""
+        sums = {"device_peak_bytes": self.device_peak, "host_peak_bytes": self.host_peak}
+        names = ("device", "host", "other_device", "disk", "read", "written", "operations", "seconds")
+        return sums | {name: getattr(self, name) for name in names}
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------
+
+
+def shapes_of(model, run, config, bits: dict[str, int]) -> Shapes:
+    """From a modelutils.StreamedModel, of which nothing but names and shapes is read. bits: of each linear to be quantized."""
+    text, sizes = model.config.get_text_config(), model.checkpoint
+    count = len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
+    groups, layers = {}, []
+    for index in range(count):
+        prefix = model.layer_prefix(index)
+        linears = {name: tuple(module.weight.shape) for name, module in model.linears(index).items()}
+        key = tuple((name, shape, bits.get(prefix + name, 16)) for name, shape in linears.items())
+        if key not in groups:
+            groups[key] = tuple(_groups(model, index, linears, bits))
+        held = [prefix + name for name, _ in model.layers[index].named_parameters()]
+        stored = sum(sizes.tensor_bytes(name) for name in sizes.shapes if name.startswith(prefix))
+        layers.append(Layer(sum(model.model.get_parameter(name).numel() for name in held), stored, groups[key]))
+    outside = {name: (math.prod(sizes.shapes[name]), sizes.tensor_bytes(name)) for name in model.outside_names() if name in sizes}
+    heads = getattr(text, "num_attention_heads", 1)
+    attention = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
+    result = result_bytes(model, run, config, bits)
+    return Shapes(tuple(layers), outside, model.embedding_name, model.head_name, text.hidden_size, attention, sizes.file_bytes(), result)
+
+
+def _groups(model, index: int, linears: dict, bits: dict[str, int]) -> Iterator[LayerGroup]:
+    text, prefix, experts = model.config.get_text_config(), model.layer_prefix(index), model.experts(index)
+    chosen = getattr(text, "num_experts_per_tok", None) or 1
+    for names in model.shared_inputs(index):
+        alike = [other for other in experts.values() if other == experts.get(names[0])]
+        wanted = [name for name in names if bits.get(prefix + name, 16) < 16]
+        O, I = linears[names[0]]
+        yield LayerGroup(
+            rows=tuple(linears[name][0] for name in names),
+            columns=I,
+            child=names[0].partition(".")[0],
+            bits=max((bits[prefix + name] for name in wanted), default=16),
+            share=min(1.0, chosen / len(alike)) if alike else 1.0,
+            residual=len(names) == 1 and O == text.hidden_size and not alike,
+        )
+
+
+def result_bytes(model, run, config, bits: dict[str, int]) -> int:
+    """Of the quantized model, about: codes, levels or scales and zeros, and the rest as it is."""
+    stored = model.checkpoint.file_bytes()
+    for name, its in bits.items():
+        if its < 16:
+            O, I = model.model.get_submodule(name).weight.shape
+            grid = 2 * 2**its if config.grid == "nonuniform" else 3 * (1 if config.groupsize == -1 else I // config.groupsize)
+            stored += O * (packed_width(I, its, run.packing) + grid) - model.checkpoint.tensor_bytes(f"{name}.weight")
+    return stored
+
+
+def live_bytes(shapes: Shapes, run, config, itemsize: int) -> int:
+    """One generation of the activations of all streams."""
+    return (2 if config.shift > 0 else 1) * run.nsamples * run.seqlen * shapes.hidden * itemsize
+
+
+# --- the plan --------------------------------------------------------------------------------------------------
+
+
+def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: float) -> Plan:
+    """The plan of `run` on one of HARDWARE. base: bytes that a process of ours takes before it reads a weight."""
+    on_gpu, d = hardware != "cpu", dtype.itemsize
+    live = live_bytes(shapes, run, config, d)
+    peaks = [_embedding(shapes, d), _outside(shapes)]
+    for number, layer in enumerate(shapes.layers):
+        ahead = shapes.layers[number + 1].stored if number + 1 < len(shapes.layers) else 0
+        peaks += [needs | {"the next layer": (0, ahead, 0)} for needs in _layer_needs(layer, shapes, run, config, dtype, hardware)]
+    device, other = _largest(peaks, 0), _largest(peaks, 2)
+    host = _largest(peaks, 1) if on_gpu else _largest(peaks, 0, 1)
+    where = _activations(live, run, d, shapes, on_gpu)
+    device = (device | {"activations": where[0], "CUDA": CUDA_CONTEXT}) if on_gpu else {}
+    host |= {"activations": where[1] if on_gpu else sum(where), "Python and libraries": base + LATER_LIBRARIES + CUDA_HOST * on_gpu}
+    phases = _phases(shapes, run, config, dtype, on_gpu, hardware)
+    disk, read, written = _disk(shapes, run, live)
+    seconds = {name: _seconds(phase, HARDWARE[hardware], on_gpu) for name, phase in phases.items()}
+    operations = {name: phase.operations for name, phase in phases.items()}
+    return Plan(_positive(device), _positive(host), _positive(other), disk, read, written, operations, seconds, run)
+
+
+def _positive(parts: dict[str, float]) -> dict[str, float]:
+    return {name: size for name, size in parts.items() if size > 0}
+
+
+def _largest(peaks: list[dict], *sides: int) -> dict[str, float]:
+    """Of alternative needs, each a dict of (device, host, other device), the one that takes most on `sides`; as bytes by name."""
+    sums = [{name: sum(size[side] for side in sides) for name, size in needs.items()} for needs in peaks]
+    return max(sums, key=lambda needs: sum(needs.values()))
+
+
+def _embedding(shapes: Shapes, d: int) -> dict:
+    """The table of embeddings on its way in: as stored, and in the run's dtype."""
+    elements, stored = shapes.outside.get(shapes.embedding, (0, 0))
+    return {"embeddings": (elements * d, stored if stored != elements * d else 0, 0)}
+
+
+def _outside(shapes: Shapes) -> dict:
+    """The largest tensor outside the layers on its way from the checkpoint to its part."""
+    return {"copied tensors": (0, max((stored for _, stored in shapes.outside.values()), default=0), 0)}
+
+
+def _activations(live: int, run, d: int, shapes: Shapes, on_gpu: bool) -> tuple[float, float]:
+    """Bytes on the device and the host of the streams and of what their layer's finished children gave, which is as much again. Of
+    files, memory holds a few batches: two that are read, one that is written."""
+    per_token = live / (run.nsamples * run.seqlen)
+    if run.activations == "disk":
+        return 0.0, 3 * 2 * per_token * run.batch_size * run.seqlen
+    if run.activations == "device":
+        return 2.0 * live, 0.0
+    pinned = (lambda size: 2 ** math.ceil(math.log2(size))) if on_gpu else float  # torch rounds pinned memory up
+    streams = 2 if live > run.nsamples * run.seqlen * shapes.hidden * d else 1
+    return 0.0, streams * 2 * pinned(live / streams)
+
+
+def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, hardware: str) -> Iterator[dict]:
+    """For each moment of a layer that can be the peak: what is held, as bytes of (device, host, other device) by name.
+
+    While group g is solved the device holds the layer, the original weights of the linears that were replaced so far (with
+    --shift), the statistics of g, H in the memory of which U comes to lie, and the solver's copies of up to `solved_rows` weights.
+    """
+    d, on_gpu, shift = dtype.itemsize, hardware != "cpu", config.shift > 0
+    forward = _forward_bytes(layer, shapes, run, dtype, on_gpu)
+    replaced = 0
+    together = [[group] for group in layer.groups] if run.true_sequential else [list(layer.groups)]
+    for stage in together:
+        stage = [group for group in stage if group.bits < 16]
+        all_statistics = [_statistics(group, config) for group in stage]
+        for number, group in enumerate(stage):
+            side = 0  # of device, host and another GPU
+            if on_gpu and group.columns >= run.offload_threshold:
+                side = 2 if run.hessian_device and run.hessian_device.type == "cuda" else 1
+            weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0)}
+            square = FLOAT * group.columns**2
+            rest = _statistics(group, config) - square + sum(all_statistics[number + 1 :])
+            if number == 0:
+                seen = run.batch_size * run.seqlen * (group.columns + shapes.hidden) * d * (1 + shift)
+                wide = run.batch_size * run.seqlen * group.columns * FLOAT * (2 if shift else 1) * (d < FLOAT or shift)
+                yield weights | {"forward pass": (forward + seen + wide, 0, 0)} | _placed("Hessians", sum(all_statistics), side)
+            rows = solved_rows(sum(group.rows), group.columns)
+            matrix, panels = FLOAT * rows * group.columns, 3 * FLOAT * 1024 * group.columns
+            done = sum(group.rows) * group.columns * 2  # codes, and once more where pieces are joined
+            chunk = 60 * min(KMEANS_ELEMENTS["cuda" if on_gpu else "cpu"], rows * group.columns)
+            yield weights | _placed("factorization", FACTOR_COPIES * square + panels + rest, side)
+            alone = len(group.rows) == 1
+            waiting = FLOAT * sum(group.rows) * group.columns - matrix if alone else 0  # targets of other pieces
+            if shift:
+                yield weights | {"solver": (TARGET_COPIES * matrix + waiting, 0, 0)} | _placed("Hessians", square + rest, side)
+            if alone:
+                rest -= _statistics(group, config) - square
+            if config.refine:
+                squares = FACTOR_COPIES * square + panels + rest
+                yield weights | {"solver": (matrix + waiting, 0, 0)} | _placed("Hessians", squares, side)
+            squares = _placed("Hessians", square * (1 + (config.refine > 0)) + rest, side)
+            yield weights | {"grid": (matrix + chunk + done + waiting, 0, 0)} | squares
+            copies = REFINE_COPIES if config.refine else SOLVE_COPIES
+            yield weights | {"solver": (copies * matrix + done + waiting, 0, 0)} | squares
+            replaced += sum(group.rows) * group.columns
+    yield {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "forward pass": (forward, 0, 0)}
+
+
+def _placed(name: str, size: float, side: int) -> dict:
+    return {name: tuple(size if number == side else 0 for number in range(3))}
+
+
+def _statistics(group: LayerGroup, config) -> float:
+    """H and, with --shift, C [I, I], and R [O, I] where the group writes to the residual stream."""
+    shift = config.shift > 0
+    squares = (1 + shift) * group.columns**2
+    return FLOAT * (squares + shift * config.residual * group.residual * group.rows[0] * group.columns)
+
+
+def solved_rows(rows: int, columns: int, most: int = 2**27) -> int:
+    """Rows of a stack that are solved at a time (llama.row_pieces)."""
+    return -(-rows // -(-rows * columns // most)) if rows * columns > most else rows
+
+
+def _forward_bytes(layer: Layer, shapes: Shapes, run, dtype: torch.dtype, on_gpu: bool) -> float:
+    """What a batch takes on its way through a layer: three tensors of its widest linear, six of the hidden size; on CPUs without
+    units for 16 bits also the widest linear in float32."""
+    tokens = run.batch_size * run.seqlen
+    widest = max(max(group.columns, max(group.rows)) for group in layer.groups)
+    taken = tokens * dtype.itemsize * (3 * widest + 6 * shapes.hidden)
+    if not on_gpu and dtype.itemsize == 2:
+        taken += FLOAT * max(max(group.rows) * group.columns for group in layer.groups) + FLOAT * tokens * widest
+    return taken
+
+
+# --- disk, operations, time ------------------------------------------------------------------------------------
+
+
+def _disk(shapes: Shapes, run, live: int) -> tuple[float, float, float]:
+    """Bytes that must be free, bytes read, bytes written.
+
+    Free: the parts and either the result made of them or two generations of activations, which are gone before. Read: the
+    checkpoint to check it, to run its layers, and to solve them; parts to join them. Written: parts, result, and activations once
+    a layer.
+    """
+    layers, on_disk = len(shapes.layers), run.activations == "disk"
+    kept = live if on_disk else 0
+    if run.save_path is None:
+        return shapes.result + (2 * live + kept) * on_disk, 3.0 * shapes.stored, shapes.result + (1 + on_disk) * kept * layers
+    free = shapes.result + max(shapes.result, 2 * live + kept)
+    passes = 6 if run.true_sequential else 3
+    read = 3.0 * shapes.stored + shapes.result + passes * kept * layers
+    return free, read, 2 * shapes.result + (live + kept) * layers
+
+
+def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardware: str) -> dict[str, Phase]:
+    tokens, d, shift = run.nsamples * run.seqlen, dtype.itemsize, config.shift > 0
+    names = ("load", "forward", "hessian", "factorization", "target", "grid", "solve", "refine", "save")
+    phases = {name: Phase() for name in names}
+    for name in ("forward", "hessian"):
+        phases[name].half = on_gpu and d == 2
+    for layer in shapes.layers:
+        phases["load"].link += layer.stored + sum(FLOAT * sum(g.rows) * g.columns for g in layer.groups)
+        passes = _passes(layer, run.true_sequential)
+        for group, times in zip(layer.groups, passes, strict=True):
+            O, I = sum(group.rows), group.columns
+            phases["forward"].operations += (1 + shift) * times * 2 * group.share * tokens * O * I
+            if group.bits < 16:
+                _add_group(phases, O, I, group, tokens * group.share, config)
+        attention = 2 * tokens * run.seqlen * shapes.attention  # half of all pairs, scores and values, 2 operations each
+        phases["forward"].operations += (1 + shift) * max(passes, default=1) * attention
+        moved = (1 + shift) * tokens * shapes.hidden * d * (len(layer.groups) + 2)
+        phases["forward"].link += moved if on_gpu and run.activations != "device" else 0
+    phases["save"].link += shapes.result + live_bytes(shapes, run, config, d) * len(shapes.layers)
+    return {name: phase for name, phase in phases.items() if phase.operations or phase.bytes or phase.link}
+
+
+def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, tokens: float, config) -> None:
+    """Operations of quantizing `O` x `I` weights that see `tokens` tokens (quant.py)."""
+    K, squares = 2**group.bits, I * I
+    panels = 1.0 if I < 1024 else 5 / 8  # H's upper triangle by panels
+    per_token = 2 * squares * panels
+    if config.shift:
+        per_token += 2 * squares + 2 * O * I * (group.residual and config.residual)
+        phases["target"].operations += 6 * O * squares  # W C, and U^T U from the right
+    phases["hessian"].operations += tokens * per_token
+    phases["factorization"].operations += squares * I * 2 / 3  # Cholesky, triangular inverse
+    if config.grid == "nonuniform":
+        phases["grid"].bytes += O * (8 * K * config.kmeans_bins**2 + 600 * I)  # its tables, sorting and Lloyd's iteration
+    elif config.grid == "affine":
+        groups = 1 if config.groupsize == -1 else I // config.groupsize
+        phases["grid"].bytes += O * groups * 260 * K * 100  # candidates, coarse to fine
+    if not config.nearest:
+        phases["solve"].operations += O * squares
+        phases["solve"].bytes += 40 * O * I
+    if config.refine:
+        unknowns = K if config.grid == "nonuniform" else max(1, I // max(config.groupsize, 1)) if config.groupsize != -1 else 1
+        sweeps, fits = config.refine + 1, config.refine
+        phases["refine"].operations += 2 * O * squares * (sweeps + fits * (unknowns + 2) + 1) + squares * I * 2 / 3
+        phases["refine"].bytes += 60 * O * I * sweeps
+
+
+def _passes(layer: Layer, true_sequential: bool) -> list[int]:
+    """How often each group's linears are run for all tokens: a pass goes as far as the group that it is made for, and skips children
+    of the layer that are finished (modelutils.StreamedModel.inputs); one more moves the activations on."""
+    groups, finished = layer.groups, set()
+    times = [0] * len(groups)
+    stages = range(len(groups)) if true_sequential else [len(groups) - 1]
+    for wanted in stages:
+        for number in range(wanted):
+            times[number] += groups[number].child not in finished
+        if true_sequential:
+            finished |= {group.child for group in groups[:wanted]} - {group.child for group in groups[wanted:]}
+    return [count + (group.child not in finished) for count, group in zip(times, groups, strict=True)]
+
+
+def _seconds(phase: Phase, hardware: Hardware, on_gpu: bool) -> float:
+    """What limits it: operations, memory, or the link, each at half its rated speed; a CPU's speeds are those of one core."""
+    cores = 1 if on_gpu else torch.get_num_threads()
+    rate = hardware.half if phase.half else hardware.single
+    work = phase.operations / (rate * cores * (REACHED if on_gpu else 1)) + phase.bytes / (hardware.bandwidth * cores * REACHED)
+    return max(work, phase.link / (hardware.link * REACHED))
+
+
+# --- what fits -------------------------------------------------------------------------------------------------
+
+
+class Limits(NamedTuple):
+    """Bytes that can be had."""
+
+    device: float
+    host: float
+    disk: float
+
+
+def limits_of(hardware: str, folder: Path) -> Limits:
+    """Of this machine's host and of the disk that holds `folder`, with that hardware's memory."""
+    while not folder.exists():
+        folder = folder.parent
+    return Limits(HARDWARE[hardware].memory or math.inf, free_host_bytes(), shutil.disk_usage(folder).free)
+
+
+def lacks(plan: Plan, limits: Limits) -> list[str]:
+    """What does not fit, a clause each. The GPU of --hessian_device is taken to be like the first."""
+    largest = max(plan.device_peak, sum(plan.other_device.values()))
+    needs = {"the device": largest, "the host": plan.host_peak, "the disk": plan.disk}
+    pairs = zip(needs.items(), limits, strict=True)
+    return [f"{where} needs {gb(need)} and has {gb(there)}" for (where, need), there in pairs if need > there]
+
+
+def advice(plan_for: Callable[[object], Plan], run, limits: Limits, shapes: Shapes) -> str:
+    """A clause that says which flags make `run` fit."""
+    flags = remedies(plan_for, run, limits, max(group.columns for layer in shapes.layers for group in layer.groups))
+    return f"it fits with {' '.join(flags)}" if flags else "no smaller batch or number of windows makes it fit: take a larger machine"
+
+
+def remedies(plan_for: Callable[[object], Plan], run, limits: Limits, groups_width: int) -> list[str] | None:
+    """Flags that make `run` fit, the least harmful first, each added only if the ones before do not do; None if all together do not."""
+    changes = [("--activations disk", {"activations": "disk"})]
+    changes += [(f"--batch_size {size}", {"batch_size": size}) for size in _halves(run.batch_size)]
+    changes += [(f"--offload_threshold {groups_width} --hessian_device cpu", {"offload_threshold": groups_width})]
+    changes += [(f"--nsamples {count}", {"nsamples": count}) for count in _halves(run.nsamples)]
+    flags: dict[str, str] = {}
+    for flag, change in changes:
+        run = replace(run, **change)
+        flags[flag.split()[0]] = flag
+        if not lacks(plan_for(run), limits):
+            return list(flags.values())
+    return None
+
+
+def _halves(number: int) -> list[int]:
+    return [number >> shift for shift in range(1, number.bit_length())]
+
+
+def name_of(device: torch.device) -> str:
+    """Of HARDWARE, the one that `device` is, or what is nearest."""
+    if device.type == "cpu":
+        return "cpu"
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "")
+    return next((hardware for hardware in HARDWARE if hardware in name), "h200")
+
+
+def peaks(plan: Plan) -> str:
+    return (f"device peak {gb(plan.device_peak)}, " if plan.device else "") + f"host peak {gb(plan.host_peak)}, disk {gb(plan.disk)}"
+
+
+def gb(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.1f} GB"
+
+
+def resident_bytes() -> int:
+    """Of this process, now."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def as_text(plan: Plan, hardware: str) -> str:
+    """The plan for people to read."""
+    parts = lambda sizes: ", ".join(f"{name} {gb(size)}" for name, size in sorted(sizes.items(), key=lambda part: -part[1]))  # noqa: E731
+    lines = [f"plan for {hardware}, activations {WHERE[plan.run.activations]}, batches of {plan.run.batch_size} sequences:"]
+    if plan.device:
+        lines.append(f"  device peak {gb(plan.device_peak)}: {parts(plan.device)}")
+    if plan.other_device:
+        lines.append(f"  {plan.run.hessian_device} {gb(sum(plan.other_device.values()))}: {parts(plan.other_device)}")
+    lines.append(f"  host peak   {gb(plan.host_peak)}: {parts(plan.host)}")
+    lines.append(f"  disk        {gb(plan.disk)} free at the start; read {gb(plan.read)}, written {gb(plan.written)}")
+    lines.append(f"  {'phase':<14}{'operations':>12}{'estimated s':>14}")
+    for name, seconds in plan.seconds.items():
+        lines.append(f"  {name:<14}{plan.operations[name]:>12.3g}{seconds:>14.1f}")
+    lines.append(f"  {'in all':<14}{sum(plan.operations.values()):>12.3g}{sum(plan.seconds.values()):>14.1f}")
+    return "\n".join(lines)

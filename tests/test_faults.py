@@ -1,0 +1,171 @@
+"""What goes wrong from outside: a device or a disk that is too small, a file that ends too early. Nothing finished is lost."""
+
+import os
+import shutil
+import subprocess
+from contextlib import suppress
+
+import pytest
+import torch
+
+import journal
+import llama
+import modelutils
+from leanquant.packing import Checkpoint
+from test_journal import LAYERS, SETTINGS, Stopped, command, stopped_after, whole, words  # noqa: F401
+
+# --- memory of the device --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def every_layer_is_saved(monkeypatch):
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+
+
+@pytest.fixture
+def small_device(monkeypatch):
+    """small_device(limit, index): from layer `index` on, batches of more than `limit` sequences do not fit."""
+    real = modelutils.StreamedModel.run_layer
+
+    def limit(sequences: int, layer: int = 0):
+        def run_layer(self, index, hidden, weights):
+            if index >= layer and len(hidden) > sequences:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return real(self, index, hidden, weights)
+
+        monkeypatch.setattr(modelutils.StreamedModel, "run_layer", run_layer)
+
+    return limit
+
+
+def test_half_the_batch_is_as_if_it_had_been_asked_for(command, tmp_path, small_device, capsys):  # noqa: F811
+    """Nothing is counted twice: the very bytes of a run with that batch size."""
+    assert llama.main(command(tmp_path / "one.safetensors", "--batch_size", 1)) == 0
+    small_device(1)
+    assert llama.main(command(tmp_path / "halved.safetensors", "--batch_size", 4)) == 0
+    assert (tmp_path / "halved.safetensors").read_bytes() == (tmp_path / "one.safetensors").read_bytes()
+    assert "batches of 2 sequences instead of 4" in (said := capsys.readouterr().out) and "batches of 1 sequences instead of 2" in said
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_a_resumed_run_keeps_the_smaller_batch(command, stopped_after, small_device, tmp_path, kind):  # noqa: F811
+    options = ["--batch_size", 4, "--activations", kind]
+    small_device(2, layer=1)
+    assert llama.main(command(tmp_path / "whole.safetensors", *options)) == 0
+    stopped_after(3, tmp_path / "q.safetensors", Stopped, *options)
+    small_device(4)
+    assert llama.main(command(tmp_path / "q.safetensors", *options)) == 0
+    assert (tmp_path / "q.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert llama.main(command(tmp_path / "fours.safetensors", *options)) == 0
+    assert (tmp_path / "fours.safetensors").read_bytes() != (tmp_path / "whole.safetensors").read_bytes(), "the size shows"
+
+
+def test_two_halvings_are_enough_then_it_says_what_to_change(command, small_device, tmp_path, capsys):  # noqa: F811
+    small_device(0, layer=2)
+    assert llama.main(command(tmp_path / "q.safetensors", "--batch_size", 4)) == 2
+    error = capsys.readouterr().err
+    assert "ran out of memory with batches of 1 sequences" in error and "--batch_size" in error
+    assert "2 finished layers are kept" in error
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+def test_a_pass_goes_on_where_it_was_broken_off(tiny_model, tmp_path, monkeypatch, kind):
+    folder, cpu = tiny_model(), torch.device("cpu")
+    model = modelutils.StreamedModel(folder, Checkpoint.open(folder), torch.float32, cpu)
+    ids = torch.randint(2, 300, (11, 8), generator=torch.Generator().manual_seed(0))
+    streams = [model.embed(ids, 3, modelutils.Place(kind, cpu, tmp_path))]
+    expected, failing, real = model.embed(ids, 3), [0], modelutils.StreamedModel.run_layer
+
+    def run_layer(self, index, hidden, weights):
+        failing[0] -= 1
+        if failing[0] == 0:
+            raise torch.OutOfMemoryError
+        return real(self, index, hidden, weights)
+
+    with model.layer(0):
+        model.advance(0, expected)
+        monkeypatch.setattr(modelutils.StreamedModel, "run_layer", run_layer)
+        failing[0] = 3
+        llama.in_smaller_batches(model, streams, model.advance, 0, streams[0])
+    assert streams[0].batch_size == 1 and streams[0].moved == 0
+    torch.testing.assert_close(streams[0].hidden, expected.hidden, rtol=1e-5, atol=1e-5)
+
+
+def test_memory_that_no_batch_size_saves(command, tmp_path, monkeypatch, capsys):  # noqa: F811
+    def factorize(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.00 GiB")
+
+    monkeypatch.setattr(llama.quant, "factorize", factorize)
+    assert llama.main(command(tmp_path / "q.safetensors")) == 2
+    error = capsys.readouterr().err
+    assert "11.00 GiB" in error and "--offload_threshold" in error
+
+
+# --- the disk --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], check=True)
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+@pytest.mark.parametrize("kind", ["host", "disk"])
+@pytest.mark.parametrize("left", [0, 20_000, 60_000])
+def test_a_full_disk_loses_nothing(command, whole, small_disk, monkeypatch, capsys, kind, left):  # noqa: F811
+    real, path, filler = llama.quantize_layer, small_disk / "q.safetensors", small_disk / "filler"
+
+    def quantize_layer(model, index, *rest):
+        if index == 3:
+            filler.touch()
+            with suppress(OSError), open(filler, "ab", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            os.truncate(filler, max(0, filler.stat().st_size - left))
+        return real(model, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "quantize_layer", quantize_layer)
+        assert llama.main(command(path, "--activations", kind)) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error and "the same command goes on after them" in error, error
+    assert not path.exists()
+    assert llama.main(command(path, "--activations", kind)) == 2, "still full"
+    assert "No space left" in (error := capsys.readouterr().err) or "GB free" in error, error
+    filler.unlink()
+    done = []
+    monkeypatch.setattr(llama, "quantize_layer", lambda model, index, *rest: done.append(index) or real(model, index, *rest))
+    assert llama.main(command(path, "--activations", kind)) == 0
+    assert path.read_bytes() == whole[0]
+    assert done[0] >= 1 and done[-1] == LAYERS - 1
+
+
+@pytest.mark.parametrize("keep_time", [False, True], ids=["changed", "silently"])
+def test_a_model_that_is_cut_off_under_the_run(tiny_model, text_file, whole, tmp_path, monkeypatch, capsys, keep_time):  # noqa: F811
+    """What is read ahead of a file that ends too early is named when its layer's turn comes, and the layers before are kept."""
+    folder, path, real = tmp_path / "model", tmp_path / "q.safetensors", llama.quantize_layer
+    shutil.copytree(tiny_model(num_hidden_layers=LAYERS), folder)
+    file = folder / "model.safetensors"
+    contents, stat = file.read_bytes(), file.stat()
+
+    def quantize_layer(model, index, *rest):
+        if index == 3:
+            os.truncate(file, len(contents) // 3)
+            if keep_time:
+                monkeypatch.setattr(model.checkpoint, "check_unchanged", lambda: None)
+        return real(model, index, *rest)
+
+    arguments = words(folder, text_file, *SETTINGS, "--save_path", path)
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "quantize_layer", quantize_layer)
+        assert llama.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors" in error and "finished layers are kept" in error, error
+    file.write_bytes(contents)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert llama.main(arguments) == 0
+    assert "going on after layer" in capsys.readouterr().out
