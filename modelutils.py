@@ -2,7 +2,7 @@
 
 The model is built on the meta device from its config; a layer gets real weights only while it runs. Which linears
 a layer has, which of them read the same input, and what a layer is called with are found by watching, not by name.
-No Hessians and no quantization here: the caller gets inputs. Not for encoder-decoder or vision models.
+No Hessians and no quantization here: the caller gets inputs. Not for encoder-decoder models.
 Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 """
 
@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from activations import Activations, Place, mapped
 from leanquant.errors import InputError
-from leanquant.experts import Experts, routers, split_experts, use_model_names
+from leanquant.experts import Experts, first_token_to_all, on_routing, routers, split_experts, use_model_names
 from leanquant.packing import Checkpoint
 
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
@@ -465,7 +465,7 @@ class StreamedModel:
                 return lambda _module, _inputs, output: kept[name].append(mapped(stream.states.keep, output))
 
             handles = [layer.get_submodule(g.linears[0]).register_forward_pre_hook(see(i)) for i, g in enumerate(groups)]
-            handles += _on_routing(layer, leader.routing.get if leader else stream.routing.__setitem__)
+            handles += on_routing(layer, leader.routing.get if leader else stream.routing.__setitem__)
             for name in {group.residual for group in groups if group.residual}:
                 note = lambda _module, inputs, name=name, residuals=residuals: residuals.__setitem__(name, inputs[0])  # noqa: E731
                 handles.append(layer.get_submodule(name).register_forward_pre_hook(note))
@@ -516,7 +516,7 @@ class StreamedModel:
         handles = [m.register_forward_pre_hook(enter(name)) for name, m in linears.items()]
         handles += [m.register_forward_hook(leave(name)) for name, m in linears.items()]
         handles += [m.register_forward_pre_hook(note(name)) for name, m in layer.named_children()]
-        handles += _on_routing(layer, lambda name, told: _first_token_to_all(layer.get_submodule(name), *told))
+        handles += on_routing(layer, lambda name, told: first_token_to_all(layer.get_submodule(name), *told))
         try:
             out = self.run_layer(index, batch, stream.weights)
         finally:
@@ -613,22 +613,6 @@ def _is_final(child: str, linears: set[str], final: set[str]) -> bool:
     return bool(held) and held <= final
 
 
-def _on_routing(layer: nn.Module, route: Callable) -> list:
-    """Have `route(name, (chosen, weights))` see what each module of experts of `layer` is told, or return what replaces it. Returns
-    the hooks."""
-
-    def before(name):
-        def hook(_module, inputs):
-            states, *chosen = inputs
-            other = route(name, chosen)
-            return None if other is None else (states, *other)
-
-        return hook
-
-    found = [(name, module) for name, module in layer.named_modules() if isinstance(module, Experts)]
-    return [module.register_forward_pre_hook(before(name)) for name, module in found]
-
-
 def _residual_writers(outputs: dict[str, torch.Tensor | None], entering: torch.Tensor, states: list) -> dict[str, str]:
     """For each linear whose output is added as it is to the residual stream: where that stream can be read.
 
@@ -651,13 +635,6 @@ def _same_tensors(first, second) -> bool:
     pairs = zip(tree_leaves(first), tree_leaves(second), strict=True)
     distinct = {(id(a), id(b)): (a, b) for a, b in pairs if torch.is_tensor(a) and a is not b}  # layers share most of them
     return all(torch.equal(a, b) for a, b in distinct.values())
-
-
-def _first_token_to_all(experts: Experts, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A routing [N, E] that calls every expert, with the first token, and none with any other."""
-    every = torch.full((len(chosen), len(experts)), len(experts), device=chosen.device)
-    every[0] = torch.arange(len(experts), device=chosen.device)
-    return every, weights.new_ones(every.shape)
 
 
 class PlannedModel(StreamedModel):

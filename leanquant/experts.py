@@ -96,6 +96,29 @@ def routers(layer: nn.Module) -> set[str]:
     return found
 
 
+def on_routing(layer: nn.Module, route: Callable) -> list:
+    """Have `route(name, (chosen, weights))` see what each module of experts of `layer` is told, or return what replaces it. Returns
+    the hooks."""
+
+    def before(name):
+        def hook(_module, inputs):
+            states, *chosen = inputs
+            other = route(name, chosen)
+            return None if other is None else (states, *other)
+
+        return hook
+
+    found = [(name, module) for name, module in layer.named_modules() if isinstance(module, Experts)]
+    return [module.register_forward_pre_hook(before(name)) for name, module in found]
+
+
+def first_token_to_all(experts: Experts, chosen: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A routing [N, E] that calls every expert, with the first token, and none with any other."""
+    every = torch.full((len(chosen), len(experts)), len(experts), device=chosen.device)
+    every[0] = torch.arange(len(experts), device=chosen.device)
+    return every, weights.new_ones(every.shape)
+
+
 def use_model_names(checkpoint: Checkpoint, model: nn.Module) -> None:
     """Name the tensors of `checkpoint` as `model`, its experts split, does.
 
