@@ -6,6 +6,7 @@ from collections import Counter
 from pathlib import Path
 
 from .errors import InputError
+from .foreign import open_checkpoint
 from .packing import GRID, SCALE, Checkpoint
 
 
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def info(args: argparse.Namespace) -> None:
-    for name, value in describe(Checkpoint.open(args.path)).items():
+    for name, value in describe(open_checkpoint(args.path)).items():
         text = "".join(c if c.isprintable() else "?" for c in str(value))  # it is the file's word: no escapes for the terminal
         print(f"{name + ':':<14}{text}")
 

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .errors import InputError
+from .foreign import open_checkpoint
 from .linear import QuantizedLinear, check_names, prepare_linears, replace_linears
 from .packing import Checkpoint
 from .plugin import mark_quantized
@@ -50,16 +51,16 @@ class LeanQuantModelForCausalLM:
         """
         if dequantize not in DEQUANTIZE:
             raise InputError(f"dequantize is {dequantize!r}: give one of {', '.join(DEQUANTIZE)}")
-        checkpoint = Checkpoint.open(base_model_name_or_path if path is None else path)
+        checkpoint = open_checkpoint(base_model_name_or_path if path is None else path)
         checkpoint.check_bits(bits, path or base_model_name_or_path)
         checkpoint.check_plain_dtypes()
-        config = _read_config(base_model_name_or_path, trust_remote_code)
+        config = read_config(base_model_name_or_path, trust_remote_code)
         single = device if device is not None else device_map if not isinstance(device_map, dict) and device_map not in SPREAD else None
         on_cpu = (
             parse_device(single).type == "cpu" if single is not None else not torch.cuda.is_available() and not isinstance(device_map, dict)
         )
         dtype = torch_dtype or (torch.float32 if on_cpu else checkpoint.stored_dtype)
-        model = _build(config, dtype, trust_remote_code)
+        model = build_model(config, dtype, trust_remote_code)
         replace_linears(model, checkpoint)
         check_names(model, checkpoint)
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
@@ -75,7 +76,7 @@ class LeanQuantModelForCausalLM:
         return model
 
 
-def _read_config(base: str | Path, trust_remote_code: bool):
+def read_config(base: str | Path, trust_remote_code: bool):
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # a config that lies fails in as many ways as there are fields
@@ -85,7 +86,7 @@ def _read_config(base: str | Path, trust_remote_code: bool):
     return config
 
 
-def _build(config, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def build_model(config, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
     """The model of `config`, on the meta device."""
     try:
         with init_empty_weights(include_buffers=False):

@@ -40,6 +40,8 @@ TORCH_DTYPES = {
 WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin")
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+CARD = "README.md"  # an exported folder also has this
+OLD_CONFIG = "quantize_config.json"  # where older readers of GPTQ look for what config.json says
 
 
 # --- codes -----------------------------------------------------------------------------------------------------
@@ -450,10 +452,13 @@ def _shards_of(index: Path) -> list[Path]:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def merge_files(parts: Iterable[Path], out: Path, settings: dict | None, scratch: Path | None = None) -> None:
+def merge_files(
+    parts: Iterable[Path], out: Path, settings: dict | None, scratch: Path | None = None, metadata: dict[str, str] | None = None
+) -> None:
     """Join safetensors files into one, streaming: memory stays at one copy buffer. Complete or absent, never partial.
 
-    It grows under the name `scratch`, on the same file system (unset: a new name beside `out`).
+    It grows under the name `scratch`, on the same file system (unset: a new name beside `out`). `metadata` goes into the header
+    beside the settings.
 
     The order is safetensors' own (by dtype, then by name), so that the bytes equal those of its save_file.
     """
@@ -467,7 +472,7 @@ def merge_files(parts: Iterable[Path], out: Path, settings: dict | None, scratch
     entries.sort(key=lambda e: e[:2])
     header, offset = {}, 0
     if settings is not None:
-        header["__metadata__"] = {"leanquant": json.dumps(settings, sort_keys=True)}
+        header["__metadata__"] = {**(metadata or {}), "leanquant": json.dumps(settings, sort_keys=True)}
     for _, name, entry, _, _, length in entries:
         header[name] = {"dtype": entry["dtype"], "shape": entry["shape"], "data_offsets": [offset, offset + length]}
         offset += length
@@ -523,10 +528,10 @@ class ModelWriter:
 
     The parts wait in `<save_path>.partial`, which one run at a time may hold; the result appears under its own name only when
     it is complete and synced. What a killed run left there is removed, unless `resume`: then `keep` says what of it serves.
-    Without a `save_path` the parts lie in a temporary folder until `close`.
+    Without a `save_path` the parts lie in a temporary folder until `close`. `flag` is what the user gave `save_path` with.
     """
 
-    def __init__(self, save_path: Path | None, overwrite: bool, bytes_needed: int, resume: bool = False):
+    def __init__(self, save_path: Path | None, overwrite: bool, bytes_needed: int, resume: bool = False, flag: str = "--save_path"):
         self.save_path = save_path = save_path and save_path.absolute()
         self.parts: list[Path] = []
         self._temporary = self._lock = None
@@ -534,10 +539,10 @@ class ModelWriter:
             self._temporary = tempfile.TemporaryDirectory(prefix="leanquant-")
             self.folder = Path(self._temporary.name)
         else:
-            _check_output(save_path, overwrite)
+            check_output(save_path, overwrite, flag)
             self.folder = save_path.with_name(save_path.name + ".partial")
-            _make_folder(self.folder)
-            self._lock = _lock(self.folder)
+            _make_folder(self.folder, flag)
+            self._lock = _lock(self.folder, flag)
             if not resume:
                 _empty(self.folder)
         self._check_room(bytes_needed * (1 if save_path is None else 2))  # the parts, and the result made of them
@@ -580,14 +585,24 @@ class ModelWriter:
         if self.save_path.suffix == ".safetensors":
             merge_files(self.parts, self.save_path, settings, self.folder / "merged")
         else:
-            folder = self.folder / "folder"
-            folder.mkdir()
-            _write_shards(self.parts, folder, settings, max_shard_bytes)
-            _write_config_files(base, folder, settings)
-            sync_folder(folder)
-            _replace_folder(folder, self.save_path)
+            self.publish(self.assemble(base, settings, {"quantization_config": {"quant_method": "leanquant", **settings}}, max_shard_bytes))
         self.close()
         return Checkpoint.open(self.save_path)
+
+    def assemble(
+        self, base: Path, settings: dict, config: dict, max_shard_bytes: int = 5 * 10**9, metadata: dict[str, str] | None = None
+    ) -> Path:
+        """The parts as a folder that is not yet under its own name: shards, and the files of `base` with `config` in config.json."""
+        folder = self.folder / "folder"
+        folder.mkdir()
+        _write_shards(self.parts, folder, settings, max_shard_bytes, metadata)
+        _write_config_files(base, folder, config)
+        return folder
+
+    def publish(self, folder: Path) -> None:
+        """Give what `assemble` returned its own name, in the place of what had it."""
+        sync_folder(folder)
+        _replace_folder(folder, self.save_path)
 
     def close(self, keep: bool = False) -> None:
         """Remove the parts, unless another run is to go on with them."""
@@ -603,28 +618,30 @@ class ModelWriter:
             self._lock = None
 
 
-def _check_output(save_path: Path, overwrite: bool) -> None:
+def check_output(save_path: Path, overwrite: bool, flag: str) -> None:
+    """Raise InputError if `save_path`, which `flag` named, must not be written to."""
     one_file = save_path.suffix == ".safetensors"
     if not save_path.exists():
         return
     if save_path.is_dir() == one_file:
-        raise InputError(f"{save_path} is a {'folder' if one_file else 'file'}: give another --save_path")
+        raise InputError(f"{save_path} is a {'folder' if one_file else 'file'}: give another {flag}")
     if not overwrite:
-        raise InputError(f"{save_path} exists: give another --save_path, or --overwrite to replace it")
+        raise InputError(f"{save_path} exists: give another {flag}, or --overwrite to replace it")
     if save_path.is_dir() and any(save_path.iterdir()) and not _is_our_folder(save_path):
-        raise InputError(f"{save_path} is a folder with other things in it, which --overwrite will not delete: give another --save_path")
+        raise InputError(f"{save_path} is a folder with other things in it, which --overwrite will not delete: give another {flag}")
 
 
 def _is_our_folder(folder: Path) -> bool:
     """Whether all of `folder` was written here."""
     try:
-        ours = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "leanquant"
-    except (OSError, ValueError, KeyError, TypeError):
+        settings = Checkpoint.open(folder).settings
+    except InputError:
         return False
-    return ours and all(entry.is_file() and entry.suffix in RESULT_SUFFIXES for entry in folder.iterdir())
+    card = (CARD,) if "exported" in settings else ()
+    return bool(settings) and all(e.is_file() and (e.suffix in RESULT_SUFFIXES or e.name in card) for e in folder.iterdir())
 
 
-def _lock(folder: Path) -> int:
+def _lock(folder: Path, flag: str) -> int:
     """A descriptor that holds the lock of `folder` until it is closed, or the process ends."""
     import fcntl  # not everywhere that models are only loaded
 
@@ -633,7 +650,7 @@ def _lock(folder: Path) -> int:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
         os.close(descriptor)
-        raise InputError(f"another run is working in {folder}: wait for it, or give another --save_path") from None
+        raise InputError(f"another run is working in {folder}: wait for it, or give another {flag}") from None
     return descriptor
 
 
@@ -643,19 +660,19 @@ def _empty(folder: Path, keep: Callable[[Path], bool] = lambda _: False) -> None
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
-def _make_folder(folder: Path) -> None:
+def _make_folder(folder: Path, flag: str) -> None:
     """Make the folder of the parts, or take the one that a killed run left; anything else is not touched."""
     if folder.exists() and not (folder.is_dir() and all(WORK_FILE.fullmatch(entry.name) for entry in folder.iterdir())):
-        raise InputError(f"{folder}, where this run would work, holds other things: move it or give another --save_path")
+        raise InputError(f"{folder}, where this run would work, holds other things: move it or give another {flag}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "writable").touch()
         (folder / "writable").unlink()
     except OSError as error:
-        raise InputError(f"cannot write to {folder.parent} ({error.strerror}): give another --save_path") from None
+        raise InputError(f"cannot write to {folder.parent} ({error.strerror}): give another {flag}") from None
 
 
-def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: int) -> None:
+def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: int, metadata: dict[str, str] | None) -> None:
     """Merge `parts` into as few shards as `max_bytes` allows, in transformers' naming, with an index if several."""
     batches, size = [[]], 0
     for part in parts:
@@ -667,7 +684,7 @@ def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: in
     weight_map = {}
     for number, batch in enumerate(batches, 1):
         name = "model.safetensors" if len(batches) == 1 else f"model-{number:05d}-of-{len(batches):05d}.safetensors"
-        merge_files(batch, folder / name, settings)
+        merge_files(batch, folder / name, settings, metadata=metadata)
         weight_map |= dict.fromkeys(Checkpoint([folder / name]).shapes, name)
     if len(batches) > 1:
         total = sum(end - begin for part in parts for begin, end in _extents(part))
@@ -675,14 +692,15 @@ def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: in
         write_synced(folder / "model.safetensors.index.json", (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _write_config_files(base: Path, folder: Path, settings: dict) -> None:
-    """config.json with our quantization_config, and the base's tokenizer, template and generation files."""
+def _write_config_files(base: Path, folder: Path, changes: dict) -> None:
+    """The base's config.json with `changes` in place of its own quantization, and its tokenizer, template and generation files."""
     config = json.loads((base / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "leanquant", **settings}
+    config.pop("quantization_config", None)
+    config |= changes
     write_synced(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     for file in sorted(base.iterdir()):
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
-        if file.is_file() and file.suffix in RESULT_SUFFIXES and not weights and file.name != "config.json":
+        if file.is_file() and file.suffix in RESULT_SUFFIXES and not weights and file.name not in ("config.json", OLD_CONFIG):
             write_synced(folder / file.name, file.read_bytes())
 
 

@@ -190,7 +190,7 @@ def unfilled(tiny_model, text_file, tmp_path):
     """A quantized model of six layers with shapes alone, the bytes of one layer and of all."""
     folder = tiny_model(num_hidden_layers=6, vocab_size=300)
     checkpoint = Checkpoint.open(quantized_file(folder, text_file, tmp_path / "q.safetensors", "--wbits", "4", "--grid", "affine"))
-    model = modeling._build(modeling._read_config(folder, False), torch.float16, False)
+    model = modeling.build_model(modeling.read_config(folder, False), torch.float16, False)
     replace_linears(model, checkpoint)
     layer, whole = (sum(t.numel() * t.element_size() for t in part.state_dict().values()) for part in (model.model.layers[0], model))
     return model, layer, whole

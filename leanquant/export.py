@@ -1,0 +1,244 @@
+"""Write a quantized model as a folder that other software loads: weights in its layout, its config, tokenizer, a model card.
+
+Codes are written as they are, never quantized again, a linear at a time. Before the folder gets its name, its files are read back
+by the layout's own decoder, and every weight is compared with the source. Layouts are layouts.py's, files packing.py's.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from .errors import InputError
+from .layouts import LAYOUTS, Layout, Linear, Model, weight_of
+from .modeling import build_model, read_config
+from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, unpack_codes, write_synced
+
+FORMATS = (*LAYOUTS, "dense")
+PART_BYTES = 2**26  # written at a time
+CHECKED_WEIGHTS = 2**22  # compared at a time
+
+
+class Dense(Layout):
+    """Plain 16-bit weights, dequantized."""
+
+    name = "dense"
+
+    def __init__(self, dtype: torch.dtype):
+        self.dtype = dtype
+
+    def check(self, model: Model) -> None:
+        """Holds anything."""
+
+    def config(self, model: Model, version: str) -> dict:
+        return {"dtype": str(self.dtype).removeprefix("torch.")}
+
+    def encode(self, linear: Linear, model: Model) -> dict[str, torch.Tensor]:
+        return {".weight": weight_of(linear).to(self.dtype)}
+
+    def weights(self, tensors, bits, rows, columns, step):
+        return (piece.float() for piece in tensors[".weight"].split(step))
+
+
+def export(
+    checkpoint: Checkpoint,
+    base: Path,
+    name: str,
+    out: Path,
+    overwrite: bool = False,
+    perplexity: list[dict] = (),
+    command: str | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+    flag: str = "--out",
+) -> None:
+    """Write the quantized `checkpoint` to the folder `out` in the format `name`, one of FORMATS.
+
+    base: the unquantized model's folder, for config and tokenizer. perplexity: rows of a report, for the model card, as `command`
+    is. flag: what the user gave `out` with. Raises InputError, before anything is written, for what the format cannot hold.
+    """
+    from . import __version__
+
+    layout = LAYOUTS[name] if name in LAYOUTS else Dense(checkpoint.stored_dtype)
+    check_output_name(out, flag)
+    sizes, model = survey(checkpoint, base)
+    check_fits(layout, sizes, model)
+    weights = sum(rows * columns for rows, columns in sizes.values())
+    settings = {**checkpoint.settings, "exported": name}
+    writer = ModelWriter(out, overwrite, int(1.1 * checkpoint.file_bytes()) + (2 * weights if name == "dense" else 0), flag=flag)
+    try:
+        for part in parts(checkpoint, layout, sizes, model):
+            writer.add(part)
+        folder = writer.assemble(base, settings, config := layout.config(model, __version__), max_shard_bytes, {"format": "pt"})
+        if name.startswith("gptq"):
+            write_synced(folder / OLD_CONFIG, (json.dumps(config["quantization_config"], indent=2) + "\n").encode())
+        write_synced(folder / CARD, card(checkpoint, model, name, out.name, perplexity, command).encode())
+        verify(checkpoint, Checkpoint.open(folder), layout, sizes)
+        writer.publish(folder)
+    finally:
+        writer.close()
+
+
+def check_output_name(out: Path, flag: str) -> None:
+    if out.suffix == ".safetensors":
+        raise InputError(f"{flag} is {out}: an exported model is a folder, give its name")
+
+
+# --- what there is ---------------------------------------------------------------------------------------------
+
+
+def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int]], Model]:
+    """Rows and columns of each quantized linear, and what they have in common. Reads zero points."""
+    modules = build_model(read_config(base, False), torch.float16, False).named_modules()
+    linears = {name: tuple(module.weight.shape) for name, module in modules if isinstance(module, nn.Linear)}
+    checkpoint.check_bits(None, "the model")
+    quantized = checkpoint.quantized
+    if unknown := [name for name in quantized if name not in linears]:
+        raise InputError(f"the model has a quantized {unknown[0]}, which {base} lacks: is it the right base model?")
+    sizes = {name: linears[name] for name in quantized}
+    for name, (rows, columns) in sizes.items():
+        checkpoint.check_linear(name, rows, columns)
+    bits = common(checkpoint.bits_of(name) for name in quantized)
+    uniform = common(name + SCALE in checkpoint for name in quantized)
+    zeros = {zero for name in quantized if name + ZERO in checkpoint for zero in checkpoint.get(name + ZERO).unique().tolist()} or {0}
+    symmetric = uniform is True and bits is not None and zeros == {2 ** (bits - 1)}
+    skipped = [name for name in linears if name not in sizes]
+    return sizes, Model(bits, _groupsize(checkpoint, sizes), uniform, symmetric, min(zeros), quantized, skipped)
+
+
+def common(values) -> object | None:
+    """The one value that all are, or None."""
+    found = set(values)
+    return found.pop() if len(found) == 1 else None
+
+
+def _groupsize(checkpoint: Checkpoint, sizes: dict[str, tuple[int, int]]) -> int | None:
+    """Columns of a group, the same everywhere; -1: rows are not divided. A row of one group may be as long as the groups of others."""
+    groups = {name: checkpoint.shapes[name + SCALE][1] if name + SCALE in checkpoint else 1 for name in sizes}
+    divided = {sizes[name][1] // count for name, count in groups.items() if count > 1}
+    whole = {sizes[name][1] for name, count in groups.items() if count == 1}
+    return common(divided | whole) if divided else -1
+
+
+def check_fits(layout: Layout, sizes: dict[str, tuple[int, int]], model: Model) -> None:
+    layout.check(model)
+    for name, (rows, columns) in sizes.items():
+        layout.check_size(name, rows, columns, model.bits)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def parts(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model) -> Iterator[dict[str, torch.Tensor]]:
+    """All tensors of the exported model, some PART_BYTES at a time, in the checkpoint's order."""
+    part: dict[str, torch.Tensor] = {}
+    for tensors in tqdm(_converted(checkpoint, layout, sizes, model), desc=layout.name, unit="tensor", ncols=80, leave=False, disable=None):
+        part |= tensors
+        if sum(tensor.nbytes for tensor in part.values()) > PART_BYTES:
+            yield part
+            part = {}
+    if part:
+        yield part
+
+
+def _converted(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model) -> Iterator[dict[str, torch.Tensor]]:
+    for name, (rows, columns) in sizes.items():
+        packed = checkpoint.packed(name, rows, columns)
+        linear = Linear(unpack_codes(packed.codes, checkpoint.bits_of(name), columns), packed.grid, packed.scale, packed.zero)
+        yield {name + suffix: tensor for suffix, tensor in layout.encode(linear, model).items()}
+    for name in others(checkpoint):
+        yield {name: checkpoint.get(name)}
+
+
+def others(checkpoint: Checkpoint) -> list[str]:
+    """Names of the tensors that are not a quantized linear's."""
+    quantized = {name + suffix for name in checkpoint.quantized for suffix in SUFFIXES}
+    return [name for name in checkpoint.shapes if name not in quantized]
+
+
+def verify(source: Checkpoint, written: Checkpoint, layout: Layout, sizes: dict[str, tuple[int, int]]) -> None:
+    """Raise RuntimeError unless what was `written` is what the `source` holds: every weight, as a reader rebuilds it, and all else."""
+    left = set(written.shapes)
+    for name in others(source):
+        if name not in left or not torch.equal(written.get(name), source.get(name)):
+            raise RuntimeError(f"{name} was not written as it is: nothing was kept, please report this")
+        left.remove(name)
+    for name, (rows, columns) in tqdm(sizes.items(), desc="verifying", unit="linear", ncols=80, leave=False, disable=None):
+        mine = [full for full in left if full.rpartition(".")[0] == name]
+        tensors = {full.removeprefix(name): written.get(full) for full in mine}
+        left -= set(mine)
+        bits, step = source.bits_of(name), max(1, CHECKED_WEIGHTS // columns)
+        found = layout.weights(tensors, bits, rows, columns, step)
+        for wanted, piece in zip(_rebuilt(source.packed(name, rows, columns), bits, columns, step), found, strict=True):
+            if not torch.equal(wanted.to(layout.dtype), piece.to(layout.dtype)):
+                raise RuntimeError(f"{name} does not read back as it was: nothing was kept, please report this")
+    if left:
+        raise RuntimeError(f"{min(left)} was written, which the model lacks: nothing was kept, please report this")
+
+
+def _rebuilt(packed: PackedLinear, bits: int, columns: int, step: int) -> Iterator[torch.Tensor]:
+    return (piece.dequantize(bits, columns, torch.float32) for piece in packed.split(step))
+
+
+# --- the model card --------------------------------------------------------------------------------------------
+
+VLLM, SGLANG = "vllm serve {}", "python -m sglang.launch_server --model-path {}"
+NEEDS = {
+    "awq": "gptqmodel",
+    "gptq": "gptqmodel optimum",
+    "gptq_v2": "gptqmodel optimum",
+    "compressed-tensors": "compressed-tensors",
+}
+
+
+def card(checkpoint: Checkpoint, model: Model, name: str, folder: str, perplexity: list[dict], command: str | None) -> str:
+    """README.md: what the model is, how it was made and measured, how to load it."""
+    settings = checkpoint.settings
+    base = str(settings.get("base_model", "")) or "unknown"
+    method = {"leanquant": "LeanQuant", "gptq": "GPTQ", "rtn": "round to nearest"}.get(settings.get("method"), "LeanQuant")
+    grid = (
+        "several grids"
+        if model.uniform is None
+        else "non-uniform levels"
+        if not model.uniform
+        else "symmetric"
+        if model.symmetric
+        else "asymmetric"
+    )
+    groups = "whole rows" if model.groupsize == -1 else f"groups of {model.groupsize}"
+    rows = {"method": f"{method}, {settings.get('grid', 'nonuniform' if not model.uniform else 'affine')} grid"}
+    rows |= {"bits": f"{model.bits}, {grid}, {groups}", "format": name, "base model": base}
+    named = ("exponent", "sensitivity", "percdamp", "act_order", "true_sequential", "shift", "residual", "refine")
+    rows |= {key.replace("_", "-"): settings[key] for key in named if settings.get(key) is not None}
+    if "calibration" in settings:
+        windows = f"{settings.get('nsamples')} windows of {settings.get('seqlen')} tokens, seed {settings.get('seed')}"
+        rows["calibration"] = f"{settings['calibration']}, {windows}"
+    for text in perplexity:
+        rows[f"perplexity, {text['source']}"] = f"{text['perplexity']:.4f} ({text['tokens']} tokens in windows of {text['seqlen']})"
+    if isinstance(settings.get("versions"), dict):
+        rows["versions"] = ", ".join(f"{package} {number}" for package, number in settings["versions"].items())
+    if model.skipped:
+        rows["not quantized"] = f"{len(model.skipped)} linears: {', '.join(model.skipped[:4])}{' ...' if len(model.skipped) > 4 else ''}"
+    table = "\n".join(f"| {key} | {' '.join(str(value).split()).replace('|', '/')} |" for key, value in rows.items())
+    made = f"\nMade with\n\n```bash\n{command}\n```\n" if command else ""
+    return f"# {folder}\n\n| | |\n|---|---|\n{table}\n{_usage(name, model, folder)}{made}"
+
+
+def servers(name: str, model: Model) -> list[str]:
+    """Commands that serve such a model."""
+    if name in ("awq", "dense") or name == "gptq" and model.bits == 4 and model.symmetric:
+        return [VLLM, SGLANG]
+    return [VLLM] if name == "compressed-tensors" and model.bits == 4 else []
+
+
+def _usage(name: str, model: Model, folder: str) -> str:
+    if name == "any-precision":
+        return "\nFor kernels that read any-precision-llm's layout (`qweight` bit planes, `lut`).\n"
+    needs = f" (`pip install {NEEDS[name]}`)" if name in NEEDS else ""
+    python = f'AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")'
+    usage = f"\nWith transformers{needs}:\n\n```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = {python}\n```\n"
+    if commands := servers(name, model):
+        usage += "\nOr one of\n\n```bash\n" + "\n".join(command.format("./" + folder) for command in commands) + "\n```\n"
+    return usage

@@ -1,0 +1,151 @@
+"""Read other software's quantized folders as if they were ours: GPTQ, AWQ and compressed-tensors with 4, 3 and 2 bits.
+
+A `ForeignCheckpoint` shows a linear's codes, scale and zero under this project's names and decodes them as they are read, so that
+whoever reads a Checkpoint reads these too. Layouts are layouts.py's. Not here: 8 bits, floating point, act-order in groups.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+from .errors import InputError
+from .layouts import LAYOUTS, Affine
+from .packing import CODES, SCALE, ZERO, Checkpoint, pack_codes, packed_width
+
+CONFIG_BYTES = 2**24  # no config.json is longer
+ITEM = {CODES: "U8", SCALE: "F16", ZERO: "U8"}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """What is at `path`, a .safetensors file or a folder, ours or another's. Raises InputError for anything unreadable."""
+    checkpoint = Checkpoint.open(path)
+    config = _quantization_config(Path(path))
+    if config is None:
+        return checkpoint
+    return ForeignCheckpoint(list(dict.fromkeys(checkpoint.files.values())), config)
+
+
+def _quantization_config(folder: Path) -> dict | None:
+    """What the folder's config.json says of a quantization that is read here; None if there is none, or another."""
+    file = folder / "config.json"
+    if not file.is_file() or file.stat().st_size > CONFIG_BYTES:
+        return None
+    try:
+        config = json.loads(file.read_text())["quantization_config"]
+        return config if config["quant_method"] in ("gptq", "awq", "compressed-tensors") else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # who needs the config says what is wrong with it
+
+
+class ForeignCheckpoint(Checkpoint):
+    """A folder of another format. settings: what its config.json says in this project's words."""
+
+    def __init__(self, files: list[Path], config: dict):
+        super().__init__(files)
+        self._raw = Checkpoint(files)  # the tensors as they are
+        self.layout, bits, groupsize = _layout_of(config)
+        self._sizes: dict[str, tuple[int, int, int]] = {}  # linear -> bits, rows, columns
+        self._stored: dict[str, dict[str, str]] = {}  # linear -> suffix -> name of its tensor
+        for linear in self._linears():
+            self._take(linear, bits, groupsize)
+        own = self.settings if isinstance(self.settings.get("versions"), dict) else {}
+        self.settings = {**own, "method": own.get("method", self.layout.name), "bits": bits, "groupsize": groupsize, "packing": "dense"}
+
+    def _linears(self) -> list[str]:
+        """Module paths of the quantized linears."""
+        first = self.layout.required[0]
+        found = {name.removesuffix(suffix) for name in self.shapes for suffix in self.layout.suffixes if name.endswith(suffix)}
+        for linear in found:
+            for suffix in self.layout.required:
+                if linear + suffix not in self.shapes:
+                    raise InputError(f"the file has no tensor {linear}{suffix}: get it again")
+        return [name.removesuffix(first) for name in self.shapes if name.endswith(first)]
+
+    def _take(self, linear: str, bits: int, groupsize: int) -> None:
+        """Put the tensors of `linear` out of sight and what they mean in their place."""
+        names = {suffix: linear + suffix for suffix in self.layout.suffixes if linear + suffix in self.shapes}
+        for suffix, name in names.items():
+            if self.dtypes[name] not in (kinds := self.layout.suffixes[suffix]):
+                raise InputError(f"{name} is {self.dtypes[name]}, not {' or '.join(kinds)}: the file is damaged, get it again")
+            wanted = 1 if suffix in (".g_idx", ".weight_g_idx", ".weight_shape") else 2
+            if len(self.shapes[name]) != wanted or 0 in self.shapes[name]:
+                raise InputError(f"{name} is {list(self.shapes[name])}, not of {wanted} dimensions: the file is damaged, get it again")
+        shapes = {suffix: self.shapes[name] for suffix, name in names.items()}
+        if ".weight_shape" in names:
+            shapes[".weight_shape"] = tuple(self._raw.get(names[".weight_shape"]).tolist())
+        rows, columns, groups = self.layout.measure(linear, shapes, bits, groupsize)
+        self._sizes[linear], self._stored[linear] = (bits, rows, columns), names
+        for name in names.values():
+            del self.files[name], self.shapes[name], self.dtypes[name]
+        shown = {CODES: (rows, packed_width(columns, bits)), SCALE: (rows, groups), ZERO: (rows, groups)}
+        for suffix, shape in shown.items():
+            self.files[linear + suffix] = self._raw.files[names[self.layout.required[0]]]
+            self.shapes[linear + suffix], self.dtypes[linear + suffix] = shape, ITEM[suffix]
+
+    def get(self, name: str) -> torch.Tensor:
+        linear, _, leaf = name.rpartition(".")
+        if linear not in self._sizes or "." + leaf not in ITEM:
+            return super().get(name)
+        bits, rows, columns = self._sizes[linear]
+        read = lambda *parts: {s: self._raw.get(n) for s, n in self._stored[linear].items() if any(part in s for part in parts)}  # noqa: E731
+        if "." + leaf == SCALE:
+            scale = self.layout.decode_scale(read("scale")).half()
+            return scale.reshape(-1).view(scale.shape)  # torch calls a turned row contiguous, whatever its strides
+        if "." + leaf == ZERO:
+            return self.layout.decode_zero(read("zero", "scale"), bits, rows)
+        tensors = read("qweight", "packed", "g_idx")
+        self._check_order(linear, tensors, columns)
+        return pack_codes(self.layout.decode_codes(tensors, bits, rows, columns), bits)
+
+    def _check_order(self, linear: str, tensors: dict[str, torch.Tensor], columns: int) -> None:
+        """Raise InputError unless each group is of consecutive columns."""
+        groups = self.shapes[linear + SCALE][1]
+        for suffix in (".g_idx", ".weight_g_idx"):
+            if suffix in tensors and not torch.equal(tensors[suffix].long(), torch.arange(columns) // (columns // groups)):
+                raise InputError(
+                    f"{linear}{suffix} does not group the columns in their order (act-order), which is not read here: load the folder "
+                    "with transformers, or quantize it again without"
+                )
+
+
+# --- config.json -----------------------------------------------------------------------------------------------
+
+
+def _layout_of(config: dict) -> tuple[Affine, int, int]:
+    """The layout that a quantization_config names, its bits and group size. Raises InputError for what is not read here."""
+    method = config["quant_method"]
+    if method == "compressed-tensors":
+        name, bits, groupsize = method, *_compressed_tensors(config)
+    else:
+        kind = config.get("checkpoint_format") or config.get("format") or config.get("version") or {"gptq": "gptq", "awq": "gemm"}[method]
+        kind = kind.lower() if isinstance(kind, str) else kind
+        name = kind if method == "gptq" and kind in ("gptq", "gptq_v2") else "awq" if method == "awq" and kind == "gemm" else None
+        if name is None:
+            raise InputError(f"{method} in the format {kind!r} is not read here: load the folder with transformers")
+        bits, groupsize = config.get("bits", config.get("w_bit")), config.get("group_size", config.get("q_group_size"))
+        dynamic = config.get("dynamic") or {}
+        if not isinstance(dynamic, dict) or any(not str(pattern).startswith("-:") for pattern in dynamic):
+            raise InputError("config.json gives linears settings of their own (dynamic), which is not read here: load it with transformers")
+    if type(bits) is not int or bits not in LAYOUTS[name].bits:
+        held = " or ".join(map(str, LAYOUTS[name].bits))
+        raise InputError(f"config.json says {bits!r} bits: {name} folders are read here with {held} bits; load this one with transformers")
+    if type(groupsize) is not int or groupsize != -1 and groupsize < 1:
+        raise InputError(f"config.json says a group size of {groupsize!r}, not -1 or a number of columns: get the folder again")
+    return LAYOUTS[name], bits, groupsize
+
+
+def _compressed_tensors(config: dict) -> tuple[object, object]:
+    """Bits and group size of the one scheme."""
+    groups = config.get("config_groups")
+    schemes = list(groups.values()) if isinstance(groups, dict) else []
+    weights = [scheme.get("weights") if isinstance(scheme, dict) else None for scheme in schemes]
+    if len(weights) != 1 or not isinstance(weights[0], dict):
+        raise InputError("config.json must give one scheme for all linears in config_groups: load the folder with transformers")
+    formats = {config.get("format"), schemes[0].get("format") or config.get("format")}
+    if formats != {"pack-quantized"} or weights[0].get("type", "int") != "int" or schemes[0].get("input_activations"):
+        raise InputError("only pack-quantized integer weights of compressed-tensors are read here: load the folder with transformers")
+    strategy = weights[0].get("strategy")
+    if strategy not in ("channel", "group"):
+        raise InputError(f"compressed-tensors with the strategy {strategy!r} is not read here: load the folder with transformers")
+    return weights[0].get("num_bits"), -1 if strategy == "channel" else weights[0].get("group_size")

@@ -1,0 +1,78 @@
+"""Export a quantized model as a folder that other software loads: transformers, vLLM, SGLang, any-precision's kernels.
+
+    python scripts/export.py QUANTIZED --base MODEL --to awq --out FOLDER
+
+Which format holds what, and who reads it: README, Export. The work is leanquant/export.py's; llama.py --export calls the same.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import modelutils  # noqa: E402
+from leanquant.errors import InputError  # noqa: E402
+from leanquant.export import FORMATS, export  # noqa: E402
+from leanquant.foreign import open_checkpoint  # noqa: E402
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("quantized", metavar="QUANTIZED", help="quantized .safetensors file or folder")
+    add(
+        "--base", metavar="MODEL", help="hub name or folder of the unquantized model, for config and tokenizer (unset: QUANTIZED, a folder)"
+    )
+    add("--to", required=True, choices=FORMATS, metavar="FORMAT", help=f"{', '.join(FORMATS)}")
+    add("--out", required=True, type=Path, metavar="FOLDER", help="where the exported model goes")
+    add(
+        "--report",
+        type=Path,
+        metavar="FILE.json",
+        help="llama.py's --report or eval_quantized.py's --output: perplexities for the model card",
+    )
+    add("--max_shard_size", type=float, default=5.0, metavar="GB", help="largest weights file (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace what --out names, if it was made here")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace, command: str) -> None:
+    if args.base is None and not Path(args.quantized).is_dir():
+        raise InputError(f"{args.quantized} is a single file, without config and tokenizer: name the unquantized model with --base")
+    checkpoint = open_checkpoint(args.quantized)
+    base = modelutils.resolve_model(args.base or args.quantized)
+    perplexity = read_perplexity(args.report)
+    export(checkpoint, base, args.to, args.out, args.overwrite, perplexity, command, int(args.max_shard_size * 1e9))
+    print(f"{args.out}: {args.to}, every weight read back and compared", flush=True)
+
+
+def read_perplexity(report: Path | None) -> list[dict]:
+    """The rows of a report that the model card shows."""
+    if report is None:
+        return []
+    try:
+        rows = json.loads(report.read_text())["perplexity"]
+        return [{name: row[name] for name in ("source", "perplexity", "tokens", "seqlen")} for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"--report: {report} holds no perplexities ({type(error).__name__}: {error})") from None
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        run(parse(argv), "python scripts/export.py " + shlex.join(map(str, argv)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: nothing was written", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
