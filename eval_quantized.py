@@ -31,6 +31,7 @@ import datautils
 import modelutils
 from leanquant import LeanQuantModelForCausalLM
 from leanquant.errors import InputError
+from leanquant.foreign import METHODS, open_checkpoint
 from leanquant.linear import free_host_bytes
 from leanquant.modeling import parse_device
 from leanquant.packing import CODES, Checkpoint
@@ -415,8 +416,14 @@ class Model(NamedTuple):
     def open(cls, base: str, quantized: str | None, bits: int | None) -> "Model":
         folder = modelutils.resolve_model(base)
         config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
-        foreign = {} if quantized or config.get("quant_method", "leanquant") == "leanquant" else config
-        model = cls(base, quantized, folder, Checkpoint.open(quantized or folder), foreign)
+        try:
+            checkpoint = open_checkpoint(quantized or folder)
+        except InputError:
+            if quantized or config.get("quant_method") not in METHODS:
+                raise
+            checkpoint = Checkpoint.open(folder)  # transformers may know what to do with it
+        foreign = {} if quantized or checkpoint.quantized or config.get("quant_method", "leanquant") == "leanquant" else config
+        model = cls(base, quantized, folder, checkpoint, foreign)
         if model.foreign:
             if bits is not None and model.bits and model.bits != [bits]:
                 raise InputError(f"{base} holds {model.bits} bits, not {bits}: correct the bits or leave them out")

@@ -16,6 +16,7 @@ import os
 import platform
 import re
 import resource
+import shlex
 import signal
 import sys
 import tempfile
@@ -41,8 +42,9 @@ import plan
 import quant
 from activations import KINDS, Place
 from journal import Journal, Saver, files_of
-from leanquant import packing
+from leanquant import export, packing
 from leanquant.errors import InputError
+from leanquant.foreign import open_checkpoint
 from ranks import Ending, RankLost, Ranks
 
 # An equally spaced grid cannot serve a few very sensitive columns and all others too: 2, the weight that an error has in
@@ -80,6 +82,8 @@ class Run:
     force: bool
     report: Path | None
     eval: tuple[str, ...]
+    export: tuple[tuple[str, Path], ...]  # formats of other software, and the folders they go to
+    command: str
     ranks: Ranks
 
 
@@ -699,6 +703,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="do not run: print the memory, disk, operations and time that the run would take on this hardware (without a name: here), "
         "and what would make it fit; MODEL may be a config.json, DATASET may be missing",
     )
+    add(
+        "--export",
+        nargs="+",
+        metavar="FORMAT[:FOLDER]",
+        help=f"also write a folder that other software loads, as scripts/export.py does: {', '.join(export.FORMATS)} "
+        "(unset: none; FOLDER unset: --save_path with the format's name behind it)",
+    )
     add("--eval", nargs="+", metavar="NAME|PATH", help="texts to measure perplexity on afterwards, or none (unset: wikitext2 ptb c4)")
     add("--new-eval", action="store_true", help="with --eval unset, use wikitext2 ptb-new c4-new")
     add(
@@ -707,7 +718,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE.json",
         help="write settings, losses, times, peak memory and perplexities to this file (unset: no report)",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "llama.py", *map(str, sys.argv[1:] if argv is None else argv)])
+    return args
 
 
 def quant_config(args: argparse.Namespace, levels_dtype: torch.dtype) -> quant.QuantConfig:
@@ -814,8 +827,27 @@ def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
         force=args.force,
         report=args.report,
         eval=sources,
+        export=exports(args),
+        command=args.command,
         ranks=ranks,
     )
+
+
+def exports(args: argparse.Namespace) -> tuple[tuple[str, Path], ...]:
+    """Each format that --export names with its folder, which is beside --save_path unless it is given."""
+    found = {}
+    for text in args.export or ():
+        name, _, folder = text.partition(":")
+        if name not in export.FORMATS:
+            raise InputError(f"--export {text}: {name} is none of {', '.join(export.FORMATS)}")
+        if not folder and args.save_path is None:
+            raise InputError(f"--export {text}: give a folder for it, {name}:FOLDER, or --save_path")
+        found[Path(folder) if folder else args.save_path.with_name(f"{args.save_path.name.removesuffix('.safetensors')}-{name}")] = name
+    if len(found) < len(args.export or ()) or args.save_path in found:
+        raise InputError("--export and --save_path name a folder twice: give each format a folder of its own, FORMAT:FOLDER")
+    if found and args.wbits == 16:
+        raise InputError("--export is for quantized models: give --wbits 2, 3 or 4 with it")
+    return tuple((name, folder) for folder, name in found.items())
 
 
 def parse_bits(text: str) -> tuple[str, int]:
@@ -845,6 +877,14 @@ def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bit
         columns = model.model.get_submodule(name).weight.shape[1]
         if its < 16 and config.groupsize != -1 and (config.groupsize < 1 or columns % config.groupsize):
             raise InputError(f"--groupsize {config.groupsize} does not divide the {columns} inputs of {name}: give a divisor, or -1")
+
+
+def check_exports(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> None:
+    """Can each format of --export hold what the run will make, and its folder be written? Raises InputError."""
+    sizes = {name: tuple(model.model.get_submodule(name).weight.shape) for name, its in bits.items() if its < 16}
+    for name, out in run.export:
+        export.check_output(out, run.overwrite, "--export")
+        export.check_plan(name, sizes, bits, config.groupsize, config.grid != "nonuniform", config.sym)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------
@@ -918,7 +958,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     torch.backends.cuda.matmul.fp32_precision = "ieee"  # an environment variable of some images rounds float32 products to TF32
     run = run_settings(args, device, ranks)
     folder = modelutils.resolve_model(args.model)
-    checkpoint = packing.Checkpoint.open(folder)
+    checkpoint = open_checkpoint(folder)
     config = None if args.wbits == 16 else quant_config(args, checkpoint.stored_dtype)
     dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
     model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
@@ -929,6 +969,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     settings = settings_of(run, config, bits) if config else {"method": "none", "base_model": run.model, "versions": versions()}
     wanted = checked_plan(model, run, config, bits) if config else None
     if wanted:
+        check_exports(model, run, config, bits)
         run = wanted.run
         print(f"activations wait {plan.WHERE[run.activations]}; planned {plan.peaks(wanted)}", flush=True)
     needed = 0 if run.force or not wanted else wanted.disk / (2 if run.save_path else 1)  # the writer counts parts and result
@@ -976,6 +1017,9 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
             write_report(run, contents)
         evaluate(model, tests, run, contents)
         write_report(run, contents)
+        for name, out in run.export:
+            export.export(model.checkpoint, folder, name, out, run.overwrite, contents["perplexity"], run.command, flag="--export")
+            print(f"exported {out}: {name}, every weight read back and compared", flush=True)
     except BaseException as error:
         if journal and journal.layers:
             error.add_note(f"{journal.layers} finished layers are kept: the same command goes on after them")

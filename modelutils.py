@@ -28,6 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from activations import Activations, Place, mapped
 from leanquant.errors import InputError
 from leanquant.experts import Experts, first_token_to_all, on_routing, routers, split_experts, use_model_names
+from leanquant.foreign import METHODS
 from leanquant.packing import Checkpoint
 
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
@@ -660,10 +661,10 @@ def read_config(folder: Path):
         raise InputError(f"{folder} is an encoder-decoder model ({config.model_type}): only stacks of decoder layers are supported")
     if getattr(config.get_text_config(), "hidden_size_per_layer_input", None):
         raise InputError(f"{folder} gives each layer an input of its own ({config.model_type}): such models are not supported")
-    # A folder of ours reads as a plain model here: its weights are dequantized on the way in.
+    # A quantized folder that we read is a plain model here: its weights are dequantized on the way in.
     if getattr(config, "quantization_config", None) is not None:
         method = dict(config.quantization_config).get("quant_method")
-        if method != "leanquant":
+        if method not in ("leanquant", *METHODS):
             raise InputError(f"{folder} is already quantized ({method}): give the original, unquantized model")
         del config.quantization_config
     return config

@@ -12,7 +12,9 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
+from . import packing
 from .errors import InputError
+from .experts import Experts, split_experts
 from .layouts import LAYOUTS, Layout, Linear, Model, weight_of
 from .modeling import build_model, read_config
 from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, unpack_codes, write_synced
@@ -61,17 +63,18 @@ def export(
     """
     from . import __version__
 
-    layout = LAYOUTS[name] if name in LAYOUTS else Dense(checkpoint.stored_dtype)
-    check_output_name(out, flag)
+    layout = layout_of(name, checkpoint.stored_dtype)
+    check_output(out, overwrite, flag)
     sizes, model = survey(checkpoint, base)
     check_fits(layout, sizes, model)
     weights = sum(rows * columns for rows, columns in sizes.values())
     settings = {**checkpoint.settings, "exported": name}
     writer = ModelWriter(out, overwrite, int(1.1 * checkpoint.file_bytes()) + (2 * weights if name == "dense" else 0), flag=flag)
     try:
-        for part in parts(checkpoint, layout, sizes, model):
+        stored = layout.adapted(model, sizes)
+        for part in parts(checkpoint, layout, sizes, stored, min(PART_BYTES, max_shard_bytes)):
             writer.add(part)
-        folder = writer.assemble(base, settings, config := layout.config(model, __version__), max_shard_bytes, {"format": "pt"})
+        folder = writer.assemble(base, settings, config := layout.config(stored, __version__), max_shard_bytes, {"format": "pt"})
         if name.startswith("gptq"):
             write_synced(folder / OLD_CONFIG, (json.dumps(config["quantization_config"], indent=2) + "\n").encode())
         write_synced(folder / CARD, card(checkpoint, model, name, out.name, perplexity, command).encode())
@@ -81,9 +84,16 @@ def export(
         writer.close()
 
 
-def check_output_name(out: Path, flag: str) -> None:
+def layout_of(name: str, dtype: torch.dtype) -> Layout:
+    """The layout called `name`; `dtype` is that of plain weights."""
+    return LAYOUTS[name] if name in LAYOUTS else Dense(dtype)
+
+
+def check_output(out: Path, overwrite: bool, flag: str) -> None:
+    """Raise InputError if `out`, which `flag` named, cannot become an exported folder."""
     if out.suffix == ".safetensors":
         raise InputError(f"{flag} is {out}: an exported model is a folder, give its name")
+    packing.check_output(out.absolute(), overwrite, flag)
 
 
 # --- what there is ---------------------------------------------------------------------------------------------
@@ -91,12 +101,15 @@ def check_output_name(out: Path, flag: str) -> None:
 
 def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int]], Model]:
     """Rows and columns of each quantized linear, and what they have in common. Reads zero points."""
-    modules = build_model(read_config(base, False), torch.float16, False).named_modules()
-    linears = {name: tuple(module.weight.shape) for name, module in modules if isinstance(module, nn.Linear)}
+    network = build_model(read_config(base, False), torch.float16, False)
+    split_experts(network)
+    linears = {name: tuple(module.weight.shape) for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     checkpoint.check_bits(None, "the model")
     quantized = checkpoint.quantized
     if unknown := [name for name in quantized if name not in linears]:
         raise InputError(f"the model has a quantized {unknown[0]}, which {base} lacks: is it the right base model?")
+    if any(isinstance(module, Experts) for module in network.modules()):
+        check_expert_names(quantized, base)
     sizes = {name: linears[name] for name in quantized}
     for name, (rows, columns) in sizes.items():
         checkpoint.check_linear(name, rows, columns)
@@ -106,6 +119,13 @@ def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int
     symmetric = uniform is True and bits is not None and zeros == {2 ** (bits - 1)}
     skipped = [name for name in linears if name not in sizes]
     return sizes, Model(bits, _groupsize(checkpoint, sizes), uniform, symmetric, min(zeros), quantized, skipped)
+
+
+def check_expert_names(quantized: list[str], base: Path) -> None:
+    """Raise InputError if the original in `base` names the experts' linears in another way, which other software expects."""
+    stored = Checkpoint.open(base)
+    if other := [name for name in quantized if name + ".weight" not in stored]:
+        raise InputError(f"the original in {base} has no tensor {other[0]}.weight: experts stored in another way cannot be exported")
 
 
 def common(values) -> object | None:
@@ -122,6 +142,13 @@ def _groupsize(checkpoint: Checkpoint, sizes: dict[str, tuple[int, int]]) -> int
     return common(divided | whole) if divided else -1
 
 
+def check_plan(name: str, sizes: dict[str, tuple[int, int]], bits: dict[str, int], groupsize: int, uniform: bool, symmetric: bool) -> None:
+    """Raise InputError if the format `name` cannot hold linears of these `sizes` and `bits`, which are still to be quantized."""
+    width = common(bits[linear] for linear in sizes)
+    lowest_zero = 2 ** (width - 1) if symmetric and width else 0
+    check_fits(layout_of(name, torch.float16), sizes, Model(width, groupsize, uniform, symmetric, lowest_zero, list(sizes), []))
+
+
 def check_fits(layout: Layout, sizes: dict[str, tuple[int, int]], model: Model) -> None:
     layout.check(model)
     for name, (rows, columns) in sizes.items():
@@ -131,16 +158,15 @@ def check_fits(layout: Layout, sizes: dict[str, tuple[int, int]], model: Model) 
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def parts(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model) -> Iterator[dict[str, torch.Tensor]]:
-    """All tensors of the exported model, some PART_BYTES at a time, in the checkpoint's order."""
+def parts(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model, limit: int) -> Iterator[dict[str, torch.Tensor]]:
+    """All tensors of the exported model, up to `limit` bytes at a time (a linear's own stay together), in the checkpoint's order."""
     part: dict[str, torch.Tensor] = {}
     for tensors in tqdm(_converted(checkpoint, layout, sizes, model), desc=layout.name, unit="tensor", ncols=80, leave=False, disable=None):
-        part |= tensors
-        if sum(tensor.nbytes for tensor in part.values()) > PART_BYTES:
+        if part and sum(tensor.nbytes for tensor in (*part.values(), *tensors.values())) > limit:
             yield part
             part = {}
-    if part:
-        yield part
+        part |= tensors
+    yield part
 
 
 def _converted(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model) -> Iterator[dict[str, torch.Tensor]]:

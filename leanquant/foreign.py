@@ -11,8 +11,9 @@ import torch
 
 from .errors import InputError
 from .layouts import LAYOUTS, Affine
-from .packing import CODES, SCALE, ZERO, Checkpoint, pack_codes, packed_width
+from .packing import CODES, SCALE, ZERO, Checkpoint, is_finite, pack_codes, packed_width
 
+METHODS = ("gptq", "awq", "compressed-tensors")  # what config.json calls them
 CONFIG_BYTES = 2**24  # no config.json is longer
 ITEM = {CODES: "U8", SCALE: "F16", ZERO: "U8"}
 
@@ -33,7 +34,7 @@ def _quantization_config(folder: Path) -> dict | None:
         return None
     try:
         config = json.loads(file.read_text())["quantization_config"]
-        return config if config["quant_method"] in ("gptq", "awq", "compressed-tensors") else None
+        return config if config["quant_method"] in METHODS else None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None  # who needs the config says what is wrong with it
 
@@ -49,8 +50,8 @@ class ForeignCheckpoint(Checkpoint):
         self._stored: dict[str, dict[str, str]] = {}  # linear -> suffix -> name of its tensor
         for linear in self._linears():
             self._take(linear, bits, groupsize)
-        own = self.settings if isinstance(self.settings.get("versions"), dict) else {}
-        self.settings = {**own, "method": own.get("method", self.layout.name), "bits": bits, "groupsize": groupsize, "packing": "dense"}
+        told = {"bits": bits, "groupsize": groupsize, "packing": "dense", "bits_for": {}}
+        self.settings = {"method": self.layout.name, **self.settings, **told}  # one that was exported here says more
 
     def _linears(self) -> list[str]:
         """Module paths of the quantized linears."""
@@ -91,6 +92,9 @@ class ForeignCheckpoint(Checkpoint):
         read = lambda *parts: {s: self._raw.get(n) for s, n in self._stored[linear].items() if any(part in s for part in parts)}  # noqa: E731
         if "." + leaf == SCALE:
             scale = self.layout.decode_scale(read("scale")).half()
+            if not is_finite(scale):
+                name = next(stored for suffix, stored in self._stored[linear].items() if "scale" in suffix)
+                raise InputError(f"{name} holds NaN, infinity or more than float16 can: the file is damaged, get it again")
             return scale.reshape(-1).view(scale.shape)  # torch calls a turned row contiguous, whatever its strides
         if "." + leaf == ZERO:
             return self.layout.decode_zero(read("zero", "scale"), bits, rows)

@@ -7,7 +7,7 @@ Legend: O rows (out_features), I columns (in_features), G groups, b bits; words 
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy
@@ -70,8 +70,12 @@ class Layout:
     def check_size(self, linear: str, rows: int, columns: int, bits: int) -> None:
         """Raise InputError if a linear of this size cannot be stored."""
 
+    def adapted(self, model: Model, sizes: dict[str, tuple[int, int]]) -> Model:
+        """The model as it is stored, if not as it is: in groups that share what its rows have, say. sizes: O and I of each linear."""
+        return model
+
     def encode(self, linear: Linear, model: Model) -> dict[str, torch.Tensor]:
-        """The tensors of a linear of `model`, by the suffix of their names."""
+        """The tensors of a linear of the adapted `model`, by the suffix of their names."""
         raise NotImplementedError
 
     def decode(self, tensors: dict[str, torch.Tensor], bits: int, rows: int, columns: int) -> Linear:
@@ -149,13 +153,22 @@ class GPTQ(Affine):
         if rows * bits % 32 or columns * bits % 32:
             raise InputError(f"{linear} is {rows} x {columns}, which {bits}-bit {self.name} cannot hold in words of 32 bits")
 
+    def adapted(self, model: Model, sizes: dict[str, tuple[int, int]]) -> Model:
+        """gptqmodel's CPU kernel for whole rows of 4 bits takes every zero point for 8 (7.6): such rows become equal groups."""
+        if model.bits != 4 or model.symmetric or model.groupsize != -1:
+            return model
+        fitting = [size for size in (128, 64, 32, 16) if all(columns % size == 0 for _, columns in sizes.values())]
+        return replace(model, groupsize=fitting[0]) if fitting else model
+
     def encode(self, linear: Linear, model: Model) -> dict[str, torch.Tensor]:
-        columns, groups = linear.codes.shape[1], linear.scale.shape[1]
-        zero = (linear.zero.T + self.stored_zero).contiguous()
+        columns = linear.codes.shape[1]
+        groups = 1 if model.groupsize == -1 else columns // model.groupsize
+        scale, zero = (t.repeat_interleave(groups // t.shape[1], 1).T.contiguous() for t in (linear.scale, linear.zero))
+        zero = zero + self.stored_zero
         return {
             ".qweight": pack_words(linear.codes, model.bits).T.contiguous(),
             ".qzeros": pack_words(zero, model.bits),
-            ".scales": linear.scale.T.contiguous(),
+            ".scales": scale,
             ".g_idx": torch.arange(columns, dtype=torch.int32) // (columns // groups),
         }
 
@@ -318,8 +331,10 @@ class CompressedTensors(Affine):
         rows, words = shapes[".weight_packed"]
         groups = shapes[".weight_scale"][1]
         stated = shapes.get(".weight_shape", (rows, words * 32 // bits if groupsize == -1 else groups * groupsize))
+        if len(stated) != 2:
+            raise InputError(f"{linear}.weight_shape holds {len(stated)} numbers, not 2: the file is damaged, get it again")
         _agree(linear, ".weight_packed", shapes[".weight_packed"], (stated[0], math.ceil(stated[1] * bits / 32)))
-        columns = stated[1]
+        rows, columns = stated
         _agree(linear, ".weight_scale", shapes[".weight_scale"], (rows, 1 if groupsize == -1 else columns / groupsize))
         wanted = (math.ceil(rows * bits / 32), groups)
         _agree(linear, ".weight_zero_point", shapes.get(".weight_zero_point", wanted), wanted)
