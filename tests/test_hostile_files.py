@@ -260,7 +260,10 @@ def mutated(data: bytes, rng: random.Random) -> bytes:
         if kind == "cut":
             data = data[: rng.randrange(len(data))]
         elif kind == "length":
-            data = struct.pack("<Q", rng.choice([0, 1, size - 1, size + 1, 2**31, 2**40, 2**63, rng.randrange(2 * size + 2)])) + data[8:]
+            data = (
+                struct.pack("<Q", rng.choice([0, 1, max(size - 1, 0), size + 1, 2**31, 2**40, 2**63, rng.randrange(2 * size + 2)]))
+                + data[8:]
+            )
         elif kind in ("flip", "byte", "insert"):
             at = rng.randrange(8 + size)
             new = data[at] ^ 1 << rng.randrange(8) if kind == "flip" else rng.randrange(256)
