@@ -93,12 +93,13 @@ class Shapes:
 
 @dataclass
 class Phase:
-    """What a phase of the run does in all: operations, bytes that it reads and writes in memory and over the link to the device."""
+    """What a phase of the run does in all: operations, those of them with 16-bit factors, bytes that it reads and writes in memory and
+    over the link to the device."""
 
     operations: float = 0.0
+    fast: float = 0.0
     bytes: float = 0.0
     link: float = 0.0
-    half: bool = False  # with 16-bit factors
 
 
 @dataclass(frozen=True)
@@ -341,8 +342,6 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
     tokens, d, shift = run.nsamples * run.seqlen, dtype.itemsize, config.shift > 0
     names = ("load", "forward", "hessian", "factorization", "target", "grid", "solve", "refine", "save")
     phases = {name: Phase() for name in names}
-    for name in ("forward", "hessian"):
-        phases[name].half = on_gpu and d == 2
     for layer in shapes.layers:
         phases["load"].link += layer.stored + sum(FLOAT * sum(g.rows) * g.columns for g in layer.groups)
         passes = _passes(layer, run.true_sequential)
@@ -355,6 +354,13 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
         phases["forward"].operations += (1 + shift) * max(passes, default=1) * attention
         moved = (1 + shift) * tokens * shapes.hidden * d * (len(layer.groups) + 2)
         phases["forward"].link += moved if on_gpu and run.activations != "device" else 0
+    if on_gpu:
+        for name in ("forward", "hessian") if d == 2 else ():
+            phases[name].fast = phases[name].operations
+        phases["refine"].operations += 2 * phases["refine"].fast  # a product in float32 is three of bfloat16 (quant._products_with)
+        phases["refine"].fast *= 3
+    else:
+        phases["refine"].fast = 0.0
     phases["save"].link += shapes.result + live_bytes(shapes, run, config, d) * len(shapes.layers)
     return {name: phase for name, phase in phases.items() if phase.operations or phase.bytes or phase.link}
 
@@ -381,6 +387,7 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
         unknowns = K if config.grid == "nonuniform" else max(1, I // max(config.groupsize, 1)) if config.groupsize != -1 else 1
         sweeps, fits = config.refine + 1, config.refine
         phases["refine"].operations += 2 * O * squares * (sweeps + fits * (unknowns + 2) + 1) + squares * I * 2 / 3
+        phases["refine"].fast += 2 * O * squares * fits * unknowns
         phases["refine"].bytes += 60 * O * I * sweeps
 
 
@@ -401,8 +408,8 @@ def _passes(layer: Layer, true_sequential: bool) -> list[int]:
 def _seconds(phase: Phase, hardware: Hardware, on_gpu: bool) -> float:
     """What limits it: operations, memory, or the link, each at half its rated speed; a CPU's speeds are those of one core."""
     cores = 1 if on_gpu else torch.get_num_threads()
-    rate = hardware.half if phase.half else hardware.single
-    work = phase.operations / (rate * cores * (REACHED if on_gpu else 1)) + phase.bytes / (hardware.bandwidth * cores * REACHED)
+    rated = (phase.operations - phase.fast) / hardware.single + phase.fast / hardware.half
+    work = rated / (cores * (REACHED if on_gpu else 1)) + phase.bytes / (hardware.bandwidth * cores * REACHED)
     return max(work, phase.link / (hardware.link * REACHED))
 
 
@@ -434,6 +441,8 @@ def lacks(plan: Plan, limits: Limits) -> list[str]:
 
 def advice(plan_for: Callable[[object], Plan], run, limits: Limits, shapes: Shapes) -> str:
     """A clause that says which flags make `run` fit."""
+    if plan_for(run).disk > limits.disk:
+        return "free as much of the disk, or give a --save_path on another one"
     flags = remedies(plan_for, run, limits, max(group.columns for layer in shapes.layers for group in layer.groups))
     return f"it fits with {' '.join(flags)}" if flags else "no smaller batch or number of windows makes it fit: take a larger machine"
 

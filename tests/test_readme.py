@@ -9,6 +9,7 @@ import torch.distributed.run as torchrun
 
 import bench_inference
 import bench_quantize
+import bench_scale
 import eval_quantized
 import export
 import llama
@@ -29,6 +30,7 @@ def test_every_command_parses():
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(("python ", "torchrun "))]
     parsers = {"llama.py": llama.parse, "eval_quantized.py": eval_quantized.parse, "scripts/plot.py": plot.parse}
     parsers |= {"scripts/reproduce.py": reproduce.parse, "scripts/mt_bench.py": mt_bench.parse, "scripts/export.py": export.parse}
+    parsers |= {"scripts/bench_scale.py": bench_scale.parse}
     assert len(lines) >= 4
     for line in lines:
         program, *arguments = shlex.split(line, comments=True)

@@ -1,0 +1,190 @@
+"""What a run is planned to need is what it needs: peaks against measured ones, numbers against shapes, and who may begin.
+
+Peaks are of processes of their own, of which each plans and measures itself.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+import llama
+import modelutils
+import plan
+from conftest import SIZES, make_text, write_model
+from leanquant.packing import Checkpoint
+from ranks import Ranks
+from test_cli import environment
+
+RECIPE = ["--wbits", "4", "--exponent", "4", "--true-sequential", "--act-order", "--percdamp", "0.1"]
+LLAMA_405B = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 128}
+LLAMA_405B |= {"num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072}
+
+
+@pytest.fixture(scope="module")
+def large_config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("405b")
+    LlamaConfig(**LLAMA_405B, dtype="bfloat16").save_pretrained(folder)
+    return folder / "config.json"
+
+
+def planned(*arguments, tmp_path) -> dict:
+    report = tmp_path / "plan.json"
+    assert llama.main([str(part) for part in (*arguments, *RECIPE, "--report", report)]) == 0
+    return json.loads(report.read_text())["plan"]
+
+
+# --- against what is measured ----------------------------------------------------------------------------------
+
+# What dominates: sizes of the model, of the calibration text, and the settings.
+MEASURED = {
+    "activations": ({"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8}, 48, 512, []),
+    "activations on the disk": (
+        {"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8},
+        48,
+        512,
+        ["--activations", "disk"],
+    ),
+    "weights and Hessians": ({"hidden_size": 1024, "intermediate_size": 4096}, 2, 256, ["--nearest"]),
+    "embeddings": ({"hidden_size": 256, "vocab_size": 200_000}, 2, 256, ["--nearest"]),
+}
+
+
+@pytest.mark.parametrize("sizes, nsamples, seqlen, options", MEASURED.values(), ids=MEASURED)
+def test_host_peak_is_as_planned(tmp_path, sizes, nsamples, seqlen, options):
+    folder, report = tmp_path / "model", tmp_path / "report.json"
+    write_model(LlamaConfig(**(SIZES | {"max_position_embeddings": 1024} | sizes)), folder, "float16")
+    (tmp_path / "text.txt").write_text(make_text(30_000))
+    settings = ["--wbits", "4", *options] if "--nearest" in options else [*RECIPE, "--recipe", "published", "--shift", "0.5", *options]
+    command = [sys.executable, "llama.py", folder, tmp_path / "text.txt", *settings, "--n_layers", "1", "--eval", "none"]
+    command += ["--nsamples", nsamples, "--seqlen", seqlen, "--save_path", tmp_path / "q.safetensors", "--report", report]
+    subprocess.run([str(part) for part in command], check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    contents = json.loads(report.read_text())
+    assert contents["plan"]["host_peak_bytes"] == pytest.approx(contents["peak_host_bytes_quantizing"], rel=0.15)
+    assert contents["plan"]["host_peak_bytes"] == pytest.approx(sum(contents["plan"]["host"].values()))
+
+
+def test_host_peak_does_not_grow_with_the_number_of_layers(tmp_path, tiny_model, text_file):
+    peaks = []
+    for layers in (2, 10, 30):
+        report = tmp_path / f"{layers}.json"
+        model = tiny_model(num_hidden_layers=layers, hidden_size=128, intermediate_size=256)
+        command = [sys.executable, "llama.py", model, text_file, "--wbits", "4", "--nearest", "--eval", "none", "--nsamples", "16"]
+        command += ["--seqlen", "256", "--save_path", tmp_path / f"{layers}.safetensors", "--report", report]
+        subprocess.run([str(part) for part in command], check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+        peaks.append(json.loads(report.read_text())["peak_host_bytes_quantizing"])
+    assert max(peaks) < 1.05 * min(peaks), peaks
+
+
+def test_the_disk_is_as_planned(tmp_path, tiny_model, text_file, monkeypatch):
+    """Free room that is needed: what lies there at the worst moment, and no more than a few kilobytes less than planned."""
+    sizes, folder, real = [], tmp_path / "q.safetensors.partial", llama.Journal.add
+
+    def add(self, *args, **options):
+        sizes.append(sum(file.stat().st_size for file in folder.iterdir()))
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(llama.Journal, "add", add)
+    command = [tiny_model(num_hidden_layers=4), text_file, *RECIPE, "--nsamples", "16", "--seqlen", "64", "--activations", "disk"]
+    command += ["--eval", "none", "--save_path", tmp_path / "q.safetensors", "--report", tmp_path / "r.json"]
+    assert llama.main([str(part) for part in command]) == 0
+    disk, result = json.loads((tmp_path / "r.json").read_text())["plan"]["disk"], (tmp_path / "q.safetensors").stat().st_size
+    assert 0.6 * disk < max(sizes) < disk and disk == pytest.approx(max(max(sizes), 2 * result), rel=0.35)
+
+
+# --- against shapes --------------------------------------------------------------------------------------------
+
+
+def test_a_config_is_enough_and_says_what_405b_takes(large_config, tmp_path):
+    found = planned(
+        large_config, "--plan", "l40s", "--nsamples", 64, "--activations", "disk", "--hessian_device", "cuda:1", tmp_path=tmp_path
+    )
+    D, I, layer = 16384, 53248, 2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248
+    assert found["host"]["the next layer"] == 2 * (layer + 2 * D)
+    assert found["device"]["layer"] >= 2 * (layer + 2 * D)
+    assert sum(found["other_device"].values()) >= 4 * (3 * I**2 + D * I), "H twice, C, R"
+    assert sum(found["other_device"].values()) < 48e9 and found["device_peak_bytes"] < 24e9 and found["host_peak_bytes"] < 24e9
+    tokens, streams = 64 * 2048, 2
+    once = 2 * tokens * streams * 126 * layer
+    assert once < found["operations"]["forward"] < 2 * once, "attention's first linears and the mlp's pass twice"
+    assert found["disk"] > 405e9 / 2 + 3 * streams * 2 * tokens * D
+
+
+@pytest.mark.parametrize("hardware", plan.HARDWARE)
+def test_every_hardware_prints_every_phase(large_config, capsys, tmp_path, hardware):
+    found = planned(large_config, "--plan", hardware, tmp_path=tmp_path)
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in ("forward", "hessian", "factorization", "grid", "solve", "refine", "disk"))
+    assert all(seconds > 0 for seconds in found["seconds"].values())
+    assert ("device peak" in printed) == (hardware != "cpu")
+
+
+def test_groups_without_weights_are_those_that_are_watched(tiny_model):
+    model = modelutils.StreamedModel(tiny_model(), Checkpoint.open(tiny_model()), torch.float32, torch.device("cpu"))
+    states = model.embed(torch.randint(2, 300, (2, 8)), 2)
+    with model.layer(1):
+        watched = [group.linears for group in model.groups(1, states)]
+    assert model.shared_inputs(1) == watched
+
+
+def test_passes_are_those_that_are_run():
+    """As tests/test_modelutils.py counts them: twice what lies before in the same child, never what is finished."""
+    group = lambda child: plan.LayerGroup((8,), 8, child, 4)  # noqa: E731
+    layer = plan.Layer(0, 0, tuple(map(group, ["attention", "attention", "mlp", "mlp"])))
+    assert plan._passes(layer, True) == [2, 1, 2, 1]
+    assert plan._passes(layer, False) == [2, 2, 2, 1]
+
+
+# --- who may begin ---------------------------------------------------------------------------------------------
+
+
+def arguments(tiny_model, text_file, out) -> list[str]:
+    settings = [*RECIPE, "--nsamples", "8", "--seqlen", "64", "--batch_size", "4", "--eval", "none"]
+    return [str(part) for part in (tiny_model(), text_file, *settings, "--save_path", out)]
+
+
+def test_a_run_that_does_not_fit_is_refused_with_a_remedy(tiny_model, text_file, tmp_path, monkeypatch, capsys):
+    command, real = arguments(tiny_model, text_file, tmp_path / "q.safetensors"), plan.limits_of
+    base = plan.resident_bytes() + plan.LATER_LIBRARIES
+    monkeypatch.setattr(plan, "limits_of", lambda *args: real(*args)._replace(host=base / 2))
+    assert llama.main(command) == 2
+    assert "the host needs" in (error := capsys.readouterr().err) and "--force" in error
+    assert list(tmp_path.iterdir()) == []
+    assert llama.main([*command, "--force"]) == 0
+
+
+def test_the_remedy_fits(large_config, tmp_path, capsys):
+    """What is advised is what the same plan then calls enough."""
+    settings = [str(large_config), *RECIPE, "--plan", "h200", "--activations", "host", "--nsamples", "512"]
+    run = llama.run_settings(llama.parse([*settings[:1], "c4-new", *settings[1:], "--eval", "none"]), torch.device("cuda"), Ranks())
+    config = llama.quant_config(llama.parse([*settings[:1], "c4-new", *settings[1:]]), torch.bfloat16)
+    model = modelutils.PlannedModel(large_config, "BF16", torch.bfloat16)
+    limits = plan.Limits(141e9, 70e9, 4e12)
+    wanted, make, shapes = llama.planned(model, run, config, llama.assigned_bits(model, run, config), "h200", limits)
+    assert plan.lacks(wanted, limits)
+    flags = plan.remedies(make, run, limits, 53248)
+    assert flags == ["--activations disk"]
+    assert plan.remedies(make, run, plan.Limits(1e9, 1e9, 1e9), 53248) is None
+
+
+def test_auto_takes_the_first_place_that_fits(tiny_model, text_file, tmp_path, monkeypatch):
+    command, real, found = arguments(tiny_model, text_file, tmp_path / "q.safetensors"), plan.limits_of, []
+    for host in (1e12, 1.0):
+        monkeypatch.setattr(plan, "limits_of", lambda *args, host=host: real(*args)._replace(host=host))
+        assert llama.main([*command, "--overwrite", "--force", "--report", str(tmp_path / "r.json")]) == 0
+        found.append(json.loads((tmp_path / "r.json").read_text())["run"]["activations"])
+    assert found == ["host", "disk"]
+
+
+@pytest.mark.parametrize("options, what", [([], "--plan is of a quantization"), (["--wbits", "5"], "--wbits is 5")])
+def test_a_plan_of_nothing_is_refused(large_config, capsys, options, what):
+    assert llama.main([str(large_config), "--plan", "cpu", *options]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_a_run_needs_a_text(tiny_model, capsys):
+    assert llama.main([str(tiny_model()), *RECIPE]) == 2
+    assert "calibration text is missing" in capsys.readouterr().err
