@@ -1049,6 +1049,8 @@ def fingerprint(settings: dict, ids: torch.Tensor, checkpoint: packing.Checkpoin
         "dtype": str(dtype).removeprefix("torch."),
         "batch_size": run.batch_size,
         "device": run.device.type,
+        "offload_threshold": run.offload_threshold,
+        "hessian_device": run.hessian_device and run.hessian_device.type,
         "files of the model": files_of(checkpoint),
     }
 

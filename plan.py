@@ -228,8 +228,8 @@ def _embedding(shapes: Shapes, d: int) -> dict:
 
 
 def _outside(shapes: Shapes) -> dict:
-    """The largest tensor outside the layers on its way from the checkpoint to its part."""
-    return {"copied tensors": (0, max((stored for _, stored in shapes.outside.values()), default=0), 0)}
+    """The largest tensor outside the layers on its way from the checkpoint to its part, for which safetensors copies it once more."""
+    return {"copied tensors": (0, 2 * max((stored for _, stored in shapes.outside.values()), default=0), 0)}
 
 
 def _activations(live: int, run, d: int, shapes: Shapes, on_gpu: bool) -> tuple[float, float]:
