@@ -103,7 +103,7 @@ def test_a_config_is_enough_and_says_what_405b_takes(large_config, tmp_path):
         large_config, "--plan", "l40s", "--nsamples", 64, "--activations", "disk", "--hessian_device", "cuda:1", tmp_path=tmp_path
     )
     D, I, layer = 16384, 53248, 2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248
-    assert found["host"]["the next layer"] == 2 * (layer + 2 * D)
+    assert found["host"]["copied tensors"] == 2 * 2 * 128256 * D > 2 * layer, "embeddings, which take more than the next layer"
     assert found["device"]["layer"] >= 2 * (layer + 2 * D)
     assert sum(found["other_device"].values()) >= 4 * (3 * I**2 + D * I), "H twice, C, R"
     assert sum(found["other_device"].values()) < 48e9 and found["device_peak_bytes"] < 24e9 and found["host_peak_bytes"] < 24e9
