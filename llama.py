@@ -881,10 +881,9 @@ def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bit
 
 def check_exports(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> None:
     """Can each format of --export hold what the run will make, and its folder be written? Raises InputError."""
-    sizes = {name: tuple(model.model.get_submodule(name).weight.shape) for name, its in bits.items() if its < 16}
     for name, out in run.export:
         export.check_output(out, run.overwrite, "--export")
-        export.check_plan(name, sizes, bits, config.groupsize, config.grid != "nonuniform", config.sym)
+        export.check_plan(name, model.model, model.folder, bits, config.groupsize, config.grid != "nonuniform", config.sym)
 
 
 # --- the plan --------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int
     quantized = checkpoint.quantized
     if unknown := [name for name in quantized if name not in linears]:
         raise InputError(f"the model has a quantized {unknown[0]}, which {base} lacks: is it the right base model?")
-    if any(isinstance(module, Experts) for module in network.modules()):
+    if mixture := has_experts(network):
         check_expert_names(quantized, base)
     sizes = {name: linears[name] for name in quantized}
     for name, (rows, columns) in sizes.items():
@@ -118,7 +118,12 @@ def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int
     zeros = {zero for name in quantized if name + ZERO in checkpoint for zero in checkpoint.get(name + ZERO).unique().tolist()} or {0}
     symmetric = uniform is True and bits is not None and zeros == {2 ** (bits - 1)}
     skipped = [name for name in linears if name not in sizes]
-    return sizes, Model(bits, _groupsize(checkpoint, sizes), uniform, symmetric, min(zeros), quantized, skipped)
+    return sizes, Model(bits, _groupsize(checkpoint, sizes), uniform, symmetric, min(zeros), quantized, skipped, mixture)
+
+
+def has_experts(network: nn.Module) -> bool:
+    """Is it a mixture of experts, which have been split?"""
+    return any(isinstance(module, Experts) for module in network.modules())
 
 
 def check_expert_names(quantized: list[str], base: Path) -> None:
@@ -142,11 +147,15 @@ def _groupsize(checkpoint: Checkpoint, sizes: dict[str, tuple[int, int]]) -> int
     return common(divided | whole) if divided else -1
 
 
-def check_plan(name: str, sizes: dict[str, tuple[int, int]], bits: dict[str, int], groupsize: int, uniform: bool, symmetric: bool) -> None:
-    """Raise InputError if the format `name` cannot hold linears of these `sizes` and `bits`, which are still to be quantized."""
-    width = common(bits[linear] for linear in sizes)
+def check_plan(name: str, network: nn.Module, base: Path, bits: dict[str, int], groupsize: int, uniform: bool, symmetric: bool) -> None:
+    """Raise InputError if the format `name` cannot hold `network`, the model in `base`, once its linears have these `bits` (16: as now)."""
+    sizes = {linear: tuple(network.get_submodule(linear).weight.shape) for linear, its in bits.items() if its < 16}
+    width, mixture = common(bits[linear] for linear in sizes), has_experts(network)
+    if mixture:
+        check_expert_names(list(sizes), base)
     lowest_zero = 2 ** (width - 1) if symmetric and width else 0
-    check_fits(layout_of(name, torch.float16), sizes, Model(width, groupsize, uniform, symmetric, lowest_zero, list(sizes), []))
+    model = Model(width, groupsize, uniform, symmetric, lowest_zero, list(sizes), [], mixture)
+    check_fits(layout_of(name, torch.float16), sizes, model)
 
 
 def check_fits(layout: Layout, sizes: dict[str, tuple[int, int]], model: Model) -> None:
@@ -262,6 +271,9 @@ def servers(name: str, model: Model) -> list[str]:
 def _usage(name: str, model: Model, folder: str) -> str:
     if name == "any-precision":
         return "\nFor kernels that read any-precision-llm's layout (`qweight` bit planes, `lut`).\n"
+    if model.mixture and name in ("awq", "gptq"):
+        transformers = "\ntransformers does not read the experts of this format; "
+        return transformers + "vLLM does:\n\n```bash\n" + VLLM.format("./" + folder) + "\n```\n"
     needs = f" (`pip install {NEEDS[name]}`)" if name in NEEDS else ""
     python = f'AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")'
     usage = f"\nWith transformers{needs}:\n\n```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = {python}\n```\n"

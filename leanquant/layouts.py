@@ -41,6 +41,7 @@ class Model:
     lowest_zero: int
     linears: list[str]
     skipped: list[str]
+    mixture: bool = False  # of experts
 
 
 class Layout:
@@ -215,6 +216,11 @@ class GPTQv2(GPTQ):
     """The same with the zero as it is."""
 
     name, stored_zero = "gptq_v2", 0
+
+    def check(self, model: Model) -> None:
+        super().check(model)
+        if model.mixture:  # transformers leaves fused experts at random, vLLM knows version 1 alone
+            raise InputError("nothing reads mixtures of experts in gptq_v2: export to awq, compressed-tensors or dense")
 
 
 # --- AWQ -------------------------------------------------------------------------------------------------------

@@ -12,11 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import compatibility
 import eval_quantized
 import export as export_cli
 import llama
+import test_moe
+from conftest import write_model
 from leanquant import InputError, LeanQuantModelForCausalLM, layouts
 from leanquant import __main__ as info
 from leanquant.export import FORMATS, export
@@ -197,8 +200,6 @@ def test_what_was_exported_is_read_back_as_it_was(bases, quantized, tmp_path, na
 
 
 def test_dense_and_any_precision_hold_free_levels(nonuniform, tmp_path):
-    from transformers import AutoModelForCausalLM
-
     base, file = nonuniform
     export(Checkpoint.open(file), base, "dense", tmp_path / "dense")
     dense = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype="auto")
@@ -356,6 +357,22 @@ def test_llama_refuses_an_export_before_it_quantizes(tiny_model, text_file, tmp_
     command = [str(tiny_model(**SIZES)), str(text_file), "--seqlen", "32", "--eval", "none" if save else str(text_file)]
     assert llama.main([*command, *wbits, *save, *flags]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_mixtures_of_experts_are_exported_where_the_original_names_each_expert(text_file, tmp_path, capsys):
+    base = write_model(test_moe.CONFIGS["qwen3"](moe_intermediate_size=64, intermediate_size=64), tmp_path / "qwen3")
+    command = [str(base), str(text_file), "--nsamples", "2", "--seqlen", "32", "--eval", "none", "--wbits", "4", "--nearest", "--sym"]
+    command += ["--save_path", str(tmp_path / "q.safetensors"), "--export"]
+    assert llama.main([*command, "awq", "gptq_v2"]) == 2 and "mixtures" in capsys.readouterr().err
+    assert llama.main([*command, "awq", "dense"]) == 0
+    ours = logits(LeanQuantModelForCausalLM.from_pretrained(base, tmp_path / "q.safetensors", device="cpu"))
+    assert torch.equal(logits(LeanQuantModelForCausalLM.from_pretrained(tmp_path / "q-awq", device="cpu")), ours)
+    assert "vllm serve" in (tmp_path / "q-awq/README.md").read_text() and "does not read" in (tmp_path / "q-awq/README.md").read_text()
+    dense = AutoModelForCausalLM.from_pretrained(tmp_path / "q-dense", dtype=torch.float32)
+    torch.testing.assert_close(logits(dense), ours, rtol=0, atol=0.01 * ours.abs().max().item())
+    command[0] = str(write_model(test_moe.CONFIGS["mixtral"](intermediate_size=64), tmp_path / "mixtral"))
+    assert llama.main([*command, f"awq:{tmp_path / 'm'}", "--overwrite"]) == 2
+    assert "experts stored in another way" in capsys.readouterr().err
 
 
 def test_the_script(bases, quantized, tmp_path, capsys):
