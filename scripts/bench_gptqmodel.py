@@ -69,7 +69,8 @@ def export_ours(folder: Path, groupsize: int) -> tuple[Path, dict]:
 
 def run_alone(*args: str) -> None:
     """This script's step `args` in a process of its own: importing gptqmodel changes the one it is in."""
-    subprocess.run([sys.executable, __file__, "--step", *args], cwd=ROOT, check=True)
+    workers = {"GPTQMODEL_CPU_WORKERS": "2"}  # on two cores it takes one, and then wants two
+    subprocess.run([sys.executable, __file__, "--step", *args], cwd=ROOT, check=True, env=workers | os.environ)
 
 
 def quantize_theirs(variant: str, groupsize: str, calibration: str, out: str) -> None:
@@ -82,7 +83,7 @@ def quantize_theirs(variant: str, groupsize: str, calibration: str, out: str) ->
     ids = datautils.calibration_windows(calibration, modelutils.load_tokenizer(MODEL), SAMPLES, SEQLEN, 0)
     windows = [{"input_ids": row.tolist(), "attention_mask": [1] * SEQLEN} for row in ids]
     config = QuantizeConfig(bits=BITS, group_size=int(groupsize), device="cpu", offload_to_disk=False, **VARIANTS[variant])
-    model = GPTQModel.load(str(MODEL), config, device="cpu", dtype=torch.float32)
+    model = GPTQModel.load(str(MODEL), config, dtype=torch.float32)
     start = time.perf_counter()
     model.quantize(windows, batch_size=2)
     seconds = time.perf_counter() - start
