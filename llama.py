@@ -24,7 +24,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -143,7 +143,10 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
             packed, linears = quantize_layer(model, index, stream, reference, run, config, phases, saver)
             ending = {"rows": linears, "seconds": dict(phases.seconds), "live": live, "is_last": index == count - 1}
             entry = partial(journal.add, index + 1, **ending, batch_size=stream.batch_size)
-            saver.finish(save_layer, model, index, packed, writer, entry)
+            with phases("load"):  # what is read is read now: files may be gone when it is written
+                rest = rest_of_layer(model, index, packed) if writer else {}
+                model.checkpoint.check_unchanged()  # before any of it counts as finished
+            saver.finish(save_layer, {model.layer_prefix(index) + name: linear for name, linear in packed.items()}, rest, writer, entry)
             rows += linears
             loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
             tqdm.write(f"layer {index + 1}/{count}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
@@ -423,25 +426,18 @@ def pack_linear(codes: torch.Tensor, grid: quant.Grid, config: quant.QuantConfig
     return packing.PackedLinear(packed, scale=grid.affine.scale.half().cpu(), zero=grid.affine.zero.cpu())
 
 
-def save_layer(model, index: int, packed: dict[str, Future], writer, entry: Callable) -> None:
-    """Write layer `index` and then, once that is durable, the journal's `entry`."""
-    tensors = layer_tensors(model, index, packed) if writer else {}
-    model.checkpoint.check_unchanged()  # before any of it counts as finished
+def save_layer(packed: dict[str, Future], rest: dict[str, torch.Tensor], writer, entry: Callable) -> None:
+    """Write a layer, its linears as `packed` and the `rest`, and then, once that is durable, the journal's `entry`."""
     if writer:
-        writer.add(tensors)
+        stored = (linear.result().named(name) for name, linear in packed.items())
+        writer.add(rest | {name: tensor for tensors in stored for name, tensor in tensors.items()})
     entry(parts=len(writer.parts) if writer else 0)
 
 
-def layer_tensors(model, index: int, packed: dict[str, Future]) -> dict[str, torch.Tensor]:
-    """The tensors of layer `index` as stored: its linears as `packed`, all else as it is."""
-    prefix, tensors = model.layer_prefix(index), {}
-    for name in layer_names(model, index):
-        linear = name.removeprefix(prefix).removesuffix(".weight")
-        if linear in packed:
-            tensors |= packed[linear].result().named(prefix + linear)
-        else:
-            tensors[name] = model.checkpoint.get(name)
-    return tensors
+def rest_of_layer(model, index: int, linears: Iterable[str]) -> dict[str, torch.Tensor]:
+    """The tensors of layer `index` beside the weights of its `linears`, as they are."""
+    quantized = {f"{model.layer_prefix(index)}{name}.weight" for name in linears}
+    return {name: model.checkpoint.get(name) for name in layer_names(model, index) if name not in quantized}
 
 
 def layer_names(model, index: int) -> list[str]:

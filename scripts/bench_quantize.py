@@ -248,14 +248,15 @@ def quantize_layers(command: list[str], seqlen: int, device: torch.device) -> di
     ids = torch.randint(1024, (run.nsamples, seqlen), generator=torch.Generator().manual_seed(0))
     run.save_path.unlink(missing_ok=True)
     run = replace(run, activations="host")
-    writer = packing.ModelWriter(run.save_path, True, plan.result_bytes(model, run, config, llama.assigned_bits(model, run, config)))
+    bits = llama.assigned_bits(model, run, config)
+    writer = packing.ModelWriter(run.save_path, True, plan.result_bytes(model, run, config, bits))
     phases = llama.Phases(device)
     reset_peaks(device)
     start = time.perf_counter()
     try:
         llama.quantize_model(model, ids, run, config, writer, journal.Journal(None, {}), phases)
         with phases("pack"):
-            writer.finish(llama.settings_of(run, config), Path(parsed.model))
+            writer.finish(llama.settings_of(run, config, bits), Path(parsed.model))
     finally:
         writer.close()
     return {

@@ -473,7 +473,7 @@ def test_wrong_shape_is_named_with_both_shapes(broken, name):
     assert name in message and str(list(shape)) in message and str([shape[0] - 1, *shape[1:]]) in message
 
 
-@pytest.mark.parametrize("method", ["gptq", "bitsandbytes"])
+@pytest.mark.parametrize("method", ["aqlm", "bitsandbytes"])
 def test_model_quantized_by_another_method_is_refused(broken, method):
     edit_config(broken, quantization_config={"quant_method": method, "bits": 4})
     message = refusal(stream, broken)
