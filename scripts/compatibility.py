@@ -187,8 +187,9 @@ Made by `python scripts/compatibility.py`; the tests make the tiny models' colum
 {transformers} on a CPU, with gptqmodel {gptqmodel} and optimum {optimum} for awq and gptq, and compressed-tensors
 {compressed_tensors} for its own format.
 
-yes: it loads, float16 logits are those of `LeanQuantModelForCausalLM` within 1e-2, the likeliest tokens are the same, and `generate`
-runs. gptqmodel's torch kernel is meant; the kernel that it takes by itself on a CPU computes in bfloat16, and stays within 3e-2.
+yes: it loads, float16 logits are those of `LeanQuantModelForCausalLM` within 1e-2, the likeliest tokens are the same wherever
+one leads by 2 % of the largest logit, and `generate` goes on with them. gptqmodel's torch kernel is
+meant; the kernel that it takes by itself on a CPU computes in bfloat16, and stays within 3e-2.
 Asymmetric tiny models hold zero points of 0 and of 2^bits - 1. SmolLM2 has 576 inputs, which groups of 128 do not divide.
 
 """
