@@ -458,9 +458,12 @@ class Model(NamedTuple):
         from transformers import AutoModelForCausalLM
 
         try:
-            return AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, device_map=place).eval()
+            model, found = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, device_map=place, output_loading_info=True)
         except (ImportError, OSError, ValueError) as error:
             raise InputError(f"{self.base} cannot be loaded ({_one_line(error)})") from None
+        if missing := sorted(found["missing_keys"]):  # transformers makes up what it misses, and only warns
+            raise InputError(f"{self.base} cannot be loaded: {missing[0]} is missing, and {len(missing) - 1} others; get it again")
+        return model.eval()
 
 
 def evaluate(model: Model, tokenizer, dtype, windows: list[Windows], tasks: Tasks | None, args) -> Iterator[Evaluation]:
