@@ -87,8 +87,6 @@ class Run:
     ranks: Ranks
 
 
-MOST_WEIGHTS = 2**27  # that are solved at a time
-
 # A disk that is full, over its quota, at its largest file, failing, or gone read-only.
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
@@ -361,7 +359,7 @@ def common_factor(H: torch.Tensor, config: quant.QuantConfig, ranks: Ranks) -> q
 
 def targets(model, index: int, names: list[str], rows: slice, statistics: quant.Statistics, factor, config, phases: Phases):
     """What is to be quantized in place of `rows` of the stacked linears `names`: pieces of rows [O, I] in float32."""
-    for piece in row_pieces(rows.stop - rows.start, len(statistics.H)):
+    for piece in quant.row_pieces(rows.stop - rows.start, len(statistics.H)):
         with phases("load"):
             W = read_weights(model, index, names, slice(rows.start + piece.start, rows.start + piece.stop))
         if factor is not None:
@@ -397,13 +395,6 @@ def read_weights(model, index: int, names: list[str], rows: slice) -> torch.Tens
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-def row_pieces(rows: int, columns: int) -> list[slice]:
-    """A matrix in equal pieces of up to MOST_WEIGHTS: what a solver takes grows with them."""
-    count = -(-rows * columns // MOST_WEIGHTS)
-    step = -(-rows // count)
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
 def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantConfig):
     """Rows are independent given the Hessian: a group's linears of as many bits are solved as one matrix, unless that grows too large.
 
@@ -415,7 +406,7 @@ def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantCon
     found = []
     for bits, names in by_bits.items():
         total = sum(model.layers[index].get_submodule(name).weight.numel() for name in names)
-        found += [(replace(config, bits=bits), part) for part in ([names] if total <= MOST_WEIGHTS else [[name] for name in names])]
+        found += [(replace(config, bits=bits), part) for part in ([names] if total <= quant.MOST_WEIGHTS else [[name] for name in names])]
     return found
 
 

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import torch
 
+import quant
 from leanquant.linear import free_host_bytes
 from leanquant.packing import packed_width
 
@@ -249,7 +250,7 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
     """For each moment of a layer that can be the peak: what is held, as bytes of (device, host, other device) by name.
 
     While group g is solved the device holds the layer, the original weights of the linears that were replaced so far (with
-    --shift), the statistics of g, H in the memory of which U comes to lie, and the solver's copies of up to `solved_rows` weights.
+    --shift), the statistics of g, H in the memory of which U comes to lie, and the solver's copies of the rows that are solved at a time.
     """
     d, on_gpu, shift = dtype.itemsize, hardware != "cpu", config.shift > 0
     forward = _forward_bytes(layer, shapes, run, dtype, on_gpu)
@@ -269,7 +270,7 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
                 seen = run.batch_size * run.seqlen * (group.columns + shapes.hidden) * d * (1 + shift)
                 wide = run.batch_size * run.seqlen * group.columns * FLOAT * (2 if shift else 1) * (d < FLOAT or shift)
                 yield weights | {"forward pass": (forward + seen + wide, 0, 0)} | _placed("Hessians", sum(all_statistics), side)
-            rows = solved_rows(sum(group.rows), group.columns)
+            rows = quant.row_pieces(sum(group.rows), group.columns)[0].stop
             matrix, panels = FLOAT * rows * group.columns, 3 * FLOAT * 1024 * group.columns
             done = sum(group.rows) * group.columns * 2  # codes, and once more where pieces are joined
             chunk = 60 * min(KMEANS_ELEMENTS["cuda" if on_gpu else "cpu"], rows * group.columns)
@@ -300,11 +301,6 @@ def _statistics(group: LayerGroup, config) -> float:
     shift = config.shift > 0
     squares = (1 + shift) * group.columns**2
     return FLOAT * (squares + shift * config.residual * group.residual * group.rows[0] * group.columns)
-
-
-def solved_rows(rows: int, columns: int, most: int = 2**27) -> int:
-    """Rows of a stack that are solved at a time (llama.row_pieces)."""
-    return -(-rows // -(-rows * columns // most)) if rows * columns > most else rows
 
 
 def _forward_bytes(layer: Layer, shapes: Shapes, run, dtype: torch.dtype, on_gpu: bool) -> float:

@@ -38,6 +38,7 @@ SOLVE_BLOCK = kernels.Kernel(
 DESCEND_BLOCK = kernels.Kernel(CUDA_SOURCE, "descend_block", (torch.float32, *SOLVE_BLOCK.parameters))
 # Columns that the kernels take at once, rows that one of their thread blocks takes, and its threads.
 MAX_COLUMNS, TILE, THREADS = 128, 16, 256
+MOST_WEIGHTS = 2**27  # that are solved at a time
 
 
 @dataclass(frozen=True)
@@ -344,6 +345,13 @@ def quantize(W: torch.Tensor, grid: Grid, factor: Factor | None, config: QuantCo
 def without_dead(W: torch.Tensor, factor: Factor) -> torch.Tensor:
     """`W` with zeros in the columns whose input is always 0; copied only if there are any."""
     return W.masked_fill(factor.dead.to(W.device), 0) if factor.dead.any() else W
+
+
+def row_pieces(rows: int, columns: int) -> list[slice]:
+    """A matrix in equal pieces of up to MOST_WEIGHTS: what a solver takes grows with them."""
+    count = -(-rows * columns // MOST_WEIGHTS)
+    step = -(-rows // count)
+    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 # --- target ----------------------------------------------------------------------------------------------------

@@ -966,7 +966,7 @@ def test_a_large_matrix_is_solved_in_pieces_of_rows(tiny_model, text_file, tmp_p
     """As good as at once: rows are independent given the Hessian."""
     files, sizes, real = {}, [], llama.quantize_weights
     for most in (2**27, 1000):
-        monkeypatch.setattr(llama, "MOST_WEIGHTS", most)
+        monkeypatch.setattr(quant, "MOST_WEIGHTS", most)
         monkeypatch.setattr(llama, "quantize_weights", lambda W, *rest: sizes.append(W.numel()) or real(W, *rest))
         files[most] = tmp_path / f"{most}.safetensors"
         command = [
