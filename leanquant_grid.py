@@ -27,18 +27,14 @@ MIN_SCALE = 2.0**-24
 NOISE = 1e-14
 
 
-def sensitivity(U: torch.Tensor, exponent: float, reading: str = "cholesky") -> torch.Tensor:
+def sensitivity(diagonal: torch.Tensor, exponent: float) -> torch.Tensor:
     """How much the loss minds an error in each column: a_i = d_i^-exponent, geometric mean 1.
 
-    `U` [I, I] is the upper Cholesky factor of the inverse damped Hessian in the solver's order. reading: "cholesky",
-    d = diag(U), as in the published code; "inverse", d = diag(inv(H)), the squared lengths of U's columns, as in the paper's
-    text (section 3.2). Returns float64 [I]. Computed through logarithms, because 1e-10 ** -4 overflows float32, and limited
-    to e^+-60.
+    `diagonal` [I] > 0: of U, the upper Cholesky factor of the inverse damped Hessian in the solver's order, as in the published
+    code; or of the inverse itself, the squared lengths of U's columns, as in the paper's text (section 3.2). Returns float64 [I].
+    Computed through logarithms, because 1e-10 ** -4 overflows float32, and limited to e^+-60.
     """
-    if reading == "cholesky":
-        log_diagonal = U.diagonal().double().log()
-    else:
-        log_diagonal = 2 * torch.linalg.vector_norm(U, dim=0, dtype=torch.float64).log()
+    log_diagonal = diagonal.double().log()
     return ((log_diagonal.mean() - log_diagonal) * exponent).clamp(-60, 60).exp()
 
 

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import platform
@@ -36,11 +37,13 @@ from tqdm import tqdm
 
 import datautils
 import eval_quantized
+import hessian
 import leanquant
 import modelutils
 import plan
 import quant
 from activations import KINDS, Place
+from hessian import Statistics
 from journal import Journal, Saver, files_of
 from leanquant import export, packing
 from leanquant.errors import InputError
@@ -252,9 +255,9 @@ def collect_statistics(model, index: int, stream, reference, groups: list, done:
     """One pass through layer `index` as far as `groups` need: the mean products of each group's input."""
     layer, sums = model.layers[index], []
     for group in groups:
-        O, I = layer.get_submodule(group.linears[0]).weight.shape
-        residual = O if config.residual and group.residual is not None else 0
-        sums.append(quant.Statistics(I, residual, reference is not None, hessian_device(I, run)))
+        weights = [layer.get_submodule(name).weight for name in group.linears]
+        residual = config.residual and group.residual is not None
+        sums.append(Statistics(weights, reference is not None, residual, hessian_device(weights[0].shape[1], run)))
     theirs = None
     with phases("forward"):
         original = model.inputs(index, reference, groups, done, leader=stream) if reference else None
@@ -268,13 +271,11 @@ def collect_statistics(model, index: int, stream, reference, groups: list, done:
                         total.add(ours[number], theirs and theirs[number])
     for group, total in zip(groups, sums, strict=True):
         with phases("hessian"):
-            run.ranks.sum_(total.H, total.C, total.R)
+            run.ranks.sum_(*total.sums())
             total.tokens = run.ranks.total(total.tokens)
         if not total.is_finite():
             raise InputError(f"layer {index}: the input of {', '.join(group.linears)} is not finite: try --dtype float32 or bfloat16")
         total.divide()
-        if total.R is not None:
-            total.R = total.R[run.ranks.rows(len(total.R))]  # as the weights that it belongs to
     return sums
 
 
@@ -293,18 +294,16 @@ def hessian_device(width: int, run: Run) -> torch.device:
     return run.ranks.second_device(run.device)
 
 
-def quantize_group(model, index: int, group, statistics: quant.Statistics, run: Run, config: quant.QuantConfig, phases: Phases):
+def quantize_group(model, index: int, group, statistics: Statistics, run: Run, config: quant.QuantConfig, phases: Phases):
     """Quantize the linears that share `statistics` (overwritten), each rank its rows. Yields (name, grid, codes, report row)."""
-    factor, H = factorize(model, index, group, statistics, run.ranks, config, phases), None
+    factor = factorize(model, index, group, statistics, run.ranks, config, phases)
+    places = rows_of(model, index, group.linears)
     for its_config, names in stacks(model, index, group.linears, run, config):
-        start, sizes = time.perf_counter(), [len(model.layers[index].get_submodule(name).weight) for name in names]
-        matrices = targets(model, index, names, run.ranks.rows(sum(sizes)), statistics, factor, its_config, phases)
-        if len(group.linears) == 1:  # what made the targets is wider than they are
-            matrices, statistics.C, statistics.R = list(matrices), None, None
-        if config.refine and factor is not None and H is None:
-            with phases("refine"):
-                H = quant.damped_hessian(factor)
-        pieces = [quantize_weights(W, factor, H, its_config, phases) for W in matrices]
+        start, sizes = time.perf_counter(), [len(places[name]) for name in names]
+        stacked = torch.cat([torch.arange(places[name].start, places[name].stop) for name in names])
+        mine = run.ranks.rows(sum(sizes))
+        matrices = targets(model, index, names, mine, stacked[mine], statistics, factor, its_config, phases)
+        pieces = [quantize_weights(W, factor, its_config, phases) for W in matrices]
         grids, codes, losses = zip(*pieces, strict=True)
         grid, codes, losses = quant.Grid.joined(grids), torch.cat(codes), torch.cat(losses)
         with phases("solve"):
@@ -320,7 +319,13 @@ def quantize_group(model, index: int, group, statistics: quant.Statistics, run: 
             yield name, its_grid, its_codes, row
 
 
-def factorize(model, index: int, group, statistics: quant.Statistics, ranks: Ranks, config: quant.QuantConfig, phases: Phases):
+def rows_of(model, index: int, linears: list[str]) -> dict[str, range]:
+    """Which rows each of the `linears` has where all are stacked."""
+    ends = list(itertools.accumulate(len(model.layers[index].get_submodule(name).weight) for name in linears))
+    return {name: range(start, stop) for name, start, stop in zip(linears, [0, *ends], ends, strict=False)}
+
+
+def factorize(model, index: int, group, statistics: Statistics, ranks: Ranks, config: quant.QuantConfig, phases: Phases):
     """The factor of what `statistics` (overwritten) say, or None, with a warning, where they say too little."""
     warn = warnings.warn if ranks.is_first else lambda *_, **__: None
     names = ", ".join(group.linears)
@@ -337,48 +342,48 @@ def factorize(model, index: int, group, statistics: quant.Statistics, ranks: Ran
     return factor
 
 
-def common_factor(H: torch.Tensor, config: quant.QuantConfig, ranks: Ranks) -> quant.Factor | None:
+def common_factor(H: torch.Tensor, config: quant.QuantConfig, ranks: Ranks) -> hessian.Factor | None:
     """The factor of `H` [I, I] (overwritten), the same on every rank, or None if it has none. Rank 0 makes it and the others get it.
 
-    They would have to wait for their own as long. Where ranks share a machine's cores and memory, one factorization takes a share of
-    the time and of the two further matrices of several; copying I^2 numbers is half of what summing H is, against I^3 operations.
+    They would have to wait for their own as long. Where ranks share a machine's cores, one factorization takes a share of the time of
+    several; copying I^2 numbers is half of what summing H is, against I^3 operations.
     """
     factor = None
     if ranks.is_first:
-        with contextlib.suppress(quant.NotPositiveDefinite):
-            factor = quant.factorize(H, config.percdamp, config.act_order)
+        with contextlib.suppress(hessian.NotPositiveDefinite):
+            factor = hessian.factorize(H, config.percdamp, config.act_order)
     percdamp = ranks.from_first(lambda: factor and factor.percdamp)
     if percdamp is None:
         return None
     if factor is None:
-        order, dead = (torch.empty(len(H), dtype=dtype, device=H.device) for dtype in (torch.int64, torch.bool))
-        factor = quant.Factor(H, order, dead, percdamp)
-    ranks.copy_first_(factor.U, factor.order, factor.dead)
+        vectors = (torch.empty(len(H), dtype=dtype, device=H.device) for dtype in (H.dtype, torch.int64, torch.bool))
+        factor = hessian.Factor(H, *vectors, percdamp)
+    ranks.copy_first_(factor.square, factor.diagonal, factor.order, factor.dead)
     return factor
 
 
-def targets(model, index: int, names: list[str], rows: slice, statistics: quant.Statistics, factor, config, phases: Phases):
-    """What is to be quantized in place of `rows` of the stacked linears `names`: pieces of rows [O, I] in float32."""
+def targets(model, index: int, names: list[str], rows: slice, summed: torch.Tensor, statistics: Statistics, factor, config, phases):
+    """What is to be quantized in place of `rows` of the stacked linears `names`, in pieces of rows [O, I] in float32. `summed`: where
+    those rows are among the ones that `statistics` are about."""
     for piece in quant.row_pieces(rows.stop - rows.start, len(statistics.H)):
         with phases("load"):
             W = read_weights(model, index, names, slice(rows.start + piece.start, rows.start + piece.stop))
         if factor is not None:
             with phases("target") if config.shift else contextlib.nullcontext():
-                W = quant.target(W, statistics, factor, config.shift, piece)
+                W = quant.target(W, statistics, factor, config.shift, summed[piece])
         yield W
         del W
 
 
-def quantize_weights(W: torch.Tensor, factor, H: torch.Tensor | None, config: quant.QuantConfig, phases: Phases):
-    """The recipe for some rows, `W` [O, I] (README, How it works); `H`, the damped Hessian, to refine them. Returns a Grid, codes and
-    the loss of each row."""
+def quantize_weights(W: torch.Tensor, factor, config: quant.QuantConfig, phases: Phases):
+    """The recipe for some rows, `W` [O, I] (README, How it works). Returns a Grid, codes and the loss of each row."""
     with phases("grid"):
         grid = quant.learn_grid(W, factor, config)
     with phases("solve"):
         solved = quant.quantize(W, grid, factor, config)
     if config.refine and factor is not None:
         with phases("refine"):
-            grid, solved = quant.refine(W, grid, solved, factor, config, H)
+            grid, solved = quant.refine(W, grid, solved, factor, config)
     return grid, *solved
 
 
@@ -498,14 +503,14 @@ def quantized_layers(model, run: Run) -> int:
     return len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
 
 
-def example_row(checkpoint, name: str, grid: quant.Grid, loss: torch.Tensor, factor: quant.Factor, bins: int = 80) -> dict:
+def example_row(checkpoint, name: str, grid: quant.Grid, loss: torch.Tensor, factor: hessian.Factor, bins: int = 80) -> dict:
     """What scripts/plot.py draws of the weight `name`: of the row of median loss, or of its first group, the weights counted in
     `bins` between `low` and `high`, the levels, and the weights of the columns, one in a hundred, that are outliers of
     1 / diag(inv(H))."""
     row = int(loss.argsort()[len(loss) // 2])
     w = checkpoint.get(name, slice(row, row + 1))[0].float()
     diagonal = torch.empty(len(w))
-    diagonal[factor.order.cpu()] = torch.linalg.vector_norm(factor.U, dim=0).square().cpu()
+    diagonal[factor.order.cpu()] = factor.U.column_norms().square().float().cpu()
     w = w[: len(w) // grid.levels.shape[1]]
     diagonal = diagonal[: len(w)]
     outliers = diagonal.argsort()[: max(1, len(w) // 100)]

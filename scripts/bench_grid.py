@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import datautils  # noqa: E402
+import hessian  # noqa: E402
 import modelutils  # noqa: E402
 import quant  # noqa: E402
 from demo_data import make_model, make_texts  # noqa: E402
@@ -62,9 +63,9 @@ def real_rows(folder: Path, calibration: Path, count: int) -> list[tuple[torch.T
                 for H, (X, _) in zip(hessians, seen, strict=True):
                     quant.accumulate_hessian(H, X.flatten(0, -2))
             for group, H in zip(groups, hessians, strict=True):
-                factor = quant.factorize(H / ids.numel(), 0.1, True)
+                factor = hessian.factorize(H / ids.numel(), 0.1, True)
                 a = torch.empty(len(H), dtype=torch.float64)
-                a[factor.order] = sensitivity(factor.U, 4.0)
+                a[factor.order] = sensitivity(factor.U.diagonal(), 4.0)
                 for name in group.linears:
                     W = layer.get_submodule(name).weight
                     want = (count - sum(len(w) for w, _ in samples)) // (linears - len(samples))

@@ -30,6 +30,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import hessian  # noqa: E402
 import journal  # noqa: E402
 import llama  # noqa: E402
 import modelutils  # noqa: E402
@@ -150,11 +151,11 @@ def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
     config = quant.QuantConfig(bits=bits, act_order=True, percdamp=0.1)
     group = 128 if I % 128 == 0 else 32
     grouped = quant.QuantConfig(bits=bits, grid="affine", groupsize=group, act_order=True, percdamp=0.1)
-    factor = quant.factorize(H.clone(), 0.1, True)
+    factor = hessian.factorize(H.clone(), 0.1, True)
     a = torch.empty(I, dtype=torch.float64, device=device)
-    a[factor.order] = sensitivity(factor.U, 4.0)
+    a[factor.order] = sensitivity(factor.U.diagonal(), 4.0)
     grid, grids = quant.learn_grid(W, factor, config), quant.learn_grid(W, factor, grouped)
-    solved, damped = quant.quantize(W, grid, factor, config), quant.damped_hessian(factor)
+    solved, damped = quant.quantize(W, grid, factor, config), factor.H
     twice = {  # what has a kernel and a twin
         "affine": lambda: affine_search(W, a, bits, T),
         "affine, exhaustive": lambda: affine_search(W, a, bits, T, exhaustive=True),
@@ -166,7 +167,7 @@ def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
     once = {
         "k-means": lambda: kmeans_levels(W, a, bits),
         "fit of levels": lambda: quant.fit_grid(W, solved.codes, grid, damped, config),
-        "factorization": lambda: quant.factorize(H.clone(), 0.1, True),
+        "factorization": lambda: hessian.factorize(H.clone(), 0.1, True),
     }
     result = {"rows": O, "columns": I, "kernel_ms": {}, "torch_ms": {}}
     print(f"\n{O} x {I}, {bits} bits{'':<18}kernel ms   torch ms", flush=True)

@@ -18,6 +18,7 @@ from demo_data import make_model, make_texts
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import datautils  # noqa: E402
+import hessian  # noqa: E402
 import modelutils  # noqa: E402
 import quant  # noqa: E402
 from leanquant.packing import Checkpoint  # noqa: E402
@@ -46,13 +47,13 @@ def inputs_of(folder: Path, text: Path, layer: int) -> dict[str, tuple[torch.Ten
 
 def loss(W: torch.Tensor, X: torch.Tensor, H: torch.Tensor, config: quant.QuantConfig) -> float:
     """tr(E H E^T) of `W` quantized with the tokens `X`; with none, rounded to nearest."""
-    factor = quant.factorize(X.T @ X / len(X), config.percdamp, act_order=True) if len(X) else None
+    factor = hessian.factorize(X.T @ X / len(X), config.percdamp, act_order=True) if len(X) else None
     target = W if factor is None else quant.without_dead(W, factor)
     grid = quant.learn_grid(target, factor, config)
     solved = quant.quantize(target, grid, factor, config)
     if factor is not None:
         grid, solved = quant.refine(target, grid, solved, factor, config)
-    return quant.row_losses(W - quant.dequantize(solved.codes, grid.levels), H).sum().item()
+    return quant.row_losses(W - quant.dequantize(solved.codes, grid.levels), hessian.Symmetric.of(H)).sum().item()
 
 
 def main() -> None:

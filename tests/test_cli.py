@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_quantized
+import hessian
 import llama
 import quant
 from conftest import make_text
@@ -807,9 +808,9 @@ def test_a_bug_is_not_dressed_up_as_bad_input(tiny_model, text_file, out, monkey
 
 def test_a_failed_factorization_rounds_to_nearest_and_says_so(tiny_model, text_file, out, report, monkeypatch):
     def factorize(*_):
-        raise quant.NotPositiveDefinite
+        raise hessian.NotPositiveDefinite
 
-    monkeypatch.setattr(quant, "factorize", factorize)
+    monkeypatch.setattr(hessian, "factorize", factorize)
     with pytest.warns(UserWarning, match="layer 0.*q_proj"):
         quantize(tiny_model(), text_file, "--wbits", 3, "--save_path", out / "q.safetensors", "--report", report)
     assert all("nearest" in row["percdamp_used"] for row in json.loads(report.read_text())["linears"])
@@ -824,9 +825,9 @@ def test_report_is_json_that_any_reader_takes(tiny_model, text_file, report, mon
     """Losses that are not known are null: NaN is not JSON."""
 
     def factorize(*_):
-        raise quant.NotPositiveDefinite
+        raise hessian.NotPositiveDefinite
 
-    monkeypatch.setattr(quant, "factorize", factorize)
+    monkeypatch.setattr(hessian, "factorize", factorize)
     with pytest.warns(UserWarning):
         quantize(tiny_model(), text_file, "--wbits", 3, *GRIDS[grid], "--report", report)
     contents = json.loads(report.read_text(), parse_constant=lambda constant: pytest.fail(f"the report holds {constant}"))

@@ -95,7 +95,7 @@ def test_memory_that_no_batch_size_saves(command, tmp_path, monkeypatch, capsys)
     def factorize(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.00 GiB")
 
-    monkeypatch.setattr(llama.quant, "factorize", factorize)
+    monkeypatch.setattr(llama.hessian, "factorize", factorize)
     assert llama.main(command(tmp_path / "q.safetensors")) == 2
     error = capsys.readouterr().err
     assert "11.00 GiB" in error and "--offload_threshold" in error

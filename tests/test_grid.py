@@ -439,24 +439,16 @@ def test_minmax_is_that_of_gptq(name, sym):
 @pytest.mark.parametrize("exponent", [0.0, 1.0, 3.0, 4.0])
 def test_sensitivity_is_the_power_of_the_diagonal_up_to_a_factor(exponent):
     diagonal = torch.rand(50, generator=generator(21)) + 0.01
-    a = sensitivity(torch.diag(diagonal) + gaussian(50, 50).triu(1), exponent)
+    a = sensitivity(diagonal, exponent)
     ratio = a / diagonal.double() ** -exponent
     assert a.dtype == torch.float64
     torch.testing.assert_close(ratio, ratio[:1].expand(50), rtol=1e-12, atol=0)
     assert math.isclose(a.log().sum(), 0, abs_tol=1e-9), "the geometric mean is not 1"
 
 
-@pytest.mark.parametrize("exponent", [0.0, 2.0])
-def test_sensitivity_can_be_of_the_inverse_hessian_itself(exponent):
-    U = torch.diag(torch.rand(50, generator=generator(21)) + 0.01) + 0.1 * gaussian(50, 50).triu(1)
-    expected = (U.double().T @ U.double()).diagonal() ** -exponent
-    found = sensitivity(U, exponent, "inverse")
-    torch.testing.assert_close(found, expected / expected.log().mean().exp(), rtol=1e-6, atol=0)
-
-
 @pytest.mark.parametrize("diagonal", [[1e-10] * 8, [1e-10] + [1.0] * 63, [1e-30, 1e30], [1e-38, 1.0, 1e10]])
 def test_sensitivity_does_not_overflow(diagonal):
-    a = sensitivity(torch.diag(torch.tensor(diagonal)), 4.0)
+    a = sensitivity(torch.tensor(diagonal), 4.0)
     assert torch.isfinite(a.float()).all()
     assert (a.float() > 0).all()
     assert (a.diff() <= 0).all(), "a larger U_ii means a smaller sensitivity"

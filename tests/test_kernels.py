@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import bench_quantize
+import hessian
 import host
 import leanquant_grid
 import nvrtc
@@ -60,7 +61,9 @@ def block_problem(rows: int, columns: int, K: int, groups: int, hostile: str = "
     elif hostile == "huge range of U":
         scale = torch.logspace(-5, 5, columns)
         H = scale[:, None] * H * scale
-    U = quant.inverse_cholesky(H.double()).float().contiguous()
+    square = H.double()
+    assert hessian.inverse_cholesky_(square)
+    U = square.triu().float()
     group_of = torch.randint(groups, (columns,), generator=generator, dtype=torch.int32)
     return w, U, levels, group_of, torch.empty(columns, rows, dtype=torch.uint8)
 
@@ -124,7 +127,7 @@ def test_whole_solver_and_descent_on_kernels(built, monkeypatch, groupsize):
     W, X = torch.randn(O, I, generator=generator), torch.randn(500, I, generator=generator)
     H = X.T @ X / 500
     config = quant.QuantConfig(bits=3, grid="affine", groupsize=groupsize, act_order=True, block_size=80)
-    factor = quant.factorize(H.triu(), 0.01, True)
+    factor = hessian.factorize(H.triu(), 0.01, True)
     grid = quant.learn_grid(W, factor, config)
     expected, refined = quant.quantize(W, grid, factor, config), None
     refined = quant.refine(W, grid, expected, factor, config)[1]
@@ -143,12 +146,17 @@ def test_statistics_on_tensor_cores(launches, dtype):
     generator = torch.Generator().manual_seed(2)
     draw = lambda I: torch.randn(3, 50, I, generator=generator).to(dtype)  # noqa: E731
     ours, theirs = (GroupInput(draw(40), draw(24)) for _ in range(2))
-    total = quant.Statistics(40, 24, True, torch.device("cpu"))
-    total.add(ours, theirs)
     x, difference, lacks = (t.flatten(0, 1).double() for t in (ours.X, theirs.X - ours.X, theirs.residual - ours.residual))
-    torch.testing.assert_close(total.H.triu().double(), (x.T @ x).triu(), rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(total.C.double(), difference.T @ x, rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(total.R.double(), lacks.T @ x, rtol=1e-4, atol=1e-3)
+    W = torch.randn(24, 40, generator=generator).to(dtype)
+    for rows, residual in ((W, True), (torch.cat([W, W]), False)):
+        total = hessian.Statistics([rows], True, residual, torch.device("cpu"))
+        total.add(ours, theirs)
+        torch.testing.assert_close(total.H.triu().double(), (x.T @ x).triu(), rtol=1e-5, atol=1e-4)
+        if residual:
+            exact = (difference @ W.double().T + lacks).T @ x
+            assert (total.S - exact).norm() <= 2**-8 * exact.norm()
+        else:
+            torch.testing.assert_close(total.C.double(), difference.T @ x, rtol=1e-4, atol=1e-3)
 
 
 def test_products_in_three_parts_are_as_exact_as_float32(launches):
@@ -157,7 +165,7 @@ def test_products_in_three_parts_are_as_exact_as_float32(launches):
     H = H.T @ H
     B = torch.randint(0, 16, (64, 300), generator=generator).float()
     exact = B.double() @ H.double()
-    error, float32_error = ((product.double() - exact).norm() for product in (quant._products_with(H)(B), B @ H))
+    error, float32_error = ((product.double() - exact).norm() for product in (hessian.times(B, H, whole=True), B @ H))
     assert error <= 2 * float32_error
 
 
@@ -410,19 +418,33 @@ class TestOnTheGpu:
         generator = torch.Generator().manual_seed(2)
         draw = lambda I: torch.randn(2, 500, I, generator=generator).to(dtype)  # noqa: E731
         ours, theirs = (GroupInput(draw(1100), draw(64)) for _ in range(2))
-        sums = []
-        for device in ("cpu", "cuda"):
-            total = quant.Statistics(1100, 64, True, torch.device(device))
-            total.add(*(GroupInput(*(t.to(device) for t in seen)) for seen in (ours, theirs)))
-            sums.append([t.cpu() for t in (total.H.triu(), total.C, total.R)])
-        for expected, found in zip(*sums, strict=True):
-            assert (found - expected).norm() <= 3e-3 * expected.norm()
+        for rows, residual in ((64, True), (1200, False)):
+            W, sums = draw(1100)[0].repeat(3, 1)[:rows], []
+            for device, held_on in (("cpu", "cpu"), ("cuda", "cuda"), ("cuda", "cpu")):
+                total = hessian.Statistics([W.to(device)], True, residual, torch.device(held_on))
+                total.add(*(GroupInput(*(t.to(device) for t in seen)) for seen in (ours, theirs)))
+                sums.append([t.cpu() for t in (total.H.triu(), *total.sums()[1:])])
+            for other in sums[1:]:
+                for expected, found in zip(sums[0], other, strict=True):
+                    assert (found - expected).norm() <= 3e-3 * expected.norm()
+
+    def test_a_factor_on_the_host_serves_rows_on_the_gpu(self):
+        """As one on the GPU does, but for ties."""
+        generator = torch.Generator().manual_seed(6)
+        W, X = torch.randn(32, 1500, generator=generator).cuda(), torch.randn(3000, 1500, generator=generator)
+        config, found = quant.QuantConfig(bits=3, act_order=True, percdamp=0.1), []
+        for device in ("cuda", "cpu"):
+            factor = hessian.factorize((X.T @ X / 3000).to(device), 0.1, True)
+            grid = quant.learn_grid(W, factor, config)
+            found.append(quant.refine(W, grid, quant.quantize(W, grid, factor, config), factor, config)[1].loss)
+        assert found[1].is_cuda
+        torch.testing.assert_close(found[0].sum(), found[1].sum(), rtol=0.02, atol=0)
 
     def test_products_in_three_parts(self):
         H = torch.randn(700, 700, device="cuda")
         B = torch.randint(0, 16, (64, 700), device="cuda").float()
         exact = B.double() @ H.double()
-        assert (quant._products_with(H)(B).double() - exact).norm() <= 1e-6 * exact.norm()
+        assert (hessian.times(B, H, whole=True).double() - exact).norm() <= 1e-6 * exact.norm()
 
     @pytest.mark.parametrize("grid", ["nonuniform", "affine"])
     def test_the_recipe_for_a_stack_of_linears(self, grid, monkeypatch):
@@ -433,7 +455,7 @@ class TestOnTheGpu:
         losses = []
         for device, forced in (("cpu", ""), ("cuda", ""), ("cuda", "torch")):
             monkeypatch.setenv("LEANQUANT_KERNELS", forced)
-            factor = quant.factorize((X.T @ X / 2000).to(device), 0.1, True)
+            factor = hessian.factorize((X.T @ X / 2000).to(device), 0.1, True)
             rows = W.to(device)
             grid_found = quant.learn_grid(rows, factor, config)
             solved = quant.quantize(rows, grid_found, factor, config)

@@ -1,21 +1,17 @@
-"""Proves that the column solver is GPTQ's loop, that the reported loss is the layer's output error, that the Hessian and its
-factor are what they claim, and that learned grids lose less than GPTQ's and round-to-nearest where inputs are correlated."""
+"""Proves that the column solver is GPTQ's loop, that the reported loss is the layer's output error, and that learned grids lose less
+than GPTQ's and round-to-nearest where inputs are correlated."""
 
 import pytest
 import torch
 
 from conftest import damped, generator, hessian, inputs, output_error, weights
+from hessian import Factor, Triangular, factorize
 from leanquant_grid import Affine, kmeans_levels, local_kmeans_levels, sensitivity
 from quant import (
     GRIDS,
-    Factor,
     Grid,
-    NotPositiveDefinite,
     QuantConfig,
-    accumulate_hessian,
     dequantize,
-    factorize,
-    inverse_cholesky,
     learn_grid,
     nearest_codes,
     quantize,
@@ -33,7 +29,7 @@ def factor_of(columns: int, act_order: bool = False, percdamp: float = 0.01) -> 
 
 def solve_columns_plainly(W, U, levels, group_of) -> tuple[torch.Tensor, torch.Tensor]:
     """The docstring of solve_columns, a column at a time, in float64."""
-    w, U, levels = W.double().clone(), U.double(), levels.double()
+    w, U, levels = W.double().clone(), U.square.double(), levels.double()
     codes, loss = torch.empty(W.shape, dtype=torch.uint8), torch.zeros(len(W), dtype=torch.float64)
     for i in range(W.shape[1]):
         table = levels[:, group_of[i]]  # [O, K]
@@ -81,16 +77,16 @@ def test_solver_is_the_plain_column_loop_with_groups(act_order, block_size):
 def test_solver_leaves_its_inputs_alone(rows, columns):
     W, U = weights(rows, columns), factor_of(columns).U
     levels = torch.linspace(-1, 1, 4).expand(rows, 1, 4).clone()
-    before = W.clone(), U.clone(), levels.clone()
+    before = W.clone(), U.square.clone(), levels.clone()
     solve_columns(W, U, levels, torch.zeros(columns, dtype=torch.long))
-    assert all(torch.equal(now, then) for now, then in zip((W, U, levels), before, strict=True))
+    assert all(torch.equal(now, then) for now, then in zip((W, U.square, levels), before, strict=True))
 
 
 @pytest.mark.parametrize("groups", [1, 4])
 def test_identity_hessian_gives_the_nearest_levels(groups):
     W = weights(16, 64)
     levels = torch.randn(16, groups, 8, generator=generator(2)).sort(2).values
-    factor = Factor(torch.eye(64), torch.arange(64), torch.zeros(64, dtype=torch.bool), 0.0)
+    factor = Factor(torch.eye(64), torch.ones(64), torch.arange(64), torch.zeros(64, dtype=torch.bool), 0.0)
     codes, loss = quantize(W, Grid(levels, None), factor, QuantConfig(3))
     distance = (W.view(16, groups, -1, 1) - levels.unsqueeze(2)).abs()
     assert torch.equal(codes.long(), distance.argmin(3).view(16, 64))
@@ -102,7 +98,7 @@ def test_ties_go_to_the_lower_level():
     expected = [0, 0, 1, 2, 1, 3]
     assert nearest_codes(w, levels)[0].tolist() == expected
     assert round_to_nearest(w, levels.unsqueeze(1))[0].tolist() == expected
-    assert solve_columns(w, torch.eye(6), levels.unsqueeze(1), torch.zeros(6, dtype=torch.long))[0][0].tolist() == expected
+    assert solve_columns(w, Triangular(torch.eye(6)), levels.unsqueeze(1), torch.zeros(6, dtype=torch.long))[0][0].tolist() == expected
 
 
 def test_repeated_levels_are_harmless():
@@ -177,125 +173,6 @@ def test_more_bits_lose_less(losses, method):
     assert losses[method, 4] < losses[method, 3] < losses[method, 2]
 
 
-# --- Hessian and factor ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("columns", [1, 2, 33, 200])
-def test_inverse_cholesky_is_upper_and_inverts(columns):
-    H = damped(hessian(columns), 0.01)
-    U = inverse_cholesky(H)
-    assert torch.equal(U, U.triu())
-    assert (U.diagonal() > 0).all()
-    torch.testing.assert_close(U.T @ U @ H, torch.eye(columns, dtype=torch.float64), rtol=0, atol=1e-10)
-
-
-def test_inverse_cholesky_in_float32_is_near_the_float64_factor():
-    H = damped(hessian(100), 0.01)
-    U, exact = inverse_cholesky(H.float()).double(), inverse_cholesky(H)
-    assert (U - exact).norm() <= 1e-4 * exact.norm()
-
-
-@pytest.mark.parametrize("H", [-torch.eye(4), torch.zeros(4, 4), torch.ones(3, 3), torch.full((2, 2), float("nan"))])
-def test_inverse_cholesky_of_a_matrix_that_has_none_is_none(H):
-    assert inverse_cholesky(H) is None
-
-
-def test_inverse_cholesky_of_an_indefinite_matrix_is_none():
-    H = hessian(20)
-    H[3, 7] = H[7, 3] = 2 * (H[3, 3] * H[7, 7]).sqrt()
-    assert inverse_cholesky(H) is None
-
-
-@pytest.mark.parametrize("columns", [1, 5, 1023, 1024, 1500])
-def test_accumulated_hessian_is_x_transposed_x_above_the_diagonal(columns):
-    batches = [inputs_plain(13, columns, seed) for seed in (1, 2)]
-    H = torch.zeros(columns, columns)
-    for X in batches:
-        accumulate_hessian(H, X)
-    X = torch.cat(batches).double()
-    torch.testing.assert_close(H.triu().double(), (X.T @ X).triu(), rtol=1e-4, atol=1e-4)
-
-
-def inputs_plain(tokens: int, columns: int, seed: int) -> torch.Tensor:
-    return torch.randn(tokens, columns, generator=generator(seed))
-
-
-def test_accumulation_takes_half_precision_inputs():
-    X = inputs_plain(50, 12, 3).bfloat16()
-    H = torch.zeros(12, 12)
-    accumulate_hessian(H, X)
-    torch.testing.assert_close(H.triu(), (X.float().T @ X.float()).triu(), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("percdamp", [0.01, 0.1])
-def test_factor_inverts_the_damped_ordered_hessian(percdamp, act_order):
-    H = hessian(80)
-    factor = factorize(H.triu(), percdamp, act_order)
-    expected = damped(H, percdamp)[factor.order][:, factor.order]
-    U = factor.U.double()
-    assert factor.percdamp == percdamp
-    torch.testing.assert_close(U.T @ U @ expected, torch.eye(80, dtype=torch.float64), rtol=0, atol=1e-3)
-
-
-def test_factorize_reads_the_upper_triangle_only():
-    H = hessian(30)
-    spoiled = H.triu() + 1e6 * torch.ones(30, 30).tril(-1)
-    assert torch.equal(factorize(spoiled, 0.01, False).U, factorize(H.clone(), 0.01, False).U)
-
-
-def test_act_order_is_by_falling_diagonal_and_stable():
-    diagonal = torch.tensor([2.0, 5.0, 2.0, 0.5, 5.0, 9.0])
-    assert factorize(torch.diag(diagonal), 0.01, act_order=True).order.tolist() == [5, 1, 4, 0, 2, 3]
-    assert factorize(torch.diag(diagonal), 0.01, act_order=False).order.tolist() == [0, 1, 2, 3, 4, 5]
-
-
-def test_dead_columns_are_named_in_original_order():
-    H = hessian(10)
-    H[[2, 7]] = 0
-    H[:, [2, 7]] = 0
-    factor = factorize(H, 0.01, act_order=True)
-    assert factor.dead.nonzero().flatten().tolist() == [2, 7]
-    assert torch.isfinite(factor.U).all()
-
-
-def test_all_dead_columns_still_factorize():
-    factor = factorize(torch.zeros(6, 6), 0.01, act_order=True)
-    assert factor.dead.all()
-    torch.testing.assert_close(factor.U, torch.eye(6))
-
-
-def with_eigenvalue(smallest: float, columns: int = 12) -> torch.Tensor:
-    """Symmetric, mean diagonal 1, one eigenvalue `smallest`, the others equal."""
-    Q = torch.linalg.qr(torch.randn(columns, columns, generator=generator(4), dtype=torch.float64))[0]
-    others = (columns - smallest) / (columns - 1)
-    return (Q @ torch.diag(torch.tensor([smallest] + [others] * (columns - 1), dtype=torch.float64)) @ Q.T).float()
-
-
-@pytest.mark.parametrize(
-    ("H", "percdamp", "needed"),
-    [
-        (torch.ones(5, 5), 0.0, 0.01),  # singular
-        (with_eigenvalue(-0.004), 0.0, 0.01),
-        (with_eigenvalue(-0.004), 0.001, 0.01),
-        (with_eigenvalue(-0.05), 0.01, 0.1),
-        (with_eigenvalue(-0.5), 0.001, 1.0),
-        (with_eigenvalue(-0.05), 0.1, 0.1),
-    ],
-)
-def test_damping_is_raised_tenfold_until_it_suffices(H, percdamp, needed):
-    factor = factorize(H.clone(), percdamp, act_order=False)
-    assert factor.percdamp == pytest.approx(needed)
-    U = factor.U.double()
-    torch.testing.assert_close(torch.linalg.inv(U.T @ U), damped(H, needed), rtol=0, atol=1e-3)
-
-
-@pytest.mark.parametrize("H", [with_eigenvalue(-20), torch.full((4, 4), float("nan")), torch.tensor([[1.0, 1e6], [1e6, 1.0]])])
-def test_a_hopeless_hessian_is_refused(H):
-    with pytest.raises(NotPositiveDefinite):
-        factorize(H.clone(), 0.01, act_order=False)
-
-
 # --- grids, order, stacking ------------------------------------------------------------------------------------
 
 
@@ -349,7 +226,7 @@ def test_nonuniform_levels_are_those_that_will_be_stored(dtype):
 def test_the_local_grid_is_learned_where_the_exact_one_is_not_wanted(act_order):
     W, factor = weights(10, 80), factor_of(80, act_order)
     a = torch.empty(80, dtype=torch.float64)
-    a[factor.order] = sensitivity(factor.U, 3.0)
+    a[factor.order] = sensitivity(factor.U.diagonal(), 3.0)
     learn = lambda **settings: learn_grid(W, factor, QuantConfig(4, exponent=3.0, **settings)).levels[:, 0]  # noqa: E731
     assert torch.equal(learn(), kmeans_levels(W, a, 4).half().float())
     for seed in (0, 5):

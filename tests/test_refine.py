@@ -1,5 +1,5 @@
 """Proves that refinement is what it claims, against float64: a sweep takes the best code column by column, fitted levels and
-scales are the least squares solution, the damped Hessian is the one losses are measured with, and no row ever loses."""
+scales are the least squares solution, and no row ever loses."""
 
 import itertools
 from typing import NamedTuple
@@ -9,17 +9,15 @@ import pytest
 import torch
 
 from conftest import damped, generator, hessian, output_error, weights
+from hessian import Factor, Symmetric, factorize
 from leanquant.packing import affine_levels
 from leanquant_grid import Affine
 from quant import (
-    Factor,
     Grid,
     QuantConfig,
     Quantized,
-    damped_hessian,
     dequantize,
     descend,
-    factorize,
     fit_grid,
     learn_grid,
     quantize,
@@ -41,6 +39,10 @@ class Problem(NamedTuple):
     config: QuantConfig
     grid: Grid
     solved: Quantized
+
+    @property
+    def symmetric(self) -> Symmetric:
+        return Symmetric.of(self.H.float())
 
     def loss(self, codes: torch.Tensor, grid: Grid) -> torch.Tensor:
         return output_error(self.W, codes, grid.levels, self.H)
@@ -66,26 +68,10 @@ def level_tables(levels: torch.Tensor, columns: int) -> np.ndarray:
     return levels.double().repeat_interleave(columns // levels.shape[1], 1).numpy()
 
 
-# --- the Hessian -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("dead", [[], DEAD], ids=["alive", "dead columns"])
-@pytest.mark.parametrize("act_order", [False, True])
-@pytest.mark.parametrize("percdamp", [0.01, 0.1])
-def test_damped_hessian_comes_back_in_original_order(percdamp, act_order, dead):
-    H = dying(96, dead)
-    factor = factorize(H.clone(), percdamp, act_order)
-    expected = damped(H, percdamp)
-    assert act_order == (factor.order.tolist() != list(range(96)))
-    scale = expected.diagonal().sqrt()  # of each entry, by Cauchy and Schwarz
-    found = damped_hessian(factor).double()
-    assert ((found - expected).abs() <= 1e-5 * scale * scale.unsqueeze(1)).all()
-
-
 def test_row_losses_are_the_output_error():
     p = problem(3, "nonuniform", -1)
     E = p.W - dequantize(p.solved.codes, p.grid.levels)
-    torch.testing.assert_close(row_losses(E, p.H.float()).double(), p.loss(p.solved.codes, p.grid), rtol=1e-5, atol=0)
+    torch.testing.assert_close(row_losses(E, p.symmetric).double(), p.loss(p.solved.codes, p.grid), rtol=1e-5, atol=0)
 
 
 # --- codes -----------------------------------------------------------------------------------------------------
@@ -121,7 +107,7 @@ def test_descent_takes_the_best_code_column_by_column(kind, groupsize, bits, blo
     p = problem(bits, kind, groupsize, rows=6)
     codes = round_to_nearest(p.W, p.grid.levels)
     before = codes.clone()
-    found = descend(p.W, codes, p.grid.levels, p.H.float(), block_size)
+    found = descend(p.W, codes, p.grid.levels, p.symmetric, block_size)
     assert torch.equal(codes, before)
     assert (found.dtype, found.shape) == (torch.uint8, p.W.shape)
     assert (found != codes).any(1).all()
@@ -136,7 +122,7 @@ def test_descent_of_independent_columns_is_rounding(bits):
     W = torch.cat([p.W, (p.grid.levels[:, :, :-1] + p.grid.levels[:, :, 1:]).repeat_interleave(32, 1)[:, :, 0] / 2])
     levels = p.grid.levels.repeat(2, 1, 1)
     codes = torch.randint(0, 2**bits, W.shape, generator=generator(3), dtype=torch.uint8)
-    assert torch.equal(descend(W, codes, levels, torch.eye(96)), round_to_nearest(W, levels))
+    assert torch.equal(descend(W, codes, levels, Symmetric.of(torch.eye(96))), round_to_nearest(W, levels))
 
 
 def test_descent_comes_to_rest():
@@ -144,7 +130,7 @@ def test_descent_comes_to_rest():
     p = problem(3, "nonuniform", -1)
     codes = p.solved.codes
     for _ in range(50):
-        codes, last = descend(p.W, codes, p.grid.levels, p.H.float()), codes
+        codes, last = descend(p.W, codes, p.grid.levels, p.symmetric), codes
     assert torch.equal(codes, last)
     assert_steps_are_best(p.W[:4], codes[:4], codes[:4], p.grid.levels[:4], p.H)
 
@@ -180,7 +166,7 @@ def assert_never_worse(p: Problem, codes: torch.Tensor, fitted: Grid) -> None:
 def test_fitted_levels_are_the_least_squares_solution_in_float64(bits, used):
     p = problem(bits, "nonuniform", -1, levels_dtype=torch.float32)  # not rounded
     codes = p.solved.codes if used == "all levels" else p.solved.codes.clamp(1, 2**bits - 2)
-    fitted, exact = fit_grid(p.W, codes, p.grid, p.H.float(), p.config), exact_fit(p, codes)
+    fitted, exact = fit_grid(p.W, codes, p.grid, p.symmetric, p.config), exact_fit(p, codes)
     ascend = (exact.diff(dim=1) >= 0).all(1)
     better = p.loss(codes, Grid(exact.sort(1).values.unsqueeze(1), None)) < p.loss(codes, p.grid)
     assert (ascend & better).sum() > (25 if used == "all levels" else 10)
@@ -196,7 +182,7 @@ def test_fitted_levels_are_the_least_squares_solution_in_float64(bits, used):
 def test_fitted_levels_are_rounded_as_stored(bits, dtype):
     p = problem(bits, "nonuniform", -1, levels_dtype=dtype)
     codes = p.solved.codes
-    fitted = fit_grid(p.W, codes, p.grid, p.H.float(), p.config)
+    fitted = fit_grid(p.W, codes, p.grid, p.symmetric, p.config)
     rounded = Grid(exact_fit(p, codes).float().sort(1).values.to(dtype).float().unsqueeze(1), None)
     better = p.loss(codes, rounded) < p.loss(codes, p.grid) * (1 - 1e-4)
     worse = p.loss(codes, rounded) > p.loss(codes, p.grid) * (1 + 1e-4)
@@ -211,8 +197,8 @@ def test_fitted_levels_are_rounded_as_stored(bits, dtype):
 @pytest.mark.parametrize("groupsize", [-1, 32])
 def test_fitted_scales_are_the_least_squares_solution_in_float64(bits, groupsize):
     p = problem(bits, "affine", groupsize)
-    codes = descend(p.W, p.solved.codes, p.grid.levels, p.H.float())
-    fitted, exact = fit_grid(p.W, codes, p.grid, p.H.float(), p.config), exact_fit(p, codes)
+    codes = descend(p.W, p.solved.codes, p.grid.levels, p.symmetric)
+    fitted, exact = fit_grid(p.W, codes, p.grid, p.symmetric, p.config), exact_fit(p, codes)
     moved = (fitted.affine.scale != p.grid.affine.scale).any(1) & (exact > 0).all(1)
     assert moved.sum() > 20
     torch.testing.assert_close(fitted.affine.scale.double()[moved], exact[moved], rtol=2**-11 + 1e-5, atol=0)  # half an fp16 step
@@ -229,7 +215,7 @@ def test_fitted_scales_are_positive_and_can_be_stored_with_any_codes(bits, group
     p = problem(bits, "affine", groupsize)
     codes = torch.randint(0, 2**bits, p.W.shape, generator=generator(5), dtype=torch.uint8)
     negative = exact_fit(p, codes) < -1e-4
-    fitted = fit_grid(p.W, codes, p.grid, p.H.float(), p.config)
+    fitted = fit_grid(p.W, codes, p.grid, p.symmetric, p.config)
     scale, zero = fitted.affine
     assert (scale > 0).all()
     assert negative.any() and torch.equal(scale[negative], p.grid.affine.scale[negative])
@@ -242,7 +228,7 @@ def test_fitted_scales_are_positive_and_can_be_stored_with_any_codes(bits, group
 
 def test_a_level_that_no_code_uses_stays():
     p = problem(2, "nonuniform", -1, levels_dtype=torch.float32)
-    fitted = fit_grid(p.W, p.solved.codes.clamp(max=2), p.grid, p.H.float(), p.config)
+    fitted = fit_grid(p.W, p.solved.codes.clamp(max=2), p.grid, p.symmetric, p.config)
     kept = (fitted.levels[:, 0] - p.grid.levels[:, 0, 3:]).abs().amin(1)
     assert kept.max() < 1e-5
     assert (fitted.levels != p.grid.levels).any((1, 2)).all()
@@ -252,7 +238,7 @@ def test_the_scale_of_a_group_of_zeros_stays():
     p = problem(3, "affine", 32)
     codes = p.solved.codes.clone()
     codes[:, 32:64] = p.grid.affine.zero[:, 1:2]
-    fitted = fit_grid(p.W, codes, p.grid, p.H.float(), p.config)
+    fitted = fit_grid(p.W, codes, p.grid, p.symmetric, p.config)
     assert torch.equal(fitted.affine.scale[:, 1], p.grid.affine.scale[:, 1])
     assert (fitted.affine.scale != p.grid.affine.scale)[:, [0, 2]].any(1).sum() > 20
 
@@ -266,7 +252,7 @@ def test_the_scale_of_a_group_of_zeros_stays():
 @GRIDS
 def test_no_step_of_refinement_raises_a_rows_loss_and_the_sum_falls(kind, groupsize, bits, dtype, dead):
     p = problem(bits, kind, groupsize, dead=dead, levels_dtype=dtype)
-    H, codes, grid, losses = damped_hessian(p.factor), p.solved.codes, p.grid, [p.loss(p.solved.codes, p.grid)]
+    H, codes, grid, losses = p.factor.H, p.solved.codes, p.grid, [p.loss(p.solved.codes, p.grid)]
     for _ in range(p.config.refine):
         codes = descend(p.W, codes, grid.levels, H, p.config.block_size)
         losses.append(p.loss(codes, grid))

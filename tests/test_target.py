@@ -3,8 +3,8 @@ do on the unquantized model's, judged on the tokens themselves in float64. And t
 
 W* minimises mean ||W* x - (W x' + r)||^2 + lambda ||W* - W||^2, x the quantized model's input of a token, x' the unquantized
 one's, r what the residual stream lacks. The gradient is zero where W* (H + lambda) = W mean(x' x^T) + mean(r x^T) + lambda W,
-H = mean(x x^T); with C = mean((x' - x) x^T) and R = mean(r x^T) that is W* = W + (W C + R) inv(H + lambda). With a strength
-below 1 it goes only so far from x to x' and from 0 to r.
+H = mean(x x^T); with S = mean((W (x' - x) + r) x^T), or W C for C = mean((x' - x) x^T), that is W* = W + S inv(H + lambda). With a
+strength below 1 it goes only so far from x to x' and from 0 to r.
 """
 
 from typing import NamedTuple
@@ -12,14 +12,16 @@ from typing import NamedTuple
 import pytest
 import torch
 
-import quant
+import hessian
 from conftest import generator, inputs, weights
+from hessian import Factor, Statistics, factorize
 from modelutils import GroupInput
-from quant import Factor, Statistics, factorize, shifted_target, target
+from quant import shifted_target, target
 
 MATMUL = torch.backends.mkldnn.matmul
 CPU = torch.device("cpu")
 I, O, DEAD = 40, 24, [3, 17]
+FORMS = pytest.mark.parametrize(("rows", "residual"), [(O, False), (50, False), (O, True)], ids=["outputs", "inputs", "residual"])
 
 
 class Tokens(NamedTuple):
@@ -45,15 +47,15 @@ def tokens(dead=()) -> Tokens:
     return Tokens(x, x_original, h, h + 2 * x[..., :O] + torch.randn(9, 30, O, generator=generator(5)))
 
 
-def summed(t: Tokens, residual: int = 0, shift: bool = True, dtype=torch.float32) -> Statistics:
-    statistics = Statistics(I, residual, shift, CPU)
+def summed(W: torch.Tensor, t: Tokens, residual: bool = False, shift: bool = True, dtype=torch.float32) -> Statistics:
+    statistics = Statistics([W.to(dtype)], shift, residual, CPU)
     for ours, theirs in t.batches(dtype):
         statistics.add(ours, theirs if shift else None)
     return statistics
 
 
-def mean_statistics(t: Tokens, residual: int, act_order: bool, percdamp: float = 0.1) -> tuple[Statistics, Factor]:
-    statistics = summed(t, residual)
+def mean_statistics(W, t: Tokens, residual: bool, act_order: bool, percdamp: float = 0.1) -> tuple[Statistics, Factor]:
+    statistics = summed(W, t, residual)
     statistics.divide()
     return statistics, factorize(statistics.H.clone(), percdamp, act_order)
 
@@ -83,13 +85,14 @@ def assert_product(found: torch.Tensor, a: torch.Tensor, x: torch.Tensor, share:
 
 
 @pytest.mark.parametrize("dead", [[], DEAD], ids=["alive", "dead columns"])
-@pytest.mark.parametrize("residual", [False, True], ids=["inputs", "inputs and residual"])
+@FORMS
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize(("percdamp", "strength"), [(0.01, 1.0), (0.1, 1.0), (0.1, 0.6)])
-def test_target_is_the_ridge_regression_on_the_tokens(percdamp, strength, act_order, residual, dead):
-    W, t = weights(O, I), tokens(dead)
+def test_target_is_the_ridge_regression_on_the_tokens(percdamp, strength, act_order, rows, residual, dead):
+    W, t = weights(rows, I), tokens(dead)
     before = W.clone()
-    statistics, factor = mean_statistics(t, O if residual else 0, act_order, percdamp)
+    statistics, factor = mean_statistics(W, t, residual, act_order, percdamp)
+    assert (statistics.C is None, statistics.S is None) == (rows == O, rows != O)
     assert act_order == (factor.order.tolist() != list(range(I)))
     found, exact = target(W, statistics, factor, strength), ridge_regression(W, t, residual, percdamp, strength)
     if dead:
@@ -105,16 +108,15 @@ def test_the_target_beats_the_weights_on_the_tokens():
     W, t = weights(O, I), tokens()
     x, x_original, h, h_original = (tensor.flatten(0, 1) for tensor in t)
     error = lambda weight: (x @ weight.T - (x_original @ W.T + h_original - h)).square().mean()  # noqa: E731
-    statistics, factor = mean_statistics(t, O, act_order=True, percdamp=0.01)
-    with_residual = error(target(W, statistics, factor, 1.0))
-    statistics.R = None
-    without = error(target(W, statistics, factor, 1.0))
+    with_residual, without = (
+        error(target(W, *mean_statistics(W, t, residual, act_order=True, percdamp=0.01), 1.0)) for residual in (True, False)
+    )
     assert with_residual < 0.95 * without < 0.9 * error(W)
 
 
 def test_shifted_target_is_the_formula_in_float64():
     W, shift = weights(O, I), torch.randn(O, I, generator=generator(6))
-    H = mean_statistics(tokens(), 0, False)[0].H.double()
+    H = mean_statistics(W, tokens(), False, False)[0].H.double()
     H = H.triu() + H.triu(1).T
     damped = H + 0.1 * H.diagonal().mean() * torch.eye(I)
     for act_order in (False, True):
@@ -124,21 +126,28 @@ def test_shifted_target_is_the_formula_in_float64():
 
 def test_equal_inputs_leave_the_weights_alone():
     W, t = weights(O, I), tokens()
-    statistics, factor = mean_statistics(Tokens(t.x, t.x, t.h, t.h), O, act_order=True)
+    statistics, factor = mean_statistics(W, Tokens(t.x, t.x, t.h, t.h), True, act_order=True)
     assert torch.equal(target(W, statistics, factor, 1.0), W)
 
 
-def test_stacked_linears_get_the_targets_they_get_alone():
-    first, second = weights(O, I, seed=7), weights(9, I, seed=8)
-    statistics, factor = mean_statistics(tokens(DEAD), 0, act_order=True)
-    together = target(torch.cat([first, second]), statistics, factor, 1.0).split([O, 9])
-    for W, found in zip((first, second), together, strict=True):
-        torch.testing.assert_close(found, target(W, statistics, factor, 1.0), rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("more", [9, 50], ids=["outputs", "inputs"])
+def test_stacked_linears_get_the_targets_they_get_alone(more):
+    first, second, t = weights(O, I, seed=7), weights(more, I, seed=8), tokens(DEAD)
+    statistics = Statistics([first, second], True, False, CPU)
+    for ours, theirs in t.batches():
+        statistics.add(ours, theirs)
+    statistics.divide()
+    factor = factorize(statistics.H.clone(), 0.1, True)
+    together = target(torch.cat([first, second]), statistics, factor, 1.0).split([O, more])
+    for W, found, rows in zip((first, second), together, (slice(O), torch.arange(O, O + more)), strict=True):
+        torch.testing.assert_close(found, target(W, *mean_statistics(W, t, False, True), 1.0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found, target(W, statistics, factor, 1.0, rows), rtol=1e-5, atol=1e-5)
 
 
 def test_without_a_shift_the_target_is_the_weights_with_dead_columns_zero():
-    W, statistics = weights(O, I), summed(tokens(DEAD), O, shift=False)
-    assert statistics.C is None and statistics.R is None
+    W = weights(O, I)
+    statistics = summed(W, tokens(DEAD), True, shift=False)
+    assert statistics.C is None and statistics.S is None
     found = target(W, statistics, factorize(statistics.H / 270, 0.1, True), 1.0)
     assert (found[:, DEAD] == 0).all()
     alive = [i for i in range(I) if i not in DEAD]
@@ -148,29 +157,34 @@ def test_without_a_shift_the_target_is_the_weights_with_dead_columns_zero():
 # --- statistics ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("residual", [0, O])
-def test_statistics_are_means_over_all_tokens_of_all_batches(residual):
-    t = tokens()
-    statistics = summed(t, residual)
+@FORMS
+def test_statistics_are_means_over_all_tokens_of_all_batches(rows, residual):
+    W, t = weights(rows, I), tokens()
+    statistics = summed(W, t, residual)
     statistics.divide()
     x, x_original, h, h_original = (tensor.double().flatten(0, 1) for tensor in t)
+    assert statistics.tokens == 270
     assert_product(270 * statistics.H.triu() + 270 * statistics.H.triu(1).T, x, x, 1e-5)
-    assert_product(270 * statistics.C, x_original - x, x, 1e-5)
-    if residual:
-        assert_product(270 * statistics.R, h_original - h, x, 1e-5)
+    if statistics.S is None:
+        assert_product(270 * statistics.C, x_original - x, x, 1e-5)
     else:
-        assert statistics.R is None
+        assert_product(270 * statistics.S, (x_original - x) @ W.double().T + (h_original - h if residual else 0), x, 1e-5)
 
 
-def test_bfloat16_inputs_are_summed_exactly():
-    """Products of their numbers are exact in float32; differences of two of them are rounded once more."""
+@FORMS
+def test_bfloat16_inputs_are_summed_exactly(rows, residual):
+    """Products of their numbers are exact in float32; differences of two of them, and what the weights make of those, are rounded
+    once more."""
     t = Tokens(*(tensor.bfloat16().float() for tensor in tokens()))
+    W = weights(rows, I).bfloat16().float()
     x, x_original, h, h_original = (tensor.double().flatten(0, 1) for tensor in t)
-    statistics = summed(t, O, dtype=torch.bfloat16)
-    assert statistics.H.dtype == torch.float32
+    statistics = summed(W, t, residual, dtype=torch.bfloat16)
+    assert all(total.dtype == torch.float32 for total in statistics.sums())
     assert_product(statistics.H.triu() + statistics.H.triu(1).T, x, x, 1e-5)
-    assert_product(statistics.C, x_original - x, x, 2**-9)
-    assert_product(statistics.R, h_original - h, x, 2**-9)
+    if statistics.S is None:
+        assert_product(statistics.C, x_original - x, x, 2**-9)
+    else:
+        assert_product(statistics.S, (x_original - x) @ W.double().T + (h_original - h if residual else 0), x, 2**-8)
 
 
 @pytest.fixture
@@ -191,12 +205,12 @@ def test_the_precision_of_products_is_lowered_for_bfloat16_only_and_restored(mon
             raise RuntimeError("a bug")
 
     seen = []
-    monkeypatch.setattr(quant, "accumulate_hessian", record)
+    monkeypatch.setattr(hessian, "accumulate_hessian", record)
     precision(before)
     if fails:
         with pytest.raises(RuntimeError, match="a bug"):
-            summed(tokens(), dtype=dtype)
+            summed(weights(O, I), tokens(), dtype=dtype)
     else:
-        summed(tokens(), dtype=dtype)
+        summed(weights(O, I), tokens(), dtype=dtype)
     assert set(seen) == {during or before}
     assert MATMUL.fp32_precision == before
