@@ -83,6 +83,15 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
     return _cached(_calibration_windows, source, tokenizer, nsamples, seqlen, seed)
 
 
+def text_to_tokenize(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> int:
+    """Bytes of a local text that `calibration_windows` would tokenize at once: none if its windows are in the cache. 0 for a corpus of
+    the hub, which may not be here yet."""
+    check_source(source)
+    if source in CORPORA or _cache_file(_calibration_windows, source, tokenizer, nsamples, seqlen, seed).is_file():
+        return 0
+    return Path(source).stat().st_size
+
+
 def _calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
     if source not in CORPORA:
         return _random_windows(_tokens("\n\n".join(_local_documents(source)), tokenizer), nsamples, seqlen, seed, source)
@@ -128,9 +137,7 @@ def _cached(make: Callable[..., torch.Tensor], source: str, tokenizer, *settings
     from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    text = repr(CORPORA[source]) if source in CORPORA else hashlib.sha256(Path(source).read_bytes()).hexdigest() + Path(source).suffix
-    key = hashlib.sha256(repr((CACHE_VERSION, make.__name__, text, _fingerprint(tokenizer), settings)).encode()).hexdigest()
-    file = cache_folder() / f"{key[:32]}.safetensors"
+    file = _cache_file(make, source, tokenizer, *settings)
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         return load_file(file)["windows"]
     windows = make(source, tokenizer, *settings)
@@ -140,6 +147,12 @@ def _cached(make: Callable[..., torch.Tensor], source: str, tokenizer, *settings
         save_file({"windows": windows}, partial_file)
         partial_file.replace(file)
     return windows
+
+
+def _cache_file(make: Callable[..., torch.Tensor], source: str, tokenizer, *settings: int) -> Path:
+    text = repr(CORPORA[source]) if source in CORPORA else hashlib.sha256(Path(source).read_bytes()).hexdigest() + Path(source).suffix
+    key = hashlib.sha256(repr((CACHE_VERSION, make.__name__, text, _fingerprint(tokenizer), settings)).encode()).hexdigest()
+    return cache_folder() / f"{key[:32]}.safetensors"
 
 
 def _fingerprint(tokenizer) -> str:

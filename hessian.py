@@ -199,15 +199,15 @@ def accumulate_hessian(H: torch.Tensor, X: torch.Tensor) -> None:
 
 
 def accumulate_product(S: torch.Tensor, A: torch.Tensor, X: torch.Tensor) -> None:
-    """Add A^T X to `S` [J, I] float32 in place; `A` [N, J] and `X` [N, I] of one dtype. An `S` on another device gets its products
-    by panels: theirs is the faster one, and room is scarce there."""
-    if S.device != X.device:
-        for part in panels(S.shape[1]):
-            S[:, part] += _product(A.T, X[:, part]).to(S.device)
-    elif _on_tensor_cores(X):
-        S += _product(A.T, X)
-    else:
+    """Add A^T X to `S` [J, I] float32 in place; `A` [N, J] and `X` [N, I] of one dtype.
+
+    Where the product is made beside `S`, on tensor cores or because `S` lies on another device than the tokens, it comes by panels.
+    """
+    if S.device == X.device and not _on_tensor_cores(X):
         S.addmm_(A.to(S).T, X.to(S))
+        return
+    for part in panels(S.shape[1]):
+        S[:, part] += _product(A.T, X[:, part]).to(S.device)
 
 
 def _product(A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
@@ -304,24 +304,25 @@ def _cholesky_backwards(corner: torch.Tensor) -> torch.Tensor | None:
 # --- products --------------------------------------------------------------------------------------------------
 
 
-def times(A: torch.Tensor, M: "Symmetric | torch.Tensor", whole: bool = False) -> torch.Tensor:
-    """A M, for `A` [J, I] and a symmetric or plain M [I, I], which may lie on another device: it comes by panels.
-
-    whole: `A` holds small whole numbers. They, and the three parts of 8 bits that make up a float32, are exact in bfloat16, and on
-    a GPU three products on tensor cores take a fifth of the time of one in float32.
-    """
+def times(A: torch.Tensor, M: "Symmetric | torch.Tensor") -> torch.Tensor:
+    """A M, for `A` [J, I] and a symmetric or plain M [I, I], which may lie on another device: it comes by panels."""
     found, symmetric = torch.empty_like(A), isinstance(M, Symmetric)
-    in_parts = whole and kernels.on_gpu(A)
     for part in panels(A.shape[1]):
-        if symmetric and not in_parts and M.square.device == A.device:
+        if symmetric and M.square.device == A.device:
             found[:, part] = M.after(A, part)
-            continue
-        columns = (M.rows(part).T if symmetric else M[:, part]).to(A)
-        found[:, part] = _product_in_parts(A, columns) if in_parts else A @ columns
+        else:
+            found[:, part] = A @ (M.rows(part).T if symmetric else M[:, part]).to(A)
     return found
 
 
-def _product_in_parts(A: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+def times_whole(A: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
+    """A M in float32, for an `A` [J, I] of small whole numbers in float32.
+
+    They, and the three parts of 8 bits that make up a float32, are exact in bfloat16, and on a GPU three products on tensor cores
+    take a fifth of the time of one in float32.
+    """
+    if not kernels.on_gpu(A):
+        return A @ M
     A, total = A.bfloat16(), 0
     for _ in range(3):
         part = M.bfloat16()

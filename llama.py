@@ -130,6 +130,8 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
     several ranks the first has a writer, and returns the rows that count.
     """
     kind, folder = run.ranks.from_first(lambda: (run.activations, str(writer.folder)))
+    if (kind == "disk" or run.save_path) and not Path(folder).is_dir():
+        raise InputError(f"{folder}, where rank 0 writes, is not there for rank {run.ranks.rank}: give a --save_path that all machines have")
     with phases("forward"):
         place = Place(kind, run.device, Path(folder), journal.generation, run.ranks)
         stream = model.embed(ids[run.ranks.rows(len(ids))], journal.batch_size or run.batch_size, place, streams(config))
@@ -914,11 +916,11 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
         print(f"fits: the host has {plan.gb(limits.host)}, the disk {plan.gb(limits.disk)}")
 
 
-def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], hardware: str, limits: plan.Limits):
+def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], hardware: str, limits: plan.Limits, text: int = 0):
     """The plan of `run` with its activations where they fit, the function that makes plans of other runs, and the shapes."""
     check_groups(model, config, bits)
     shapes, base = plan.shapes_of(model, run, config, bits), plan.resident_bytes()
-    make = lambda other: plan.make(shapes, other, config, model.dtype, hardware, base)  # noqa: E731
+    make = lambda other: plan.make(shapes, other, config, model.dtype, hardware, base, text)  # noqa: E731
     if run.activations != "auto":
         return make(run), make, shapes
     kinds = [kind for kind in KINDS if hardware != "cpu" or kind != "device"]
@@ -926,16 +928,16 @@ def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], ha
     return next((one for one in plans if not plan.lacks(one, limits)), plans[-1]), make, shapes
 
 
-def checked_plan(model, run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> plan.Plan:
-    """The plan of a run that is to begin here. Raises InputError, with what to change, if device or host are too small for it, unless
-    --force."""
+def checked_plan(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], text: int) -> plan.Plan:
+    """The plan of a run that is to begin here, `text` bytes of text being tokenized first. Raises InputError, with what to change, if
+    device or host are too small for it, unless --force."""
     hardware = plan.name_of(run.device)
     limits = plan.limits_of(hardware, (run.save_path or Path(tempfile.gettempdir())).absolute().parent)
     if run.device.type == "cuda":
         limits = limits._replace(device=torch.cuda.mem_get_info(run.device)[0])
     limits = limits._replace(host=limits.host / run.ranks.local_size, disk=float("inf"))  # the writer knows what is there to be reused
     share = replace(run, nsamples=-(-run.nsamples // run.ranks.size))
-    wanted, make, shapes = planned(model, share, config, bits, hardware, limits)
+    wanted, make, shapes = planned(model, share, config, bits, hardware, limits, text)
     if (missing := plan.lacks(wanted, limits)) and not run.force:
         raise InputError(f"{'; '.join(missing)}: {plan.advice(make, wanted.run, limits, shapes)}, or --force to try")
     run = replace(run, activations=wanted.run.activations)
@@ -958,7 +960,11 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     modelutils.check_seqlen(folder, run.seqlen)
     bits = assigned_bits(model, run, config) if config else {}
     settings = settings_of(run, config, bits) if config else {"method": "none", "base_model": run.model, "versions": versions()}
-    wanted = checked_plan(model, run, config, bits) if config else None
+    tokenizer = modelutils.load_tokenizer(folder)
+    wanted = None
+    if config:
+        text = datautils.text_to_tokenize(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed) if ranks.is_first else 0
+        wanted = checked_plan(model, run, config, bits, text)
     if wanted:
         check_exports(model, run, config, bits)
         run = wanted.run
@@ -972,7 +978,6 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     journal = None
     contents = {"settings": settings, "run": vars(run), "dtype": str(dtype).removeprefix("torch.")}
     try:
-        tokenizer = modelutils.load_tokenizer(folder)
         tests = [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval if ranks.is_first]
         if config:
             ids = torch.empty(run.nsamples, run.seqlen, dtype=torch.int64)

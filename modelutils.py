@@ -189,7 +189,7 @@ class StreamedModel:
                 buffer_owner._buffers[name] = None if buffer is None else buffer.to(device)
         self._calls: dict[tuple[int, int], list] = {}  # (B, T) -> (args, kwargs) of each layer
         self._returns_tuple = False
-        self._reader, self._ahead = ThreadPoolExecutor(1, "reader"), {}  # layer -> what is read of it, one at most
+        self._reader = ThreadPoolExecutor(1, "reader")
         self.check()
 
     # --- what there is ---
@@ -264,14 +264,13 @@ class StreamedModel:
 
     # --- weights in and out ---
 
-    def _fill(self, names: list[str], stored: dict | None = None) -> None:
-        """Give the named parameters their values on the device; `stored`, emptied here, holds what was read before."""
-        stored = stored or {}
+    def _fill(self, names: list[str]) -> None:
+        """Give the named parameters their values on the device."""
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
             shape = tuple(module._parameters[leaf].shape)
-            value = self.checkpoint.weight(self._source(name), shape, self.dtype, self.device, stored.pop(name, None))
+            value = self.checkpoint.weight(self._source(name), shape, self.dtype, self.device)
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _empty(self, names: list[str]) -> None:
@@ -283,23 +282,16 @@ class StreamedModel:
     @contextlib.contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
         """Decoder layer `index` with its weights on the device, for as long as the block lasts. Those of layer `following` are read
-        into host memory meanwhile."""
-        names, ahead = self._layer_names(index), self._ahead.pop(index, None)
-        self._ahead.clear()
-        self._fill(names, ahead and ahead.result())
+        ahead meanwhile."""
+        names = [self.layer_prefix(index) + name for name, _ in self.layers[index].named_parameters()]
+        self._fill(names)
         if following is not None:
-            self._ahead[following] = self._reader.submit(self._read, self._layer_names(following))
+            self._reader.submit(self.checkpoint.read_ahead, self.layer_prefix(following))
         try:
             yield self.layers[index]
         finally:
             self._empty(names)
             release_memory()
-
-    def _layer_names(self, index: int) -> list[str]:
-        return [self.layer_prefix(index) + name for name, _ in self.layers[index].named_parameters()]
-
-    def _read(self, names: list[str]) -> dict:
-        return {name: self.checkpoint.stored(self._source(name), tuple(self.model.get_parameter(name).shape)) for name in names}
 
     # --- running ---
 

@@ -3,7 +3,7 @@
 Pure functions of a model's shapes (config and shard headers; no weight is read), of the run's settings and of a machine. Peaks
 are sums of what lives at the same time, phase by phase, so a formula here describes what llama.py, quant.py and modelutils.py
 hold; the tests compare them with measured peaks. Times are operations over rated speed, times what is usually reached of it.
-Not planned: the text's tokens, and groups that --true-sequential splits for their size.
+Not planned: the tokens of a corpus from the hub, and groups that --true-sequential splits for their size.
 Legend: n sequences, T tokens a sequence, D hidden size, O rows, I columns, K = 2**bits levels; sizes in bytes.
 """
 
@@ -18,17 +18,17 @@ from typing import NamedTuple
 import torch
 
 import quant
+from hessian import PANEL, sums_outputs
 from leanquant.linear import free_host_bytes
 from leanquant.packing import packed_width
 
 FLOAT = 4  # Hessians, and weights while they are solved
-# Solving holds so many matrices of the size of the rows that are solved (quant.py): to make the target, weights, shift, its
-# product, target and a reordering of it; then the target, two reorderings and codes; then the target, values, errors and codes.
-TARGET_COPIES, SOLVE_COPIES, REFINE_COPIES = 5.0, 3.75, 3.75
-# H and L in factorize, U and its inverse in damped_hessian, each with panels of 1024 columns.
-FACTOR_COPIES = 2
+# Solving holds so many matrices of the size of the rows that are solved (quant.py): to make the target, weights, shift and a reordering
+# of it; then the target, two reorderings and codes; then the target, values, errors and codes.
+TARGET_COPIES, SOLVE_COPIES, REFINE_COPIES = 3.0, 3.75, 3.75
 WHERE = {"device": "on the device", "host": "in host memory", "disk": "on the disk"}  # activations
 KMEANS_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # of a chunk, at 60 bytes (leanquant_grid.kmeans_levels)
+TOKENIZING = 150  # bytes for each of a text's (SmolLM2's tokenizer, 2.3 MB of English), until its windows are cut
 LATER_LIBRARIES = 45e6  # buffers of MKL and threads, that a run's first products bring
 REACHED = 0.5  # of a rated speed
 CUDA_CONTEXT, CUDA_HOST = 0.6e9, 2.5e9  # what CUDA itself takes on the device and, with its libraries, on the host
@@ -94,11 +94,12 @@ class Shapes:
 
 @dataclass
 class Phase:
-    """What a phase of the run does in all: operations, those of them with 16-bit factors, bytes that it reads and writes in memory and
-    over the link to the device."""
+    """What a phase of the run does in all: operations, those of them with 16-bit factors, those that a GPU leaves to the host, bytes
+    that it reads and writes in memory and over the link to the device."""
 
     operations: float = 0.0
     fast: float = 0.0
+    on_host: float = 0.0
     bytes: float = 0.0
     link: float = 0.0
 
@@ -192,19 +193,21 @@ def live_bytes(shapes: Shapes, run, config, itemsize: int) -> int:
 # --- the plan --------------------------------------------------------------------------------------------------
 
 
-def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: float) -> Plan:
-    """The plan of `run` on one of HARDWARE. base: bytes that a process of ours takes before it reads a weight."""
+def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: float, text: int = 0) -> Plan:
+    """The plan of `run` on one of HARDWARE. base: bytes that a process of ours takes before it reads a weight; text: bytes of the text
+    that it tokenizes."""
     on_gpu, d = hardware != "cpu", dtype.itemsize
     live = live_bytes(shapes, run, config, d)
     peaks = [_embedding(shapes, d), _outside(shapes)]
-    for number, layer in enumerate(shapes.layers):
-        ahead = shapes.layers[number + 1].stored if number + 1 < len(shapes.layers) else 0
-        peaks += [needs | {"the next layer": (0, ahead, 0)} for needs in _layer_needs(layer, shapes, run, config, dtype, hardware)]
+    for layer in shapes.layers:
+        peaks += _layer_needs(layer, shapes, run, config, dtype, hardware)
     device, other = _largest(peaks, 0), _largest(peaks, 2)
     host = _largest(peaks, 1) if on_gpu else _largest(peaks, 0, 1)
     where = _activations(live, run, d, shapes, on_gpu)
     device = (device | {"activations": where[0], "CUDA": CUDA_CONTEXT}) if on_gpu else {}
     host |= {"activations": where[1] if on_gpu else sum(where), "Python and libraries": base + LATER_LIBRARIES + CUDA_HOST * on_gpu}
+    before = {"the text's tokens": TOKENIZING * text, "Python and libraries": base + CUDA_HOST * on_gpu}
+    host = max(host, before, key=lambda needs: sum(needs.values()))
     phases = _phases(shapes, run, config, dtype, on_gpu, hardware)
     disk, read, written = _disk(shapes, run, live)
     seconds = {name: _seconds(phase, HARDWARE[hardware], on_gpu) for name, phase in phases.items()}
@@ -250,7 +253,7 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
     """For each moment of a layer that can be the peak: what is held, as bytes of (device, host, other device) by name.
 
     While group g is solved the device holds the layer, the original weights of the linears that were replaced so far (with
-    --shift), the statistics of g, H in the memory of which U comes to lie, and the solver's copies of the rows that are solved at a time.
+    --shift), the statistics of g, the factor in the memory of H, and the solver's copies of the rows that are solved at a time.
     """
     d, on_gpu, shift = dtype.itemsize, hardware != "cpu", config.shift > 0
     forward = _forward_bytes(layer, shapes, run, dtype, on_gpu)
@@ -264,30 +267,24 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             if on_gpu and group.columns >= run.offload_threshold:
                 side = 2 if run.hessian_device and run.hessian_device.type == "cuda" else 1
             weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0)}
-            square = FLOAT * group.columns**2
-            rest = _statistics(group, config) - square + sum(all_statistics[number + 1 :])
+            held = sum(all_statistics[number:])
             if number == 0:
                 seen = run.batch_size * run.seqlen * (group.columns + shapes.hidden) * d * (1 + shift)
                 wide = run.batch_size * run.seqlen * group.columns * FLOAT * (2 if shift else 1) * (d < FLOAT or shift)
-                yield weights | {"forward pass": (forward + seen + wide, 0, 0)} | _placed("Hessians", sum(all_statistics), side)
+                panel = FLOAT * PANEL * group.columns * on_gpu
+                yield weights | {"forward pass": (forward + seen + wide + panel, 0, 0)} | _placed("Hessians", held, side)
+            yield weights | _placed("Hessians", held + 3 * FLOAT * PANEL * group.columns, side)  # with panels of the factorization
             rows = quant.row_pieces(sum(group.rows), group.columns)[0].stop
-            matrix, panels = FLOAT * rows * group.columns, 3 * FLOAT * 1024 * group.columns
+            matrix = FLOAT * rows * group.columns
             done = sum(group.rows) * group.columns * 2  # codes, and once more where pieces are joined
             chunk = 60 * min(KMEANS_ELEMENTS["cuda" if on_gpu else "cpu"], rows * group.columns)
-            yield weights | _placed("factorization", FACTOR_COPIES * square + panels + rest, side)
-            alone = len(group.rows) == 1
-            waiting = FLOAT * sum(group.rows) * group.columns - matrix if alone else 0  # targets of other pieces
-            if shift:
-                yield weights | {"solver": (TARGET_COPIES * matrix + waiting, 0, 0)} | _placed("Hessians", square + rest, side)
-            if alone:
-                rest -= _statistics(group, config) - square
-            if config.refine:
-                squares = FACTOR_COPIES * square + panels + rest
-                yield weights | {"solver": (matrix + waiting, 0, 0)} | _placed("Hessians", squares, side)
-            squares = _placed("Hessians", square * (1 + (config.refine > 0)) + rest, side)
-            yield weights | {"grid": (matrix + chunk + done + waiting, 0, 0)} | squares
-            copies = REFINE_COPIES if config.refine else SOLVE_COPIES
-            yield weights | {"solver": (copies * matrix + done + waiting, 0, 0)} | squares
+            for moment, copies, more in (
+                ("target", TARGET_COPIES * shift, 0),
+                ("grid", 1, chunk + done),
+                ("solver", REFINE_COPIES if config.refine else SOLVE_COPIES, done),
+            ):
+                panel = 2 * FLOAT * PANEL * group.columns  # of the factor or of H, and what it is made of
+                yield weights | {moment: (copies * matrix + more + panel, 0, 0)} | _placed("Hessians", held, side)
             replaced += sum(group.rows) * group.columns
     yield {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "forward pass": (forward, 0, 0)}
 
@@ -297,10 +294,15 @@ def _placed(name: str, size: float, side: int) -> dict:
 
 
 def _statistics(group: LayerGroup, config) -> float:
-    """H and, with --shift, C [I, I], and R [O, I] where the group writes to the residual stream."""
-    shift = config.shift > 0
-    squares = (1 + shift) * group.columns**2
-    return FLOAT * (squares + shift * config.residual * group.residual * group.rows[0] * group.columns)
+    """H [I, I] and, with --shift, C [I, I] or S [O, I]."""
+    return FLOAT * group.columns * (group.columns + _shift_rows(group, config))
+
+
+def _shift_rows(group: LayerGroup, config) -> int:
+    """Of what --shift sums beside H (hessian.Statistics)."""
+    O, I = sum(group.rows), group.columns
+    outputs = sums_outputs(O, I, config.residual and group.residual)
+    return 0 if config.shift == 0 else O if outputs else I
 
 
 def _forward_bytes(layer: Layer, shapes: Shapes, run, dtype: torch.dtype, on_gpu: bool) -> float:
@@ -346,6 +348,8 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
             phases["forward"].operations += (1 + shift) * times * 2 * group.share * tokens * O * I
             if group.bits < 16:
                 _add_group(phases, O, I, group, tokens * group.share, config)
+                if on_gpu and I >= run.offload_threshold:
+                    _add_far(phases, O, I, group, run, config)
         attention = 2 * tokens * run.seqlen * shapes.attention  # half of all pairs, scores and values, 2 operations each
         phases["forward"].operations += (1 + shift) * max(passes, default=1) * attention
         moved = (1 + shift) * tokens * shapes.hidden * d * (len(layer.groups) + 2)
@@ -353,7 +357,7 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
     if on_gpu:
         for name in ("forward", "hessian") if d == 2 else ():
             phases[name].fast = phases[name].operations
-        phases["refine"].operations += 2 * phases["refine"].fast  # a product in float32 is three of bfloat16 (quant._products_with)
+        phases["refine"].operations += 2 * phases["refine"].fast  # a product in float32 is three of bfloat16 (hessian.times_whole)
         phases["refine"].fast *= 3
     else:
         phases["refine"].fast = 0.0
@@ -367,8 +371,9 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
     panels = 1.0 if I < 1024 else 5 / 8  # H's upper triangle by panels
     per_token = 2 * squares * panels
     if config.shift:
-        per_token += 2 * squares + 2 * O * I * (group.residual and config.residual)
-        phases["target"].operations += 6 * O * squares  # W C, and U^T U from the right
+        outputs = sums_outputs(O, I, config.residual and group.residual)
+        per_token += 4 * O * I if outputs else 2 * squares
+        phases["target"].operations += (2 if outputs else 4) * O * squares  # U^T U from the right, each half of a square, and W C
     phases["hessian"].operations += tokens * per_token
     phases["factorization"].operations += squares * I * 2 / 3  # Cholesky, triangular inverse
     if config.grid == "nonuniform":
@@ -382,9 +387,22 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
     if config.refine:
         unknowns = K if config.grid == "nonuniform" else max(1, I // max(config.groupsize, 1)) if config.groupsize != -1 else 1
         sweeps, fits = config.refine + 1, config.refine
-        phases["refine"].operations += 2 * O * squares * (sweeps + fits * (unknowns + 2) + 1) + squares * I * 2 / 3
+        phases["refine"].operations += 2 * O * squares * (sweeps + fits * (unknowns + 2) + 1)
         phases["refine"].fast += 2 * O * squares * fits * unknowns
         phases["refine"].bytes += 60 * O * I * sweeps
+
+
+def _add_far(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, run, config) -> None:
+    """What a group takes longer because its Hessian lies on the host, or on another GPU: sums go there once a batch, factor and Hessian
+    come back for every piece of rows, the factorization is made there."""
+    square, pieces = FLOAT * I * I, len(quant.row_pieces(O, I))
+    batches = -(-run.nsamples // run.batch_size)
+    phases["hessian"].link += batches * (square * 5 / 8 + FLOAT * I * _shift_rows(group, config))  # its upper triangle, by panels
+    phases["target"].link += square * pieces * (config.shift > 0)
+    phases["solve"].link += square * pieces / 2
+    phases["refine"].link += square * pieces * (4 * config.refine + 2)  # sweeps, fits, two losses each, and one more of both
+    if not (run.hessian_device and run.hessian_device.type == "cuda"):
+        phases["factorization"].on_host += I**3 * 2 / 3
 
 
 def _passes(layer: Layer, true_sequential: bool) -> list[int]:
@@ -404,8 +422,9 @@ def _passes(layer: Layer, true_sequential: bool) -> list[int]:
 def _seconds(phase: Phase, hardware: Hardware, on_gpu: bool) -> float:
     """What limits it: operations, memory, or the link, each at half its rated speed; a CPU's speeds are those of one core."""
     cores = 1 if on_gpu else torch.get_num_threads()
-    rated = (phase.operations - phase.fast) / hardware.single + phase.fast / hardware.half
-    work = rated / (cores * (REACHED if on_gpu else 1)) + phase.bytes / (hardware.bandwidth * cores * REACHED)
+    rated = (phase.operations - phase.fast - phase.on_host) / hardware.single + phase.fast / hardware.half
+    on_host = phase.on_host / (HARDWARE["cpu"].single * torch.get_num_threads())
+    work = on_host + rated / (cores * (REACHED if on_gpu else 1)) + phase.bytes / (hardware.bandwidth * cores * REACHED)
     return max(work, phase.link / (hardware.link * REACHED))
 
 

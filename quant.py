@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from hessian import Factor, Statistics, Symmetric, Triangular, times, times_inverse_
+from hessian import Factor, Statistics, Symmetric, Triangular, panels, times, times_inverse_, times_whole
 from leanquant import kernels
 from leanquant.packing import affine_levels
 from leanquant_grid import (
@@ -204,7 +204,9 @@ def shifted_target(W: torch.Tensor, shift: torch.Tensor, factor: Factor) -> torc
     make S noisy, and the whole step would fit that noise.
     """
     order = factor.order.to(W.device)
-    step = times_inverse_(shift[:, order], factor.U)
+    step = shift[:, order]
+    del shift  # which may be the last to know of it
+    times_inverse_(step, factor.U)
     return step[:, torch.argsort(order)].add_(W)
 
 
@@ -280,18 +282,21 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, con
     Rows that lose by it (through rounding) keep what they have.
     """
     old = grid.levels.squeeze(1) if grid.affine is None else grid.affine.scale
-    fitted, chunk = [], max(1, (2**21 if W.device.type == "cpu" else 2**26) // (old.shape[1] * W.shape[1]))
-    for start in range(0, len(W), chunk):
-        rows = slice(start, start + chunk)
-        B = _basis(codes[rows], grid.rows(rows))
-        BH = times(B.view(-1, B.shape[2]), H, whole=True).view(B.shape)
-        A = (BH @ B.transpose(1, 2)).double()
-        b = (BH @ W[rows].unsqueeze(2)).double().squeeze(2)
-        ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
-        ridge = torch.where(ridge > 0, ridge, 1)  # a row of codes that all stand for 0 says nothing about its scale
-        A += ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
-        fitted.append(torch.linalg.solve(A, b + ridge.squeeze(2) * old[rows].double()))
-    fitted = torch.cat(fitted).float()
+    chunk = max(1, (2**21 if W.device.type == "cpu" else 2**26) // (old.shape[1] * W.shape[1]))
+    A = torch.zeros(*old.shape, old.shape[1], dtype=torch.float64, device=W.device)
+    b = torch.zeros(old.shape, dtype=torch.float64, device=W.device)
+    for part in panels(W.shape[1]):
+        H_columns = H.rows(part).T.to(W.device)  # once for all rows: it may come from afar
+        for start in range(0, len(W), chunk):
+            rows = slice(start, start + chunk)
+            B = _basis(codes[rows], grid.rows(rows))
+            BH = times_whole(B.view(-1, B.shape[2]), H_columns).view(*B.shape[:2], -1)
+            A[rows] += BH @ B[:, :, part].transpose(1, 2)
+            b[rows] += (BH @ W[rows, part].unsqueeze(2)).squeeze(2)
+    ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
+    ridge = torch.where(ridge > 0, ridge, 1)  # a row of codes that all stand for 0 says nothing about its scale
+    A += ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+    fitted = torch.linalg.solve(A, b + ridge.squeeze(2) * old.double()).float()
     if grid.affine is None:
         new = Grid(rounded(fitted.sort(1).values, config).unsqueeze(1), None)
     else:

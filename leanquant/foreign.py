@@ -84,6 +84,9 @@ class ForeignCheckpoint(Checkpoint):
             self.files[linear + suffix] = self._raw.files[names[self.layout.required[0]]]
             self.shapes[linear + suffix], self.dtypes[linear + suffix] = shape, ITEM[suffix]
 
+    def read_ahead(self, prefix: str) -> None:
+        self._raw.read_ahead(prefix)
+
     def get(self, name: str) -> torch.Tensor:
         linear, _, leaf = name.rpartition(".")
         if linear not in self._sizes or "." + leaf not in ITEM:

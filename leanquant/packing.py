@@ -267,6 +267,17 @@ class Checkpoint:
             raise InputError(f"{name} cannot be read from {self.files[name]} ({reason}): check the disk, or copy the file again") from None
         return tensor
 
+    def read_ahead(self, prefix: str, buffer: int = 2**22) -> None:
+        """Bring the tensors whose names begin with `prefix` into the system's cache, which takes no memory from anyone who needs it.
+        What cannot be read is left for `get` to name."""
+        piece = memoryview(bytearray(buffer))
+        for name in [name for name in self.files if name.startswith(prefix)]:
+            with contextlib.suppress(OSError), open(self.files[name], "rb", buffering=0) as f:
+                f.seek(self.offsets[name])
+                left = self.tensor_bytes(name)
+                while left > 0 and (count := f.readinto(piece[: min(left, buffer)])):
+                    left -= count
+
     def tensor_bytes(self, name: str) -> int:
         """Bytes tensor `name` takes in its file."""
         return math.prod(self.shapes[name]) * TORCH_DTYPES[self.dtypes[name]].itemsize
@@ -405,23 +416,16 @@ class Checkpoint:
         found = {suffix: self.shapes.get(linear + suffix) for suffix in kinds}
         return PackedLinear(*(s and torch.empty(s, dtype=kinds[suffix], device="meta") for suffix, s in found.items()))
 
-    def stored(self, name: str, shape: tuple[int, ...]) -> "PackedLinear | torch.Tensor":
-        """What `weight` makes tensor `name` of, as it lies in the file, in host memory."""
-        linear = name.removesuffix(".weight")
-        return self.packed(linear, *shape) if name not in self and self.is_quantized(linear) else self.get(name)
-
-    def weight(
-        self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", stored=None
-    ) -> torch.Tensor:
-        """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's; `stored`, if that was read before.
+    def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
+        """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's.
 
         Raises InputError unless it has `shape` and finite values.
         """
-        stored = self.stored(name, shape) if stored is None else stored
-        if isinstance(stored, PackedLinear):
-            tensor = stored.to(device).dequantize(self.bits_of(name.removesuffix(".weight")), shape[1], dtype)
+        linear = name.removesuffix(".weight")
+        if name not in self and self.is_quantized(linear):
+            tensor = self.packed(linear, *shape).to(device).dequantize(self.bits_of(linear), shape[1], dtype)
         else:
-            tensor = stored.to(device, dtype)
+            tensor = self.get(name).to(device, dtype)
             if not is_finite(tensor):
                 raise InputError(f"{name} holds NaN or infinity, or more than {dtype} can: the file is damaged, or needs another dtype")
         if tensor.shape != torch.Size(shape):

@@ -61,7 +61,7 @@ def real_rows(folder: Path, calibration: Path, count: int) -> list[tuple[torch.T
             hessians = [torch.zeros(width, width) for width in widths]
             for seen in model.inputs(index, stream, groups) if groups else ():
                 for H, (X, _) in zip(hessians, seen, strict=True):
-                    quant.accumulate_hessian(H, X.flatten(0, -2))
+                    hessian.accumulate_hessian(H, X.flatten(0, -2))
             for group, H in zip(groups, hessians, strict=True):
                 factor = hessian.factorize(H / ids.numel(), 0.1, True)
                 a = torch.empty(len(H), dtype=torch.float64)

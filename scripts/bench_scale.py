@@ -102,7 +102,7 @@ def make_tokenizer(folder: Path) -> None:
 
 def settings(args: argparse.Namespace) -> list[str]:
     recipe = ["--wbits", "4", "--exponent", "4", "--true-sequential", "--act-order", "--percdamp", "0.1"]
-    return [*recipe, "--recipe", args.recipe]
+    return [*recipe, *args.flags.split()]
 
 
 def run(name: str, args: argparse.Namespace) -> dict:
@@ -128,7 +128,7 @@ def run(name: str, args: argparse.Namespace) -> dict:
         "layers": args.layers,
         "tokens": args.nsamples * args.seqlen,
         "activations": args.activations,
-        "recipe": args.recipe,
+        "flags": args.flags,
         "checkpoint_gb": config_bytes(name, args.layers) / 1e9,
         "checkpoint_gb_on_disk": on_disk / 1e9,
         "seconds": seconds,
@@ -182,7 +182,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--activations", default="disk", choices=["auto", "device", "host", "disk"])
-    parser.add_argument("--recipe", default="best", choices=["best", "published"])
+    parser.add_argument("--flags", default="", help="further flags of llama.py, as one word: '--recipe published'")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for the checkpoint, sparse, and the results")
     parser.add_argument("--out", type=Path, help="JSON file for the results; those of earlier runs in it stay")
     return parser.parse_args(argv)

@@ -34,7 +34,7 @@ SERVER = """
 import json, os, signal, sys, time
 import torch
 torch.set_num_threads(1)
-import datautils, journal, llama, quant, ranks, torch._dynamo, transformers.models.llama.modeling_llama
+import datautils, hessian, journal, llama, quant, ranks, torch._dynamo, transformers.models.llama.modeling_llama
 from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -311,7 +311,7 @@ def test_a_fault_of_our_own_shows_its_trace_once(launch, command, tmp_path):
 
 
 def test_a_hessian_without_factor_is_rounded_on_all_ranks(launch, command, tmp_path):
-    hook = "quant._cholesky = lambda H: None"
+    hook = "hessian._cholesky_backwards = lambda H: None"
     codes, printed = launch(2, command(tmp_path / "q.safetensors", "--report", tmp_path / "r.json"), hook)
     assert codes == {} and printed.count("cannot be factorized") == 4 * LAYERS
     rows = json.loads((tmp_path / "r.json").read_text())["linears"]

@@ -165,7 +165,7 @@ def test_products_in_three_parts_are_as_exact_as_float32(launches):
     H = H.T @ H
     B = torch.randint(0, 16, (64, 300), generator=generator).float()
     exact = B.double() @ H.double()
-    error, float32_error = ((product.double() - exact).norm() for product in (hessian.times(B, H, whole=True), B @ H))
+    error, float32_error = ((product.double() - exact).norm() for product in (hessian.times_whole(B, H), B @ H))
     assert error <= 2 * float32_error
 
 
@@ -444,7 +444,7 @@ class TestOnTheGpu:
         H = torch.randn(700, 700, device="cuda")
         B = torch.randint(0, 16, (64, 700), device="cuda").float()
         exact = B.double() @ H.double()
-        assert (hessian.times(B, H, whole=True).double() - exact).norm() <= 1e-6 * exact.norm()
+        assert (hessian.times_whole(B, H).double() - exact).norm() <= 1e-6 * exact.norm()
 
     @pytest.mark.parametrize("grid", ["nonuniform", "affine"])
     def test_the_recipe_for_a_stack_of_linears(self, grid, monkeypatch):

@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import hessian
 import llama
-import quant
 from leanquant import InputError
 from leanquant.packing import Checkpoint
 from test_modelutils import random_ids, stream
@@ -76,13 +76,13 @@ def test_activations_that_are_not_finite_stop_a_layer_and_name_the_linear(model,
 
 def test_the_unquantized_models_numbers_count_too(model, text_file, tmp_path, capsys, monkeypatch):
     """Its inputs make the target: where only they overflow, the run stops as well."""
-    real = quant.Statistics.add
+    real = hessian.Statistics.add
 
     def add(self, ours, theirs):
         theirs.X[0, 0, 0] = float("inf")
         return real(self, ours, theirs)
 
-    monkeypatch.setattr(quant.Statistics, "add", add)
+    monkeypatch.setattr(hessian.Statistics, "add", add)
     assert run(model, text_file, *OPTIONS, "--save_path", tmp_path / "q.safetensors") == 2
     assert "layer 0: the input of self_attn.q_proj, self_attn.k_proj, self_attn.v_proj" in capsys.readouterr().err
 
@@ -92,7 +92,7 @@ def test_the_unquantized_models_numbers_count_too(model, text_file, tmp_path, ca
 
 def failing_cholesky(monkeypatch, times: int, width: int = 96):
     """The first so many factorizations of this width fail."""
-    real, failed = quant._cholesky, []
+    real, failed = hessian._cholesky_backwards, []
 
     def cholesky(H):
         if len(H) == width and len(failed) < times:
@@ -100,7 +100,7 @@ def failing_cholesky(monkeypatch, times: int, width: int = 96):
             return None
         return real(H)
 
-    monkeypatch.setattr(quant, "_cholesky", cholesky)
+    monkeypatch.setattr(hessian, "_cholesky_backwards", cholesky)
 
 
 def test_more_damping_is_said_with_the_names_of_the_linears(model, text_file, monkeypatch):

@@ -98,15 +98,15 @@ def test_the_disk_is_as_planned(tmp_path, tiny_model, text_file, monkeypatch):
 # --- against shapes --------------------------------------------------------------------------------------------
 
 
-def test_a_config_is_enough_and_says_what_405b_takes(large_config, tmp_path):
-    found = planned(
-        large_config, "--plan", "l40s", "--nsamples", 64, "--activations", "disk", "--hessian_device", "cuda:1", tmp_path=tmp_path
-    )
+@pytest.mark.parametrize("second", [False, True], ids=["one gpu", "two gpus"])
+def test_a_config_is_enough_and_says_that_405b_fits_24_gb(large_config, tmp_path, second):
+    options = ["--hessian_device", "cuda:1"] if second else []
+    found = planned(large_config, "--plan", "4090", "--nsamples", 64, "--activations", "disk", *options, tmp_path=tmp_path)
     D, I, layer = 16384, 53248, 2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248
-    assert found["host"]["copied tensors"] == 2 * 2 * 128256 * D > 2 * layer, "embeddings, which take more than the next layer"
     assert found["device"]["layer"] >= 2 * (layer + 2 * D)
-    assert sum(found["other_device"].values()) >= 4 * (3 * I**2 + D * I), "H twice, C, R"
-    assert sum(found["other_device"].values()) < 48e9 and found["device_peak_bytes"] < 24e9 and found["host_peak_bytes"] < 24e9
+    widest = found["other_device" if second else "host"]["Hessians"]
+    assert 4 * (I**2 + D * I) < widest < 1.05 * 4 * (I**2 + D * I), "H and its factor in one square, S, panels"
+    assert found["device_peak_bytes"] < 24e9 and found["host_peak_bytes"] < 24e9
     tokens, streams = 64 * 2048, 2
     once = 2 * tokens * streams * 126 * layer
     assert once < found["operations"]["forward"] < 2 * once, "attention's first linears and the mlp's pass twice"
