@@ -85,11 +85,9 @@ def quantize_theirs(variant: str, groupsize: str, calibration: str, out: str) ->
     windows = [{"input_ids": row.tolist(), "attention_mask": [1] * SEQLEN} for row in ids]
     config = QuantizeConfig(bits=BITS, group_size=int(groupsize), device="cpu", offload_to_disk=False, **VARIANTS[variant])
     model = GPTQModel.load(str(MODEL), config, dtype=torch.float32)
-    start = time.perf_counter()
     model.quantize(windows, batch_size=2)
-    seconds = time.perf_counter() - start
-    model.save(out)
-    Path(out, "seconds.txt").write_text(f"{seconds:.1f}")
+    model.save(out + ".partial")
+    Path(out + ".partial").rename(out)
 
 
 class WideProducts(TorchFunctionMode):
@@ -144,15 +142,15 @@ def main() -> None:
     own = ours["perplexity"][0]["perplexity"]
     through = measured(exported, test, args.folder / f"awq-{args.groupsize}.json")["perplexity"]
     rows = {
-        "leanquant affine, its own file": {"perplexity": own, "seconds": round(ours["quantization_seconds"], 1)},
+        "leanquant affine, its own file": {"perplexity": own},
         "leanquant affine, exported to awq, through transformers": {"perplexity": through},
     }
     for number, variant in enumerate(VARIANTS):
         folder = args.folder / f"theirs-{args.groupsize}-{number}"
-        if not (folder / "seconds.txt").is_file():
+        if not (folder / "config.json").is_file():
             run_alone("quantize", variant, str(args.groupsize), str(calibration), str(folder))
         row = measured(folder, test, args.folder / f"theirs-{args.groupsize}-{number}.json")
-        rows[variant] = {"perplexity": row["perplexity"], "seconds": float((folder / "seconds.txt").read_text())}
+        rows[variant] = {"perplexity": row["perplexity"]}
         write(args, rows, cost, through / own - 1)
     for name, row in rows.items():
         print(f"{name}: {row['perplexity']:.4f}")

@@ -157,6 +157,7 @@ def planned(name: str, hardware: str, second_gpu: bool, args: argparse.Namespace
         command += ["--activations", "disk", "--save_path", f"{work}/out.safetensors"] + ["--hessian_device", "cuda:1"] * second_gpu
         command += ["--report", f"{work}/plan.json"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        text = text.partition("does not fit")[0].partition("fits:")[0]  # this machine, which does not matter here
         contents = json.loads(Path(f"{work}/plan.json").read_text())["plan"]
     gigabytes = {key: contents[key] / 1e9 for key in ("host_peak_bytes", "device_peak_bytes", "disk", "read", "written")}
     other = sum(contents["other_device"].values()) / 1e9
@@ -209,7 +210,7 @@ def main() -> None:
 
 
 def same(old: dict, new: dict) -> bool:
-    return all(old.get(key) == new.get(key) for key in ("model", "measured", "hardware", "second_gpu", "recipe", "tokens", "layers"))
+    return all(old.get(key) == new.get(key) for key in ("model", "measured", "hardware", "second_gpu", "flags", "tokens", "layers"))
 
 
 if __name__ == "__main__":

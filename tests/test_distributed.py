@@ -210,12 +210,13 @@ def test_ranks_differ_from_one_process_no_more_than_it_does_when_it_sums_in_anot
     launch, command, alone, test_text, tmp_path, count, options
 ):
     """7 windows, 3 or 4 of them, or 2 or 3, a rank. A tiny random model makes of one last bit ever more different codes from layer
-    to layer: the first layer is to be nearly the same, and all of it as much the same as with batches of another size."""
+    to layer (of a run with batches of 1, 2 or 4, 86 to 93 % are those of one with all 7): the first layer is to be nearly the same,
+    and all of it as much the same as with batches of some other size."""
     path, report = tmp_path / "q.safetensors", tmp_path / "r.json"
     assert launch(count, command(path, "--eval", test_text, "--report", report, *options))[0] == {}
-    reference, other_order = alone(*options), alone(*options, "--batch_size", "2")
+    reference, others = alone(*options), [alone(*options, "--batch_size", size)[0] for size in ("1", "2", "4")]
     assert equal_codes(path, reference[0], [0]) >= 0.99
-    assert equal_codes(path, reference[0]) >= equal_codes(other_order[0], reference[0]) - 0.05
+    assert equal_codes(path, reference[0]) >= min(equal_codes(other, reference[0]) for other in others) - 0.05
     values = [r["perplexity"][0]["perplexity"] for r in (json.loads(report.read_text()), reference[1])]
     assert abs(values[0] / values[1] - 1) < 0.05
 
