@@ -107,10 +107,10 @@ class Factor(NamedTuple):
 class Statistics:
     """Sums, then means, over tokens of products of a group's input x [I]; x' is the unquantized model's.
 
-    H [I, I]: x x^T, upper triangle. With a shift, what the quantized model's streams lack, in one of two forms, the smaller one:
-    C [I, I], (x' - x) x^T, where the linears have more outputs than inputs; or S [O, I], (W (x' - x) + h' - h) x^T, W the
-    original weights of all linears stacked, h' and h the residual streams that the group's one linear writes to (`residual`). The
-    other is None. tokens: how many.
+    H [I, I]: x x^T, upper triangle. With a shift, what the quantized model's streams lack, in one of two forms: S [O, I],
+    (W (x' - x) + h' - h) x^T, W the original weights of all linears stacked, h' and h the residual streams that the group's one
+    linear writes to (`residual`); or, where nothing is written there and it is smaller, C [I, I], (x' - x) x^T. The other is None.
+    tokens: how many.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], shift: bool, residual: bool, device: torch.device):
@@ -139,7 +139,8 @@ class Statistics:
     def _lacking(self, ours, theirs, X: torch.Tensor) -> torch.Tensor:
         """W (x' - x) + h' - h, float32 [N, O]."""
         difference = _difference(theirs.X, X).to(X)
-        found = torch.cat([_product(difference, weight.T) for weight in self._weights], 1)
+        products = [_product(difference, weight.T) for weight in self._weights]
+        found = products[0] if len(products) == 1 else torch.cat(products, 1)
         return found.add_(_difference(theirs.residual, ours.residual).to(found)) if self._residual else found
 
     def sums(self) -> list[torch.Tensor]:
@@ -158,6 +159,11 @@ class Statistics:
 def sums_outputs(O: int, I: int, residual: bool) -> bool:
     """Which of its two forms a shift is summed in: S [O, I], or C [I, I]."""
     return residual or O <= I
+
+
+def statistics_size(O: int, I: int, shift: bool, residual: bool) -> int:
+    """How many numbers `Statistics` hold."""
+    return I * (I + shift * (O if sums_outputs(O, I, residual) else I))
 
 
 @contextlib.contextmanager

@@ -131,7 +131,7 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
     """
     kind, folder = run.ranks.from_first(lambda: (run.activations, str(writer.folder)))
     if (kind == "disk" or run.save_path) and not Path(folder).is_dir():
-        raise InputError(f"{folder}, where rank 0 writes, is not there for rank {run.ranks.rank}: give a --save_path that all machines have")
+        raise InputError(f"{folder}, where rank 0 writes, is not there for rank {run.ranks.rank}: give a --save_path that all have")
     with phases("forward"):
         place = Place(kind, run.device, Path(folder), journal.generation, run.ranks)
         stream = model.embed(ids[run.ranks.rows(len(ids))], journal.batch_size or run.batch_size, place, streams(config))
@@ -223,7 +223,9 @@ def stages(model, index: int, groups: list, run: Run, config: quant.QuantConfig,
     for stage in model.stages(index, groups):
         room = 0
         for group in stage:
-            size = model.layers[index].get_submodule(group.linears[0]).weight.shape[1] ** 2 * (2 if config.shift else 1)
+            weights = [model.layers[index].get_submodule(name).weight for name in group.linears]
+            O, I = sum(map(len, weights)), weights[0].shape[1]
+            size = hessian.statistics_size(O, I, config.shift > 0, config.residual and group.residual is not None)
             if size > room:
                 found.append([])
                 room = max(most, size)
@@ -305,7 +307,7 @@ def quantize_group(model, index: int, group, statistics: Statistics, run: Run, c
         stacked = torch.cat([torch.arange(places[name].start, places[name].stop) for name in names])
         mine = run.ranks.rows(sum(sizes))
         matrices = targets(model, index, names, mine, stacked[mine], statistics, factor, its_config, phases)
-        pieces = [quantize_weights(W, factor, its_config, phases) for W in matrices]
+        pieces = list(map(lambda W: quantize_weights(W, factor, its_config, phases), matrices))  # noqa: C417 (which lets go of W in time)
         grids, codes, losses = zip(*pieces, strict=True)
         grid, codes, losses = quant.Grid.joined(grids), torch.cat(codes), torch.cat(losses)
         with phases("solve"):
@@ -893,7 +895,7 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
     wide, args.hessian_device = args.hessian_device, None  # which need not be there
     args.dataset, args.eval = args.dataset or "c4-new", ["none"]
     run = replace(run_settings(args, device, ranks), hessian_device=torch.device(wide) if wide else None)
-    path = Path(args.model)
+    path, text = Path(args.model), 0
     if path.is_file() and path.suffix == ".json":
         stored = modelutils.read_config(path).dtype or torch.bfloat16
         names = {kind: name for name, kind in packing.TORCH_DTYPES.items()}
@@ -904,9 +906,11 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
         checkpoint = packing.Checkpoint.open(folder)
         dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
         model = modelutils.StreamedModel(folder, checkpoint, dtype, torch.device("cpu"))
+        if run.dataset not in datautils.CORPORA:
+            text = datautils.tokenizing_bytes(run.dataset, modelutils.load_tokenizer(folder), run.nsamples, run.seqlen, run.seed)
     config = quant_config(args, model.checkpoint.stored_dtype)
     limits = plan.limits_of(hardware, (run.save_path or Path(tempfile.gettempdir())).absolute().parent)
-    wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits)
+    wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits, text)
     print(plan.as_text(wanted, hardware))
     if run.report:
         run.report.write_text(json.dumps({"plan": wanted.as_dict(), "run": vars(wanted.run)}, indent=2, default=str) + "\n")
@@ -929,14 +933,14 @@ def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], ha
 
 
 def checked_plan(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], text: int) -> plan.Plan:
-    """The plan of a run that is to begin here, `text` bytes of text being tokenized first. Raises InputError, with what to change, if
+    """The plan of a run that is to begin here, tokenizing the text taking `text` bytes. Raises InputError, with what to change, if
     device or host are too small for it, unless --force."""
     hardware = plan.name_of(run.device)
     limits = plan.limits_of(hardware, (run.save_path or Path(tempfile.gettempdir())).absolute().parent)
     if run.device.type == "cuda":
         limits = limits._replace(device=torch.cuda.mem_get_info(run.device)[0])
     limits = limits._replace(host=limits.host / run.ranks.local_size, disk=float("inf"))  # the writer knows what is there to be reused
-    share = replace(run, nsamples=-(-run.nsamples // run.ranks.size))
+    share = replace(run, nsamples=-(-run.nsamples // run.ranks.size), hessian_device=hessian_device(run.offload_threshold, run))
     wanted, make, shapes = planned(model, share, config, bits, hardware, limits, text)
     if (missing := plan.lacks(wanted, limits)) and not run.force:
         raise InputError(f"{'; '.join(missing)}: {plan.advice(make, wanted.run, limits, shapes)}, or --force to try")
@@ -963,7 +967,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     tokenizer = modelutils.load_tokenizer(folder)
     wanted = None
     if config:
-        text = datautils.text_to_tokenize(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed) if ranks.is_first else 0
+        text = datautils.tokenizing_bytes(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed) if ranks.is_first else 0
         wanted = checked_plan(model, run, config, bits, text)
     if wanted:
         check_exports(model, run, config, bits)

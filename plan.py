@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 
 import quant
-from hessian import PANEL, sums_outputs
+from hessian import PANEL, statistics_size, sums_outputs
 from leanquant.linear import free_host_bytes
 from leanquant.packing import packed_width
 
@@ -28,7 +28,6 @@ FLOAT = 4  # Hessians, and weights while they are solved
 TARGET_COPIES, SOLVE_COPIES, REFINE_COPIES = 3.0, 3.75, 3.75
 WHERE = {"device": "on the device", "host": "in host memory", "disk": "on the disk"}  # activations
 KMEANS_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # of a chunk, at 60 bytes (leanquant_grid.kmeans_levels)
-TOKENIZING = 150  # bytes for each of a text's (SmolLM2's tokenizer, 2.3 MB of English), until its windows are cut
 LATER_LIBRARIES = 45e6  # buffers of MKL and threads, that a run's first products bring
 REACHED = 0.5  # of a rated speed
 CUDA_CONTEXT, CUDA_HOST = 0.6e9, 2.5e9  # what CUDA itself takes on the device and, with its libraries, on the host
@@ -165,7 +164,7 @@ def _groups(model, index: int, linears: dict, bits: dict[str, int]) -> Iterator[
         wanted = [name for name in names if bits.get(prefix + name, 16) < 16]
         O, I = linears[names[0]]
         yield LayerGroup(
-            rows=tuple(linears[name][0] for name in names),
+            rows=tuple(linears[name][0] for name in wanted or names),
             columns=I,
             child=names[0].partition(".")[0],
             bits=max((bits[prefix + name] for name in wanted), default=16),
@@ -194,8 +193,8 @@ def live_bytes(shapes: Shapes, run, config, itemsize: int) -> int:
 
 
 def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: float, text: int = 0) -> Plan:
-    """The plan of `run` on one of HARDWARE. base: bytes that a process of ours takes before it reads a weight; text: bytes of the text
-    that it tokenizes."""
+    """The plan of `run` on one of HARDWARE. base: bytes that a process of ours takes before it reads a weight; text: those that
+    tokenizing takes."""
     on_gpu, d = hardware != "cpu", dtype.itemsize
     live = live_bytes(shapes, run, config, d)
     peaks = [_embedding(shapes, d), _outside(shapes)]
@@ -206,7 +205,7 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     where = _activations(live, run, d, shapes, on_gpu)
     device = (device | {"activations": where[0], "CUDA": CUDA_CONTEXT}) if on_gpu else {}
     host |= {"activations": where[1] if on_gpu else sum(where), "Python and libraries": base + LATER_LIBRARIES + CUDA_HOST * on_gpu}
-    before = {"the text's tokens": TOKENIZING * text, "Python and libraries": base + CUDA_HOST * on_gpu}
+    before = {"the text's tokens": text, "Python and libraries": base + CUDA_HOST * on_gpu}
     host = max(host, before, key=lambda needs: sum(needs.values()))
     phases = _phases(shapes, run, config, dtype, on_gpu, hardware)
     disk, read, written = _disk(shapes, run, live)
@@ -257,7 +256,8 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
     """
     d, on_gpu, shift = dtype.itemsize, hardware != "cpu", config.shift > 0
     forward = _forward_bytes(layer, shapes, run, dtype, on_gpu)
-    replaced = 0
+    replaced = packed = 0
+    all_packed = sum(sum(group.rows) * group.columns * group.bits / 8 for group in layer.groups if group.bits < 16)
     together = [[group] for group in layer.groups] if run.true_sequential else [list(layer.groups)]
     for stage in together:
         stage = [group for group in stage if group.bits < 16]
@@ -266,7 +266,9 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             side = 0  # of device, host and another GPU
             if on_gpu and group.columns >= run.offload_threshold:
                 side = 2 if run.hessian_device and run.hessian_device.type == "cuda" else 1
-            weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0)}
+            # what is finished of this layer, and of the one before, which is being written and is copied for it
+            waiting = packed + (2 * all_packed if group is layer.groups[0] else 0)
+            weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "finished linears": (0, waiting, 0)}
             held = sum(all_statistics[number:])
             if number == 0:
                 seen = run.batch_size * run.seqlen * (group.columns + shapes.hidden) * d * (1 + shift)
@@ -277,16 +279,21 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             rows = quant.row_pieces(sum(group.rows), group.columns)[0].stop
             matrix = FLOAT * rows * group.columns
             done = sum(group.rows) * group.columns * 2  # codes, and once more where pieces are joined
+            basis = (6 * 2**26 if on_gpu else 2 * FLOAT * 2**23) * (config.refine > 0)  # of the fit of levels (quant.fit_grid)
+            basis = min(basis, 3 * FLOAT * unknowns_of(group, config) * matrix / FLOAT)
             chunk = 60 * min(KMEANS_ELEMENTS["cuda" if on_gpu else "cpu"], rows * group.columns)
             for moment, copies, more in (
-                ("target", TARGET_COPIES * shift, 0),
+                ("target", TARGET_COPIES * shift, done),
                 ("grid", 1, chunk + done),
-                ("solver", REFINE_COPIES if config.refine else SOLVE_COPIES, done),
+                ("solver", REFINE_COPIES if config.refine else SOLVE_COPIES, done + basis),
             ):
                 panel = 2 * FLOAT * PANEL * group.columns  # of the factor or of H, and what it is made of
-                yield weights | {moment: (copies * matrix + more + panel, 0, 0)} | _placed("Hessians", held, side)
+                there = held + (matrix if side and moment == "target" else 0)  # rows of S
+                yield weights | {moment: (copies * matrix + more + panel, 0, 0)} | _placed("Hessians", there, side)
             replaced += sum(group.rows) * group.columns
-    yield {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "forward pass": (forward, 0, 0)}
+            packed += sum(group.rows) * group.columns * group.bits / 8
+    weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "finished linears": (0, packed, 0)}
+    yield weights | {"forward pass": (forward, 0, 0)}
 
 
 def _placed(name: str, size: float, side: int) -> dict:
@@ -294,15 +301,8 @@ def _placed(name: str, size: float, side: int) -> dict:
 
 
 def _statistics(group: LayerGroup, config) -> float:
-    """H [I, I] and, with --shift, C [I, I] or S [O, I]."""
-    return FLOAT * group.columns * (group.columns + _shift_rows(group, config))
-
-
-def _shift_rows(group: LayerGroup, config) -> int:
-    """Of what --shift sums beside H (hessian.Statistics)."""
-    O, I = sum(group.rows), group.columns
-    outputs = sums_outputs(O, I, config.residual and group.residual)
-    return 0 if config.shift == 0 else O if outputs else I
+    """Bytes of a group's hessian.Statistics."""
+    return FLOAT * statistics_size(sum(group.rows), group.columns, config.shift > 0, config.residual and group.residual)
 
 
 def _forward_bytes(layer: Layer, shapes: Shapes, run, dtype: torch.dtype, on_gpu: bool) -> float:
@@ -385,11 +385,18 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
         phases["solve"].operations += O * squares
         phases["solve"].bytes += 40 * O * I
     if config.refine:
-        unknowns = K if config.grid == "nonuniform" else max(1, I // max(config.groupsize, 1)) if config.groupsize != -1 else 1
+        unknowns = unknowns_of(group, config)
         sweeps, fits = config.refine + 1, config.refine
         phases["refine"].operations += 2 * O * squares * (sweeps + fits * (unknowns + 2) + 1)
         phases["refine"].fast += 2 * O * squares * fits * unknowns
         phases["refine"].bytes += 60 * O * I * sweeps
+
+
+def unknowns_of(group: LayerGroup, config) -> int:
+    """What is fitted of each row: its levels, or its groups' scales."""
+    if config.grid == "nonuniform":
+        return 2**group.bits
+    return 1 if config.groupsize == -1 else max(1, group.columns // config.groupsize)
 
 
 def _add_far(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, run, config) -> None:
@@ -397,10 +404,12 @@ def _add_far(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, run, c
     come back for every piece of rows, the factorization is made there."""
     square, pieces = FLOAT * I * I, len(quant.row_pieces(O, I))
     batches = -(-run.nsamples // run.batch_size)
-    phases["hessian"].link += batches * (square * 5 / 8 + FLOAT * I * _shift_rows(group, config))  # its upper triangle, by panels
-    phases["target"].link += square * pieces * (config.shift > 0)
+    outputs = sums_outputs(O, I, config.residual and group.residual)
+    phases["hessian"].link += batches * (square * 5 / 8 + _statistics(group, config) - square)  # H's upper triangle, by panels
+    phases["target"].link += square * pieces * (1 if outputs else 2) * (config.shift > 0)
     phases["solve"].link += square * pieces / 2
-    phases["refine"].link += square * pieces * (4 * config.refine + 2)  # sweeps, fits, two losses each, and one more of both
+    fits = config.refine * -(-O // max(1, 2**24 // unknowns_of(group, config) ** 2))
+    phases["refine"].link += square * (pieces * (3 * config.refine + 2) + fits)  # sweeps, two losses a fit, one more of both; fits
     if not (run.hessian_device and run.hessian_device.type == "cuda"):
         phases["factorization"].on_host += I**3 * 2 / 3
 
@@ -458,6 +467,8 @@ def advice(plan_for: Callable[[object], Plan], run, limits: Limits, shapes: Shap
     """A clause that says which flags make `run` fit."""
     if plan_for(run).disk > limits.disk:
         return "free as much of the disk, or give a --save_path on another one"
+    if plan_for(run).host_peak > limits.host and "the text's tokens" in plan_for(run).host:
+        return "give a shorter text"
     flags = remedies(plan_for, run, limits, max(group.columns for layer in shapes.layers for group in layer.groups))
     return f"it fits with {' '.join(flags)}" if flags else "no smaller batch or number of windows makes it fit: take a larger machine"
 

@@ -282,21 +282,11 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, con
     Rows that lose by it (through rounding) keep what they have.
     """
     old = grid.levels.squeeze(1) if grid.affine is None else grid.affine.scale
-    chunk = max(1, (2**21 if W.device.type == "cpu" else 2**26) // (old.shape[1] * W.shape[1]))
-    A = torch.zeros(*old.shape, old.shape[1], dtype=torch.float64, device=W.device)
-    b = torch.zeros(old.shape, dtype=torch.float64, device=W.device)
-    for part in panels(W.shape[1]):
-        H_columns = H.rows(part).T.to(W.device)  # once for all rows: it may come from afar
-        for start in range(0, len(W), chunk):
-            rows = slice(start, start + chunk)
-            B = _basis(codes[rows], grid.rows(rows))
-            BH = times_whole(B.view(-1, B.shape[2]), H_columns).view(*B.shape[:2], -1)
-            A[rows] += BH @ B[:, :, part].transpose(1, 2)
-            b[rows] += (BH @ W[rows, part].unsqueeze(2)).squeeze(2)
-    ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
-    ridge = torch.where(ridge > 0, ridge, 1)  # a row of codes that all stand for 0 says nothing about its scale
-    A += ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
-    fitted = torch.linalg.solve(A, b + ridge.squeeze(2) * old.double()).float()
+    unknowns = old.shape[1]
+    chunk = max(1, (2**23 if W.device.type == "cpu" else 2**26) // (unknowns * W.shape[1]))
+    block = chunk if H.square.device == W.device else max(chunk, 2**24 // unknowns**2)  # from afar, H comes once for so many rows
+    rows = panels(len(W), block)
+    fitted = torch.cat([_least_squares(W[part], codes[part], grid.rows(part), old[part].double(), H, chunk) for part in rows])
     if grid.affine is None:
         new = Grid(rounded(fitted.sort(1).values, config).unsqueeze(1), None)
     else:
@@ -304,6 +294,26 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, con
         new = Grid(affine_levels(scale, grid.affine.zero, config.bits), Affine(scale, grid.affine.zero))
     losses = [row_losses(W - dequantize(codes, g.levels), H) for g in (new, grid)]
     return new.where(losses[0] < losses[1], grid)
+
+
+def _least_squares(W: torch.Tensor, codes: torch.Tensor, grid: Grid, old: torch.Tensor, H: Symmetric, chunk: int) -> torch.Tensor:
+    """The l [R, K or G] of `fit_grid` for rows `W` [R, I], float32; B is made for `chunk` rows at a time, for all panels of H if that
+    is all."""
+    A = torch.zeros(*old.shape, old.shape[1], dtype=torch.float64, device=W.device)
+    b = torch.zeros_like(old)
+    chunks = panels(len(W), chunk)
+    whole = _basis(codes, grid) if len(chunks) == 1 else None
+    for part in panels(W.shape[1]):
+        H_columns = H.rows(part).T.to(W.device)
+        for rows in chunks:
+            B = _basis(codes[rows], grid.rows(rows)) if whole is None else whole
+            BH = times_whole(B.view(-1, B.shape[2]), H_columns).view(*B.shape[:2], -1)
+            A[rows] += BH @ B[:, :, part].transpose(1, 2)
+            b[rows] += (BH @ W[rows, part].unsqueeze(2)).squeeze(2)
+    ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
+    ridge = torch.where(ridge > 0, ridge, 1)  # a row of codes that all stand for 0 says nothing about its scale
+    A += ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
+    return torch.linalg.solve(A, b + ridge.squeeze(2) * old).float()
 
 
 def _basis(codes: torch.Tensor, grid: Grid) -> torch.Tensor:

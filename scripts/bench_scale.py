@@ -167,6 +167,7 @@ def planned(name: str, hardware: str, second_gpu: bool, args: argparse.Namespace
         "measured": False,
         "hardware": hardware,
         "second_gpu": second_gpu,
+        "flags": args.flags,
         "gigabytes": gigabytes,
         **totals,
         "text": text,

@@ -127,14 +127,14 @@ def command(model, text_file):
 
 
 @pytest.fixture(scope="module")
-def alone(command, test_text, tmp_path_factory):
+def alone(command, tmp_path_factory):
     """alone(*options): the file and the report of a single process."""
     made = {}
 
     def run(*options) -> tuple[Path, dict]:
         if options not in made:
             path = tmp_path_factory.mktemp("alone") / "q.safetensors"
-            arguments = command(path, "--eval", test_text, "--report", path.with_suffix(".json"), *options)
+            arguments = command(path, "--report", path.with_suffix(".json"), *options)
             assert llama.main([str(word) for word in arguments]) == 0
             made[options] = path, json.loads(path.with_suffix(".json").read_text())
         return made[options]
@@ -206,19 +206,24 @@ def test_ranks_count_the_tokens_of_an_expert_together(launch, text_file, tmp_pat
     ],
     ids=["2", "3", "3-affine", "2-published"],
 )
-def test_ranks_differ_from_one_process_no_more_than_it_does_when_it_sums_in_another_order(
-    launch, command, alone, test_text, tmp_path, count, options
-):
-    """7 windows, 3 or 4 of them, or 2 or 3, a rank. A tiny random model makes of one last bit ever more different codes from layer
-    to layer (of a run with batches of 1, 2 or 4, 86 to 93 % are those of one with all 7): the first layer is to be nearly the same,
-    and all of it as much the same as with batches of some other size."""
+def test_ranks_give_what_one_process_gives_but_for_the_order_of_sums(launch, command, alone, tmp_path, count, options):
+    """7 windows, 3 or 4 of them, or 2 or 3, a rank."""
     path, report = tmp_path / "q.safetensors", tmp_path / "r.json"
-    assert launch(count, command(path, "--eval", test_text, "--report", report, *options))[0] == {}
-    reference, others = alone(*options), [alone(*options, "--batch_size", size)[0] for size in ("1", "2", "4")]
-    assert equal_codes(path, reference[0], [0]) >= 0.99
-    assert equal_codes(path, reference[0]) >= min(equal_codes(other, reference[0]) for other in others) - 0.05
-    values = [r["perplexity"][0]["perplexity"] for r in (json.loads(report.read_text()), reference[1])]
-    assert abs(values[0] / values[1] - 1) < 0.05
+    assert launch(count, command(path, "--report", report, *options))[0] == {}
+    assert_nearly_the_same(path, report, alone(*options))
+
+
+def assert_nearly_the_same(path: Path, report: Path, other: tuple[Path, dict]) -> None:
+    """The first layer's codes, and every layer's loss.
+
+    A tiny random model makes of one last bit ever more different codes from layer to layer: one process with batches of 1 and of 7
+    sequences agrees in 87, 78 and 79 % of the codes of layers 1 to 3, and in their losses within 1.4 %.
+    """
+    assert equal_codes(path, other[0], [0]) >= 0.99
+    ours, theirs = json.loads(report.read_text())["linears"], other[1]["linears"]
+    for layer in range(LAYERS):
+        losses = [sum(row["loss"] for row in rows if row["layer"] == layer) for rows in (ours, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=0.03), layer
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
@@ -262,15 +267,14 @@ def test_a_killed_rank_ends_the_run_which_torchrun_can_start_again(launch, comma
 @pytest.mark.parametrize("before, after, place", [(3, 1, "disk"), (1, 2, "disk"), (2, 3, "host")])
 def test_another_number_of_ranks_goes_on(launch, command, alone, tmp_path, before, after, place):
     """Rank 0 is killed: where there is another one, it says so."""
-    path = tmp_path / "q.safetensors"
+    path, report = tmp_path / "q.safetensors", tmp_path / "r.json"
     codes, printed = launch(before, command(path, "--activations", place), killed(0))
     assert codes["0"] == -signal.SIGKILL
     assert spoken(printed) == (before > 1) * [f"error: rank 0 ended without a message (killed?); {KEPT}"]
-    codes, printed = launch(after, command(path, "--activations", place))
+    codes, printed = launch(after, command(path, "--activations", place, "--report", report))
     assert codes == {} and printed.count("going on after layer 2") == 1
     assert [line.split()[1] for line in printed.splitlines() if line.startswith("layer")] == ["3/4", "4/4"]
-    assert equal_codes(path, alone()[0], [0]) >= 0.99
-    assert equal_codes(path, alone()[0]) >= equal_codes(alone("--batch_size", "2")[0], alone()[0]) - 0.05
+    assert_nearly_the_same(path, report, alone())
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("q.")] == ["q.safetensors"]
 
 

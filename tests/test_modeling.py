@@ -59,7 +59,7 @@ def test_the_published_recipe_writes_what_the_published_code_wrote(tmp_path, mon
     """From the same model, tokens and settings. Not at 4 bits, where the published code draws the start of its grids at random."""
     ids = load_file(FIXTURES / "llama_base" / "io.safetensors")["calibration_ids"]
     monkeypatch.setattr(datautils, "calibration_windows", lambda *_: ids)
-    monkeypatch.setattr(datautils, "text_to_tokenize", lambda *_: 0)
+    monkeypatch.setattr(datautils, "tokenizing_bytes", lambda *_: 0)
     monkeypatch.setattr(modelutils, "load_tokenizer", lambda _: None)
     text = tmp_path / "unread.txt"
     text.write_text("unread")

@@ -48,6 +48,14 @@ MEASURED = {
         512,
         ["--activations", "disk"],
     ),
+    "refinement": ({"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8}, 2, 256, ["--recipe", "best"]),
+    "groups": (
+        {"hidden_size": 512, "intermediate_size": 2048, "num_attention_heads": 8},
+        2,
+        256,
+        ["--recipe", "best", "--grid", "affine", "--groupsize", "64", "--grid_partitions", "64"],
+    ),
+    "text": ({}, 2, 256, ["--nearest"]),
     "weights and Hessians": ({"hidden_size": 1024, "intermediate_size": 4096}, 2, 256, ["--nearest"]),
     "embeddings": ({"hidden_size": 256, "vocab_size": 200_000}, 2, 256, ["--nearest"]),
 }
@@ -57,7 +65,7 @@ MEASURED = {
 def test_host_peak_is_as_planned(tmp_path, sizes, nsamples, seqlen, options):
     folder, report = tmp_path / "model", tmp_path / "report.json"
     write_model(LlamaConfig(**(SIZES | {"max_position_embeddings": 1024} | sizes)), folder, "float16")
-    (tmp_path / "text.txt").write_text(make_text(30_000))
+    (tmp_path / "text.txt").write_text(make_text(30_000 if sizes else 1_500_000))
     settings = ["--wbits", "4", *options] if "--nearest" in options else [*RECIPE, "--recipe", "published", "--shift", "0.5", *options]
     command = [sys.executable, "llama.py", folder, tmp_path / "text.txt", *settings, "--n_layers", "1", "--eval", "none"]
     command += ["--nsamples", nsamples, "--seqlen", seqlen, "--save_path", tmp_path / "q.safetensors", "--report", report]

@@ -16,6 +16,7 @@ from quant import (
     Grid,
     QuantConfig,
     Quantized,
+    _least_squares,
     dequantize,
     descend,
     fit_grid,
@@ -280,6 +281,23 @@ def test_refined_levels_are_those_that_will_be_stored(bits, dtype):
     assert torch.equal(levels, levels.to(dtype).float())
     assert (levels.diff(dim=2) >= 0).all()
     assert not torch.equal(levels, p.grid.levels)
+
+
+@pytest.mark.parametrize(("kind", "groupsize"), [("nonuniform", -1), ("affine", -1), ("affine", 100)])
+def test_wide_rows_are_refined_by_panels(kind, groupsize):
+    """More columns than hessian.PANEL, and levels that are fitted in several chunks."""
+    X = torch.randn(1500, 1100, generator=generator(3))
+    H = X.T @ X / 1500
+    config, W = QuantConfig(3, kind, groupsize=groupsize, percdamp=0.1, act_order=True), weights(6, 1100)
+    factor, exact = factorize(H.clone(), 0.1, True), damped(H, 0.1).double()
+    grid = learn_grid(W, factor, config)
+    solved = quantize(W, grid, factor, config)
+    old = grid.levels.squeeze(1) if grid.affine is None else grid.affine.scale
+    fits = [_least_squares(W, solved.codes, grid, old.double(), factor.H, chunk) for chunk in (2, 6)]
+    torch.testing.assert_close(fits[0], fits[1], rtol=1e-4, atol=1e-5)
+    found_grid, found = refine(W, grid, solved, factor, config)
+    torch.testing.assert_close(found.loss.double(), output_error(W, found.codes, found_grid.levels, exact), rtol=1e-4, atol=0)
+    assert (found.loss <= solved.loss * (1 + 1e-5)).all() and found.loss.sum() < 0.99 * solved.loss.sum()
 
 
 @GRIDS
