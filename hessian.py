@@ -7,7 +7,7 @@ act-order. U: upper, U^T U = inv(H + damping).
 """
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -164,6 +164,18 @@ def sums_outputs(O: int, I: int, residual: bool) -> bool:
 def statistics_size(O: int, I: int, shift: bool, residual: bool) -> int:
     """How many numbers `Statistics` hold."""
     return I * (I + shift * (O if sums_outputs(O, I, residual) else I))
+
+
+def at_a_time(groups: Sequence, size: Callable[[object], int], most: int = 2**30) -> list[list]:
+    """`groups` in lists whose statistics, of size(group) numbers each, are summed in one pass: up to `most` numbers."""
+    found, room = [], 0
+    for group in groups:
+        if size(group) > room:
+            found.append([])
+            room = max(most, size(group))
+        found[-1].append(group)
+        room -= size(group)
+    return found
 
 
 @contextlib.contextmanager

@@ -214,24 +214,18 @@ def in_smaller_batches(model, streams: list, phase: Callable, *args):
         tqdm.write(f"{model.device} ran out of memory: going on with batches of {streams[0].batch_size} sequences instead of {size}")
 
 
-def stages(model, index: int, groups: list, run: Run, config: quant.QuantConfig, most: int = 2**30) -> list[list]:
-    """The `groups` of layer `index` in lists to be quantized after one pass each: what depends on no other, up to `most` numbers of
-    statistics; without --true-sequential all at once."""
+def stages(model, index: int, groups: list, run: Run, config: quant.QuantConfig) -> list[list]:
+    """The `groups` of layer `index` in lists to be quantized after one pass each: what depends on no other, up to a limit; without
+    --true-sequential all at once."""
     if not run.true_sequential:
         return [groups]
-    found = []
-    for stage in model.stages(index, groups):
-        room = 0
-        for group in stage:
-            weights = [model.layers[index].get_submodule(name).weight for name in group.linears]
-            O, I = sum(map(len, weights)), weights[0].shape[1]
-            size = hessian.statistics_size(O, I, config.shift > 0, config.residual and group.residual is not None)
-            if size > room:
-                found.append([])
-                room = max(most, size)
-            found[-1].append(group)
-            room -= size
-    return found
+
+    def size(group) -> int:
+        weights = [model.layers[index].get_submodule(name).weight for name in group.linears]
+        residual = config.residual and group.residual is not None
+        return hessian.statistics_size(sum(map(len, weights)), weights[0].shape[1], config.shift > 0, residual)
+
+    return [part for stage in model.stages(index, groups) for part in hessian.at_a_time(stage, size)]
 
 
 def without_skipped(model, index: int, group, run: Run, config: quant.QuantConfig):
@@ -990,7 +984,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
             ranks.copy_first_(ids)
         if config:
             kept_in = ranks.from_first(lambda: str(writer.folder)) if run.save_path else None
-            journal = Journal(kept_in and Path(kept_in), fingerprint(settings, ids, checkpoint, dtype, run), ranks)
+            journal = Journal(kept_in and Path(kept_in), fingerprint(settings, ids, model, run), ranks)
             if writer:
                 writer.keep(journal.parts)
         if journal is None or not journal.layers:
@@ -1041,17 +1035,19 @@ def evaluate(model, tests: list[eval_quantized.Windows], run: Run, contents: dic
         print(result, flush=True)
 
 
-def fingerprint(settings: dict, ids: torch.Tensor, checkpoint: packing.Checkpoint, dtype: torch.dtype, run: Run) -> dict:
+def fingerprint(settings: dict, ids: torch.Tensor, model, run: Run) -> dict:
     """Everything that decides what a run writes, for its journal: a run that differs in any of it cannot go on with another's layers."""
     return {
         **settings,
         "calibration tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": run.batch_size,
-        "device": run.device.type,
+        "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
+        "kernels": os.environ.get("LEANQUANT_KERNELS") or "where they can run",
+        "config of the model": hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16],
         "offload_threshold": run.offload_threshold,
         "hessian_device": run.hessian_device and run.hessian_device.type,
-        "files of the model": files_of(checkpoint),
+        "files of the model": files_of(model.checkpoint),
     }
 
 

@@ -538,7 +538,7 @@ class StreamedModel:
             return before
 
         handles = [module.register_forward_pre_hook(note(name)) for name, module in linears.items()]
-        with contextlib.suppress(Exception):  # of a model that decides by values
+        with contextlib.suppress(Exception), _tensors_kept(self.layers[index]):  # of a model that decides by values
             hidden, args, kwargs = self._call_of_two_tokens(index)
             self.layers[index](hidden, *args, **kwargs)
         for handle in handles:
@@ -583,6 +583,18 @@ class StreamedModel:
             yield logits
         finally:
             self._empty(names)
+
+
+@contextlib.contextmanager
+def _tensors_kept(layer: nn.Module) -> Iterator[None]:
+    """After the block, buffers and tensors that modules of `layer` hold are those from before: some move theirs to where they run."""
+    tensors = lambda place: {name: value for name, value in place.items() if torch.is_tensor(value)}  # noqa: E731
+    before = [(place, tensors(place)) for module in layer.modules() for place in (vars(module), module._buffers)]
+    try:
+        yield
+    finally:
+        for place, kept in before:
+            place.update(kept)
 
 
 class _WideLinear(nn.Linear):

@@ -3,10 +3,11 @@
 Pure functions of a model's shapes (config and shard headers; no weight is read), of the run's settings and of a machine. Peaks
 are sums of what lives at the same time, phase by phase, so a formula here describes what llama.py, quant.py and modelutils.py
 hold; the tests compare them with measured peaks. Times are operations over rated speed, times what is usually reached of it.
-Not planned: the tokens of a corpus from the hub, and groups that --true-sequential splits for their size.
+Not planned: the tokens of a corpus from the hub.
 Legend: n sequences, T tokens a sequence, D hidden size, O rows, I columns, K = 2**bits levels; sizes in bytes.
 """
 
+import itertools
 import math
 import os
 import shutil
@@ -18,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 import quant
-from hessian import PANEL, statistics_size, sums_outputs
+from hessian import PANEL, at_a_time, statistics_size, sums_outputs
 from leanquant.linear import free_host_bytes
 from leanquant.packing import packed_width
 
@@ -57,7 +58,7 @@ HARDWARE = {
 
 class LayerGroup(NamedTuple):
     """Linears that read the same input of `columns`: rows of each, and the layer's child that holds them. share: of the tokens that
-    it sees; residual: whether it alone writes to the residual stream."""
+    it sees; residual: whether it alone writes to the residual stream; stage: what groups that depend on no other have in common."""
 
     rows: tuple[int, ...]
     columns: int
@@ -65,6 +66,7 @@ class LayerGroup(NamedTuple):
     bits: int
     share: float = 1.0
     residual: bool = False
+    stage: str = ""
 
 
 @dataclass(frozen=True)
@@ -170,6 +172,7 @@ def _groups(model, index: int, linears: dict, bits: dict[str, int]) -> Iterator[
             bits=max((bits[prefix + name] for name in wanted), default=16),
             share=min(1.0, chosen / len(alike)) if alike else 1.0,
             residual=len(names) == 1 and O == text.hidden_size and not alike,
+            stage=experts.get(names[0], names[0]),
         )
 
 
@@ -258,7 +261,10 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
     forward = _forward_bytes(layer, shapes, run, dtype, on_gpu)
     replaced = packed = 0
     all_packed = sum(sum(group.rows) * group.columns * group.bits / 8 for group in layer.groups if group.bits < 16)
-    together = [[group] for group in layer.groups] if run.true_sequential else [list(layer.groups)]
+    together = [list(layer.groups)]
+    if run.true_sequential:
+        stages = itertools.groupby(layer.groups, lambda group: group.stage)
+        together = [part for _, stage in stages for part in at_a_time(list(stage), lambda group: _statistics(group, config) // FLOAT)]
     for stage in together:
         stage = [group for group in stage if group.bits < 16]
         all_statistics = [_statistics(group, config) for group in stage]
@@ -464,22 +470,31 @@ def lacks(plan: Plan, limits: Limits) -> list[str]:
 
 
 def advice(plan_for: Callable[[object], Plan], run, limits: Limits, shapes: Shapes) -> str:
-    """A clause that says which flags make `run` fit."""
-    if plan_for(run).disk > limits.disk:
-        return "free as much of the disk, or give a --save_path on another one"
-    if plan_for(run).host_peak > limits.host and "the text's tokens" in plan_for(run).host:
-        return "give a shorter text"
-    flags = remedies(plan_for, run, limits, max(group.columns for layer in shapes.layers for group in layer.groups))
-    return f"it fits with {' '.join(flags)}" if flags else "no smaller batch or number of windows makes it fit: take a larger machine"
+    """A clause that says what makes `run` fit: flags, for memory, and what to do about the disk."""
+    found, wanted = [], plan_for(run)
+    if wanted.disk > limits.disk:
+        found.append("free as much of the disk, or give a --save_path on another one")
+    if wanted.host_peak > limits.host and "the text's tokens" in wanted.host:
+        found.append("give a shorter text")
+    elif lacks(wanted, limits._replace(disk=math.inf)):
+        widest = max(group.columns for layer in shapes.layers for group in layer.groups)
+        flags = remedies(plan_for, run, limits._replace(disk=math.inf), widest)
+        smaller = "no smaller batch or number of windows makes it fit: take a larger machine"
+        found.append(f"it fits with {' '.join(flags)}" if flags else smaller)
+    return "; ".join(found)
 
 
 def remedies(plan_for: Callable[[object], Plan], run, limits: Limits, groups_width: int) -> list[str] | None:
     """Flags that make `run` fit, the least harmful first, each added only if the ones before do not do; None if all together do not."""
     changes = [("--activations disk", {"activations": "disk"})]
     changes += [(f"--batch_size {size}", {"batch_size": size}) for size in _halves(run.batch_size)]
-    changes += [(f"--offload_threshold {groups_width} --hessian_device cpu", {"offload_threshold": groups_width})]
+    on_host = {"offload_threshold": groups_width, "hessian_device": torch.device("cpu")}
+    changes += [(f"--offload_threshold {groups_width} --hessian_device cpu", on_host)]
     changes += [(f"--nsamples {count}", {"nsamples": count}) for count in _halves(run.nsamples)]
-    flags: dict[str, str] = {}
+    on_device = replace(run, offload_threshold=groups_width + 1)
+    if not lacks(plan_for(on_device), limits):
+        return [f"--offload_threshold {groups_width + 1}"]
+    flags = {}
     for flag, change in changes:
         run = replace(run, **change)
         flags[flag.split()[0]] = flag

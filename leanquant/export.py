@@ -220,6 +220,7 @@ def _rebuilt(packed: PackedLinear, bits: int, columns: int, step: int) -> Iterat
 # --- the model card --------------------------------------------------------------------------------------------
 
 VLLM, SGLANG = "vllm serve {}", "python -m sglang.launch_server --model-path {}"
+IN_FLOAT16 = " --dtype float16"  # as scales are
 NEEDS = {
     "awq": "gptqmodel",
     "gptq": "gptqmodel optimum",
@@ -263,9 +264,11 @@ def card(checkpoint: Checkpoint, model: Model, name: str, folder: str, perplexit
 
 def servers(name: str, model: Model) -> list[str]:
     """Commands that serve such a model."""
-    if name in ("awq", "dense") or name == "gptq" and model.bits == 4 and model.symmetric:
+    if name == "dense":
         return [VLLM, SGLANG]
-    return [VLLM] if name == "compressed-tensors" and model.bits == 4 else []
+    if name == "awq" or name == "gptq" and model.bits == 4 and model.symmetric:
+        return [VLLM + IN_FLOAT16, SGLANG + IN_FLOAT16]
+    return [VLLM + IN_FLOAT16] if name == "compressed-tensors" and model.bits == 4 else []
 
 
 def _usage(name: str, model: Model, folder: str) -> str:
@@ -273,10 +276,12 @@ def _usage(name: str, model: Model, folder: str) -> str:
         return "\nFor kernels that read any-precision-llm's layout (`qweight` bit planes, `lut`).\n"
     if model.mixture and name in ("awq", "gptq"):
         transformers = "\ntransformers does not read the experts of this format; "
-        return transformers + "vLLM does:\n\n```bash\n" + VLLM.format("./" + folder) + "\n```\n"
+        return transformers + "vLLM does:\n\n```bash\n" + (VLLM + IN_FLOAT16).format("./" + folder) + "\n```\n"
     needs = f" (`pip install {NEEDS[name]}`)" if name in NEEDS else ""
-    python = f'AutoModelForCausalLM.from_pretrained("{folder}", dtype="auto")'
-    usage = f"\nWith transformers{needs}:\n\n```python\nfrom transformers import AutoModelForCausalLM\n\nmodel = {python}\n```\n"
+    dtype = '"auto"' if name == "dense" else "torch.float16"  # scales are float16
+    python = f'AutoModelForCausalLM.from_pretrained("{folder}", dtype={dtype})'
+    imports = "" if name == "dense" else "import torch\n"
+    usage = f"\nWith transformers{needs}:\n\n```python\n{imports}from transformers import AutoModelForCausalLM\n\nmodel = {python}\n```\n"
     if commands := servers(name, model):
         usage += "\nOr one of\n\n```bash\n" + "\n".join(command.format("./" + folder) for command in commands) + "\n```\n"
     return usage

@@ -168,6 +168,7 @@ def planned(name: str, hardware: str, second_gpu: bool, args: argparse.Namespace
         "hardware": hardware,
         "second_gpu": second_gpu,
         "flags": args.flags,
+        "threads": int(os.environ.get("OMP_NUM_THREADS", os.cpu_count())),
         "gigabytes": gigabytes,
         **totals,
         "text": text,

@@ -62,6 +62,9 @@ FAMILIES = {
     "ERNIE 4.5": ("Ernie4_5Config", {"head_dim": 16, "pad_token_id": 0}, 7),
     "HunYuan dense": ("HunYuanDenseV1Config", {"head_dim": 16, "pad_token_id": 0}, 7),
     "GPT-NeoX": ("GPTNeoXConfig", {}, 4),
+    "GPT-J": ("GPTJConfig", {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "n_positions": 256}, 6),
+    "CodeGen": ("CodeGenConfig", {"n_embd": 64, "n_head": 4, "n_layer": 2, "rotary_dim": 8, "n_positions": 256}, 4),
+    "Falcon": ("FalconConfig", {}, 4),
 }
 LISTED = list(FAMILIES).index("Granite")  # up to here both a file and a folder are written
 OPTIONS = ["--wbits", 4, "--exponent", 4, "--true-sequential", "--act-order", "--percdamp", 0.1, "--nsamples", 4, "--seqlen", 32]

@@ -228,6 +228,12 @@ def test_another_model_or_text_is_refused(command, stopped_after, tiny_model, te
     os.utime(model / "model.safetensors")  # a copy that keeps its time is the same model
     assert llama.main([str(model), str(text), *arguments[2:]]) == 2
     assert "files of the model.model.safetensors" in capsys.readouterr().err
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    stat = Path(arguments[0], "model.safetensors").stat()
+    os.utime(model / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert llama.main([str(model), *arguments[1:]]) == 2
+    assert "config of the model" in capsys.readouterr().err
     text.write_text(make_text(8000, seed=5))
     assert llama.main([arguments[0], str(text), *arguments[2:]]) == 2
     assert "calibration tokens" in capsys.readouterr().err

@@ -314,9 +314,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(base, text_file, tmp_path, monke
 
 def test_bounded_stages_change_nothing(base, text_file, tmp_path, monkeypatch):
     """Passes over a few experts at a time give the very bytes of one pass over all: they do not depend on one another."""
-    folder, stages = base("mixtral"), llama.stages
+    folder, at_a_time = base("mixtral"), llama.hessian.at_a_time
     for name, most in {"all": 2**30, "two": 2 * 2 * 64**2}.items():
-        monkeypatch.setattr(llama, "stages", lambda *args, most=most: stages(*args, most))
+        monkeypatch.setattr(llama.hessian, "at_a_time", lambda *args, most=most: at_a_time(*args, most))
         assert quantize(folder, text_file, tmp_path / f"{name}.safetensors", *GRID, *MANY) == 0
     assert (tmp_path / "all.safetensors").read_bytes() == (tmp_path / "two.safetensors").read_bytes()
 

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, MixtralConfig
 
 import llama
 import modelutils
@@ -55,6 +55,7 @@ MEASURED = {
         256,
         ["--recipe", "best", "--grid", "affine", "--groupsize", "64", "--grid_partitions", "64"],
     ),
+    "experts": ({"hidden_size": 256, "intermediate_size": 2048, "num_local_experts": 8}, 2, 256, ["--recipe", "best"]),
     "text": ({}, 2, 256, ["--nearest"]),
     "weights and Hessians": ({"hidden_size": 1024, "intermediate_size": 4096}, 2, 256, ["--nearest"]),
     "embeddings": ({"hidden_size": 256, "vocab_size": 200_000}, 2, 256, ["--nearest"]),
@@ -64,7 +65,8 @@ MEASURED = {
 @pytest.mark.parametrize("sizes, nsamples, seqlen, options", MEASURED.values(), ids=MEASURED)
 def test_host_peak_is_as_planned(tmp_path, sizes, nsamples, seqlen, options):
     folder, report = tmp_path / "model", tmp_path / "report.json"
-    write_model(LlamaConfig(**(SIZES | {"max_position_embeddings": 1024} | sizes)), folder, "float16")
+    kind = MixtralConfig if "num_local_experts" in sizes else LlamaConfig
+    write_model(kind(**(SIZES | {"max_position_embeddings": 1024} | sizes)), folder, "float16")
     (tmp_path / "text.txt").write_text(make_text(30_000 if sizes else 1_500_000))
     settings = ["--wbits", "4", *options] if "--nearest" in options else [*RECIPE, "--recipe", "published", "--shift", "0.5", *options]
     command = [sys.executable, "llama.py", folder, tmp_path / "text.txt", *settings, "--n_layers", "1", "--eval", "none"]
@@ -79,7 +81,7 @@ def test_host_peak_does_not_grow_with_the_number_of_layers(tmp_path, tiny_model,
     peaks = []
     for layers in (2, 10, 30):
         report = tmp_path / f"{layers}.json"
-        model = tiny_model(num_hidden_layers=layers, hidden_size=128, intermediate_size=256)
+        model = tiny_model(num_hidden_layers=layers, hidden_size=256, intermediate_size=1024)  # 4 MB a layer
         command = [sys.executable, "llama.py", model, text_file, "--wbits", "4", "--nearest", "--eval", "none", "--nsamples", "16"]
         command += ["--seqlen", "256", "--save_path", tmp_path / f"{layers}.safetensors", "--report", report]
         subprocess.run([str(part) for part in command], check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
@@ -164,18 +166,33 @@ def test_a_run_that_does_not_fit_is_refused_with_a_remedy(tiny_model, text_file,
     assert llama.main([*command, "--force"]) == 0
 
 
-def test_the_remedy_fits(large_config, tmp_path, capsys):
-    """What is advised is what the same plan then calls enough."""
-    settings = [str(large_config), *RECIPE, "--plan", "h200", "--activations", "host", "--nsamples", "512"]
-    run = llama.run_settings(llama.parse([*settings[:1], "c4-new", *settings[1:], "--eval", "none"]), torch.device("cuda"), Ranks())
-    config = llama.quant_config(llama.parse([*settings[:1], "c4-new", *settings[1:]]), torch.bfloat16)
-    model = modelutils.PlannedModel(large_config, "BF16", torch.bfloat16)
-    limits = plan.Limits(141e9, 70e9, 4e12)
-    wanted, make, shapes = llama.planned(model, run, config, llama.assigned_bits(model, run, config), "h200", limits)
-    assert plan.lacks(wanted, limits)
-    flags = plan.remedies(make, run, limits, 53248)
-    assert flags == ["--activations disk"]
-    assert plan.remedies(make, run, plan.Limits(1e9, 1e9, 1e9), 53248) is None
+@pytest.mark.parametrize(
+    "hardware, options, limits, expected",
+    [
+        ("h200", ["--activations", "host", "--nsamples", "512"], (141e9, 70e9, 4e12), ["--activations disk"]),
+        ("l40s", ["--activations", "disk"], (48e9, 20e9, 4e12), ["--offload_threshold 53249"]),
+        ("4090", ["--offload_threshold", "60000"], (24e9, 24e9, 4e12), None),
+        ("4090", [], (1e9, 1e9, 1e9), []),
+    ],
+)
+def test_the_remedy_fits(large_config, capsys, hardware, options, limits, expected):
+    """What is advised is what a plan with those flags calls enough."""
+
+    def plan_with(*more):
+        words = [str(large_config), "c4-new", *RECIPE, "--plan", hardware, "--nsamples", "64", *options, *more]
+        args = llama.parse([*words, "--eval", "none"])
+        args.hessian_device = None  # but cpu, which is where it goes without another GPU
+        run = llama.run_settings(args, torch.device("cuda"), Ranks())
+        config = llama.quant_config(args, torch.bfloat16)
+        model = modelutils.PlannedModel(large_config, "BF16", torch.bfloat16)
+        return run, *llama.planned(model, run, config, llama.assigned_bits(model, run, config), hardware, plan.Limits(*limits))
+
+    run, wanted, make, _ = plan_with()
+    assert plan.lacks(wanted, plan.Limits(*limits))
+    flags = plan.remedies(make, run, plan.Limits(*limits), 53248)
+    assert expected is None or (flags or []) == expected
+    if flags:
+        assert not plan.lacks(plan_with(*" ".join(flags).split())[1], plan.Limits(*limits))
 
 
 def test_auto_takes_the_first_place_that_fits(tiny_model, text_file, tmp_path, monkeypatch):
