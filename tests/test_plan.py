@@ -81,7 +81,7 @@ def test_host_peak_does_not_grow_with_the_number_of_layers(tmp_path, tiny_model,
     peaks = []
     for layers in (2, 10, 30):
         report = tmp_path / f"{layers}.json"
-        model = tiny_model(num_hidden_layers=layers, hidden_size=256, intermediate_size=1024)  # 4 MB a layer
+        model = tiny_model(num_hidden_layers=layers, hidden_size=128, intermediate_size=256)
         command = [sys.executable, "llama.py", model, text_file, "--wbits", "4", "--nearest", "--eval", "none", "--nsamples", "16"]
         command += ["--seqlen", "256", "--save_path", tmp_path / f"{layers}.safetensors", "--report", report]
         subprocess.run([str(part) for part in command], check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
