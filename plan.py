@@ -414,7 +414,7 @@ def _add_far(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, run, c
     phases["hessian"].link += batches * (square * 5 / 8 + _statistics(group, config) - square)  # H's upper triangle, by panels
     phases["target"].link += square * pieces * (1 if outputs else 2) * (config.shift > 0)
     phases["solve"].link += square * pieces / 2
-    fits = config.refine * -(-O // max(1, 2**24 // unknowns_of(group, config) ** 2))
+    fits = config.refine * -(-O // quant.fit_rows(unknowns_of(group, config), I, False)[1])
     phases["refine"].link += square * (pieces * (3 * config.refine + 2) + fits)  # sweeps, two losses a fit, one more of both; fits
     if not (run.hessian_device and run.hessian_device.type == "cuda"):
         phases["factorization"].on_host += I**3 * 2 / 3

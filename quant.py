@@ -282,10 +282,8 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, con
     Rows that lose by it (through rounding) keep what they have.
     """
     old = grid.levels.squeeze(1) if grid.affine is None else grid.affine.scale
-    unknowns = old.shape[1]
-    chunk = max(1, (2**23 if W.device.type == "cpu" else 2**26) // (unknowns * W.shape[1]))
-    block = chunk if H.square.device == W.device else max(chunk, 2**24 // unknowns**2)  # from afar, H comes once for so many rows
-    rows = panels(len(W), block)
+    chunk, block = fit_rows(old.shape[1], W.shape[1], W.device.type == "cpu")
+    rows = panels(len(W), chunk if H.square.device == W.device else block)
     fitted = torch.cat([_least_squares(W[part], codes[part], grid.rows(part), old[part].double(), H, chunk) for part in rows])
     if grid.affine is None:
         new = Grid(rounded(fitted.sort(1).values, config).unsqueeze(1), None)
@@ -294,6 +292,12 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, con
         new = Grid(affine_levels(scale, grid.affine.zero, config.bits), Affine(scale, grid.affine.zero))
     losses = [row_losses(W - dequantize(codes, g.levels), H) for g in (new, grid)]
     return new.where(losses[0] < losses[1], grid)
+
+
+def fit_rows(unknowns: int, columns: int, on_cpu: bool) -> tuple[int, int]:
+    """For how many rows `fit_grid` makes B at a time, and for how many a Hessian from afar is fetched once."""
+    chunk = max(1, (2**23 if on_cpu else 2**26) // (unknowns * columns))
+    return chunk, max(chunk, 2**24 // unknowns**2)
 
 
 def _least_squares(W: torch.Tensor, codes: torch.Tensor, grid: Grid, old: torch.Tensor, H: Symmetric, chunk: int) -> torch.Tensor:
