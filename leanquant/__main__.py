@@ -68,6 +68,7 @@ def describe(checkpoint: Checkpoint) -> dict:
     groups = {checkpoint.shapes[linear + SCALE][1] for linear in linears if linear + SCALE in checkpoint}
     grid = "non-uniform levels" if linears[0] + GRID in checkpoint else f"affine, {'row-wise' if groups == {1} else 'in groups'}"
     found = {
+        "format": checkpoint.format,
         "method": settings.get("method", "leanquant (no metadata: a file of the published tool)"),
         "bits": f"{counts} ({checkpoint.bits_per_weight:.2f} a weight with levels)",
         "grid": grid,

@@ -46,6 +46,7 @@ class ForeignCheckpoint(Checkpoint):
         super().__init__(files)
         self._raw = Checkpoint(files)  # the tensors as they are
         self.layout, bits, groupsize = _layout_of(config)
+        self.format = self.layout.name
         self._sizes: dict[str, tuple[int, int, int]] = {}  # linear -> bits, rows, columns
         self._stored: dict[str, dict[str, str]] = {}  # linear -> suffix -> name of its tensor
         for linear in self._linears():

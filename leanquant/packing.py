@@ -169,6 +169,8 @@ def is_finite(tensor: torch.Tensor) -> bool:
 class Checkpoint:
     """The tensors of a model by name, read one at a time: a safetensors file, several, or a folder of shards."""
 
+    format = "leanquant"  # of what is quantized in it
+
     def __init__(self, files: Iterable[Path]):
         self.files: dict[str, Path] = {}  # tensor name -> file
         self.offsets: dict[str, int] = {}  # where in the file its bytes begin

@@ -1,10 +1,11 @@
 """Our affine search beside GPTQModel's own GPTQ: same model, bits, groups and calibration windows, both measured by transformers' loader.
 
-    python scripts/bench_gptqmodel.py [--groupsize 64] [--out docs/results/gptqmodel-cpu.json]
+    python scripts/bench_gptqmodel.py [--groupsizes 64 128] [--out docs/results/gptqmodel-cpu.json]
 
 SmolLM2-135M-Instruct at 4 bits, 32 x 512 calibration tokens, on a CPU. Held-out perplexity: of our own file through llama.py, of the
 exported folder (awq) and of GPTQModel's through transformers with gptqmodel's torch kernel. And the time and memory of the export.
-Steps that are done are kept in --folder. Groups of 128 do not divide 576 inputs. Needs tests/requirements.txt.
+Groups of 128 do not divide SmolLM2's 576 inputs: there the model is the same function with zeros appended (demo_data.widen).
+Steps that are done are kept in --folder. Needs tests/requirements.txt.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -23,43 +25,45 @@ import torch  # noqa: E402
 from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from demo import FULL, cut_text  # noqa: E402
-from demo_data import make_model, make_texts  # noqa: E402
+from demo_data import make_model, make_texts, widen  # noqa: E402
 
-MODEL, BITS, SAMPLES, SEQLEN = FULL.folder / "SmolLM2-135M-Instruct", 4, 32, 512
+BITS, SAMPLES, SEQLEN = 4, 32, 512
 VARIANTS = {"gptqmodel, its defaults": {}, "gptqmodel, asymmetric": {"sym": False, "format": "gptq_v2"}}
 
 
-def quantize_ours(folder: Path, groupsize: int, calibration: Path, test: Path) -> dict:
+class Bench(NamedTuple):
+    """Where the runs of one size of group keep what is done."""
+
+    model: Path
+    groupsize: int
+    folder: Path
+    calibration: Path
+    test: Path
+
+    def file(self, name: str) -> Path:
+        return self.folder / name.format(self.groupsize)
+
+
+def quantize_ours(bench: Bench) -> dict:
     """llama.py's report."""
-    report = folder / f"ours-{groupsize}.json"
+    report, partial = bench.file("ours-{}.json"), bench.file("report-{}.json")
     if not report.is_file():
-        command = ["llama.py", str(MODEL), str(calibration), "--wbits", str(BITS), "--grid", "affine", "--groupsize", str(groupsize)]
-        command += ["--nsamples", str(SAMPLES), "--seqlen", str(SEQLEN), "--true-sequential", "--act-order", "--percdamp", "0.1"]
-        command += [
-            "--save_path",
-            str(our_file(folder, groupsize)),
-            "--eval",
-            str(test),
-            "--report",
-            str(folder / "report.json"),
-            "--overwrite",
-        ]
+        command = ["llama.py", str(bench.model), str(bench.calibration), "--wbits", str(BITS), "--grid", "affine"]
+        command += ["--groupsize", str(bench.groupsize), "--nsamples", str(SAMPLES), "--seqlen", str(SEQLEN)]
+        command += ["--true-sequential", "--act-order", "--percdamp", "0.1", "--eval", str(bench.test)]
+        command += ["--save_path", str(bench.file("ours-{}.safetensors")), "--overwrite", "--report", str(partial)]
         subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
-        (folder / "report.json").rename(report)
+        partial.rename(report)
     return json.loads(report.read_text())
 
 
-def our_file(folder: Path, groupsize: int) -> Path:
-    return folder / f"ours-{groupsize}.safetensors"
-
-
-def export_ours(folder: Path, groupsize: int) -> tuple[Path, dict]:
+def export_ours(bench: Bench) -> tuple[Path, dict]:
     """The exported folder, and what it took: seconds and the peak resident memory of the process."""
-    out, measured = folder / f"ours-{groupsize}-awq", folder / f"export-{groupsize}.json"
+    out, measured = bench.file("ours-{}-awq"), bench.file("export-{}.json")
     if not measured.is_file():
-        command = [sys.executable, "scripts/export.py", str(our_file(folder, groupsize)), "--base", str(MODEL), "--to", "awq"]
+        command = [sys.executable, "scripts/export.py", str(bench.file("ours-{}.safetensors")), "--base", str(bench.model)]
         start = time.perf_counter()
-        process = subprocess.Popen([*command, "--out", str(out), "--overwrite"], cwd=ROOT)
+        process = subprocess.Popen([*command, "--to", "awq", "--out", str(out), "--overwrite"], cwd=ROOT)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
             sys.exit("error: the export failed, see above")
@@ -74,19 +78,19 @@ def run_alone(*args: str) -> None:
     subprocess.run([sys.executable, __file__, "--step", *args], cwd=ROOT, check=True, env=workers | os.environ)
 
 
-def quantize_theirs(variant: str, groupsize: str, calibration: str, out: str) -> None:
+def quantize_theirs(variant: str, model: str, groupsize: str, calibration: str, out: str) -> None:
     """GPTQModel's public API, on the calibration windows of llama.py."""
     from gptqmodel import GPTQModel, QuantizeConfig
 
     import datautils
     import modelutils
 
-    ids = datautils.calibration_windows(calibration, modelutils.load_tokenizer(MODEL), SAMPLES, SEQLEN, 0)
+    ids = datautils.calibration_windows(calibration, modelutils.load_tokenizer(model), SAMPLES, SEQLEN, 0)
     windows = [{"input_ids": row.tolist(), "attention_mask": [1] * SEQLEN} for row in ids]
     config = QuantizeConfig(bits=BITS, group_size=int(groupsize), device="cpu", offload_to_disk=False, **VARIANTS[variant])
-    model = GPTQModel.load(str(MODEL), config, dtype=torch.float32)
-    model.quantize(windows, batch_size=2)
-    model.save(out + ".partial")
+    network = GPTQModel.load(model, config, dtype=torch.float32)
+    network.quantize(windows, batch_size=2)
+    network.save(out + ".partial")
     Path(out + ".partial").rename(out)
 
 
@@ -100,7 +104,7 @@ class WideProducts(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def measure(folder: str, test: str, out: str) -> None:
+def measure(folder: str, model: str, test: str, out: str) -> None:
     """Held-out perplexity of an exported folder by transformers' loader, with gptqmodel's torch kernel in a float32 model."""
     from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
@@ -110,23 +114,42 @@ def measure(folder: str, test: str, out: str) -> None:
     method = json.loads(Path(folder, "config.json").read_text())["quantization_config"]["quant_method"]
     kernel = AwqConfig(backend="torch_awq") if method == "awq" else GPTQConfig(bits=BITS, backend="gptq_torch")
     torch.compiler.set_stance("force_eager")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", quantization_config=kernel).eval()
-    windows = eval_quantized.Windows.of(test, modelutils.load_tokenizer(MODEL), SEQLEN)
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, device_map="cpu", quantization_config=kernel).eval()
+    windows = eval_quantized.Windows.of(test, modelutils.load_tokenizer(model), SEQLEN)
     with WideProducts():
-        found = eval_quantized.perplexity(windows, eval_quantized.whole_losses(model, windows.ids, 4, "held-out"))
+        found = eval_quantized.perplexity(windows, eval_quantized.whole_losses(network, windows.ids, 4, "held-out"))
     Path(out).write_text(json.dumps(found._asdict()))
 
 
-def measured(folder: Path, test: Path, out: Path) -> dict:
+def measured(bench: Bench, folder: Path, out: Path) -> float:
     if not out.is_file():
-        run_alone("measure", str(folder), str(test), str(out))
-    return json.loads(out.read_text())
+        run_alone("measure", str(folder), str(bench.model), str(bench.test), str(out))
+    return json.loads(out.read_text())["perplexity"]
+
+
+def compare(bench: Bench) -> dict:
+    """Everything about one size of group."""
+    ours = quantize_ours(bench)["perplexity"][0]["perplexity"]
+    exported, cost = export_ours(bench)
+    through = measured(bench, exported, bench.file("awq-{}.json"))
+    perplexity = {"leanquant affine, its own file": ours, "leanquant affine, exported to awq, through transformers": through}
+    for number, variant in enumerate(VARIANTS):
+        folder = bench.file(f"theirs-{{}}-{number}")
+        if not (folder / "config.json").is_file():
+            run_alone("quantize", variant, str(bench.model), str(bench.groupsize), str(bench.calibration), str(folder))
+        perplexity[variant] = measured(bench, folder, bench.file(f"theirs-{{}}-{number}.json"))
+    return {
+        "model": bench.model.name,
+        "perplexity": perplexity,
+        "exported_through_transformers_relative_difference": through / ours - 1,
+        "export": cost,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--groupsize", type=int, default=64)
-    parser.add_argument("--folder", type=Path, default=ROOT / "demo" / "gptqmodel", help="where models go (default: %(default)s)")
+    parser.add_argument("--groupsizes", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--folder", type=Path, default=FULL.folder / "gptqmodel", help="where models go (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "gptqmodel-cpu.json")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -134,44 +157,29 @@ def main() -> None:
         {"quantize": quantize_theirs, "measure": measure}[args.step[0]](*args.step[1:])
         return
     args.folder.mkdir(parents=True, exist_ok=True)
-    make_model(MODEL)
+    model = FULL.folder / "SmolLM2-135M-Instruct"
+    make_model(model)
     calibration, heldout = make_texts(FULL.folder)
-    test = cut_text(heldout, FULL)
-    ours = quantize_ours(args.folder, args.groupsize, calibration, test)
-    exported, cost = export_ours(args.folder, args.groupsize)
-    own = ours["perplexity"][0]["perplexity"]
-    through = measured(exported, test, args.folder / f"awq-{args.groupsize}.json")["perplexity"]
-    rows = {
-        "leanquant affine, its own file": {"perplexity": own},
-        "leanquant affine, exported to awq, through transformers": {"perplexity": through},
-    }
-    for number, variant in enumerate(VARIANTS):
-        folder = args.folder / f"theirs-{args.groupsize}-{number}"
-        if not (folder / "config.json").is_file():
-            run_alone("quantize", variant, str(args.groupsize), str(calibration), str(folder))
-        row = measured(folder, test, args.folder / f"theirs-{args.groupsize}-{number}.json")
-        rows[variant] = {"perplexity": row["perplexity"]}
-        write(args, rows, cost, through / own - 1)
-    for name, row in rows.items():
-        print(f"{name}: {row['perplexity']:.4f}")
+    test, found = cut_text(heldout, FULL), {}
+    for groupsize in args.groupsizes:
+        base = model if groupsize == 64 else widen(model, FULL.folder / "SmolLM2-135M-Instruct-widened")
+        found[f"groups of {groupsize}"] = compare(Bench(base, groupsize, args.folder, calibration, test))
+        write(args.out, found)
+    for groups, row in found.items():
+        print(groups, *(f"{name}: {perplexity:.4f}" for name, perplexity in row["perplexity"].items()), sep="\n  ")
 
 
-def write(args: argparse.Namespace, rows: dict, cost: dict, difference: float) -> None:
-    packages = {name: version(name) for name in ("torch", "transformers", "gptqmodel", "optimum")}
+def write(out: Path, found: dict) -> None:
     contents = {
-        "model": "SmolLM2-135M-Instruct",
+        "model": "SmolLM2-135M-Instruct; widened: zeros appended until 128 divides the inputs of every linear, the same function",
         "bits": BITS,
-        "groupsize": args.groupsize,
-        "groupsize_128": "not possible: 576 inputs are four and a half groups of 128, which llama.py refuses",
         "calibration": f"{SAMPLES} x {SEQLEN} tokens of Wikipedia, the same windows for both",
         "test": f"{FULL.test_tokens} held-out tokens in windows of {SEQLEN}, float32",
-        "rows": rows,
-        "exported_through_transformers_relative_difference": difference,
-        "export": cost,
-        "versions": packages,
+        **found,
+        "versions": {name: version(name) for name in ("torch", "transformers", "gptqmodel", "optimum")},
         "threads": torch.get_num_threads(),
     }
-    args.out.write_text(json.dumps(contents, indent=2) + "\n")
+    out.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 if __name__ == "__main__":

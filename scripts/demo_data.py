@@ -7,6 +7,7 @@ in `gensim`: 107 articles, 3.1 MB.
 
 import bz2
 import importlib.util
+import itertools
 import warnings
 from pathlib import Path
 
@@ -30,6 +31,37 @@ def make_model(folder: Path) -> None:
     model.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source, gguf_file=GGUF).save_pretrained(partial)
     partial.rename(folder)
+
+
+def widen(folder: Path, out: Path, multiple: int = 128) -> Path:
+    """Write the Llama in `folder` with zeros appended until `multiple` divides the inputs of every linear. Returns `out`.
+
+    The same function, but for rounding: hidden states get coordinates, and attention gets heads, that stay zero. A norm's mean is
+    over more coordinates then, which its weight and epsilon make up for.
+    """
+    if (out / "model.safetensors").is_file():
+        return out
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    config = model.config
+    share = config.num_attention_heads // config.num_key_value_heads
+    heads = next(n for n in itertools.count(config.num_attention_heads) if n % share == n * config.head_dim % multiple == 0)
+    hidden = heads * config.head_dim  # transformers wants as much
+    ratio = config.hidden_size / hidden
+    wide = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": heads // share}
+    wide["rms_norm_eps"] = config.rms_norm_eps * ratio
+    target = AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | wide))
+    with torch.no_grad():
+        for new, old in zip(target.parameters(), model.parameters(), strict=True):
+            new.zero_()
+            new[tuple(slice(size) for size in old.shape)] = old if old.ndim > 1 else old * ratio**0.5
+    partial = out.with_name(out.name + ".partial")
+    target.half().save_pretrained(partial)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(partial)
+    partial.rename(out)
+    return out
 
 
 def articles() -> list[str]:
