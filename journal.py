@@ -42,7 +42,7 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
 class Journal:
     """layers: how many are finished and saved; rows: the report's rows of those; seconds: time spent on them, by phase.
 
-    batch_size: of the last one; 0 if there is none.
+    batch_size: this rank's of the last one; 0 if there is none.
     """
 
     def __init__(self, folder: Path | None, fingerprint: dict, ranks: Ranks | None = None):
@@ -64,7 +64,8 @@ class Journal:
             self.layers, self.parts, self.seconds, self._live = last["layers"], last["parts"], last["seconds"], last["live"]
             self.rows = [row for line in lines[1:] for row in line["rows"]]
             self.generation = int(self._live["generation"]) if self._live else 1
-            self.batch_size = last["batch_size"]
+            sizes = last["batch_sizes"]  # ranks that ran out of memory go on with less than the others
+            self.batch_size = sizes[self._ranks.rank] if len(sizes) == self._ranks.size else min(sizes)
 
     def _take_up(self, fingerprint: dict) -> list[dict]:
         """The lines that count, which are all that is left on the disk: the fingerprint and what is finished."""
@@ -138,8 +139,9 @@ class Journal:
         if not is_last:
             self.generation = save(live, self.folder, self.generation, layers, self._ranks)
             saved = {"generation": self.generation, "bytes": sum(stream.file_bytes for stream in live) + STAMP_BYTES}
+        sizes = self._ranks.each(batch_size)
         if self._ranks.is_first:
-            line = {"layers": layers, "parts": parts, "live": saved, "batch_size": batch_size, "seconds": seconds, "rows": self._pending}
+            line = {"layers": layers, "parts": parts, "live": saved, "batch_sizes": sizes, "seconds": seconds, "rows": self._pending}
             with open(self.path, "a") as f:
                 f.write(json.dumps(line) + "\n")
                 f.flush()

@@ -9,6 +9,7 @@ share the work (ranks.py).
 
 import argparse
 import contextlib
+import ctypes
 import errno
 import hashlib
 import itertools
@@ -95,7 +96,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Phases:
-    """Seconds spent in each named phase; an inner phase's time is not counted for the outer one."""
+    """Seconds spent in each named phase; an inner phase's time is not counted for the outer one. Each begins with a heap without holes."""
 
     def __init__(self, device: torch.device, seconds: dict[str, float] | None = None):
         self.seconds: dict[str, float] = dict(seconds or {})  # of an earlier run that this one goes on with
@@ -104,6 +105,8 @@ class Phases:
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         self._book()
+        if not self._open:
+            give_back_free_memory()
         self._open.append(name)
         try:
             yield
@@ -118,6 +121,13 @@ class Phases:
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._mark
         self._mark = now
+
+
+def give_back_free_memory() -> None:
+    """Let go of the heap's free pages, which glibc keeps: they make the peak a fifth higher than what is needed, and another one in
+    each run."""
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------
@@ -890,6 +900,8 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
     args.dataset, args.eval = args.dataset or "c4-new", ["none"]
     run = replace(run_settings(args, device, ranks), hessian_device=torch.device(wide) if wide else None)
     path, text = Path(args.model), 0
+    if not path.exists():  # of a hub's model the config is enough
+        path = modelutils.resolve_model(args.model, ["config.json"]) / "config.json"
     if path.is_file() and path.suffix == ".json":
         stored = modelutils.read_config(path).dtype or torch.bfloat16
         names = {kind: name for name, kind in packing.TORCH_DTYPES.items()}

@@ -12,7 +12,7 @@ import difflib
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +35,8 @@ HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
 NOT_HUB_FILES = ["original/*", "consolidated*"]
 
 
-def resolve_model(name_or_path: str) -> Path:
-    """The local folder of a model: the path itself, or the hub's files in the local cache."""
+def resolve_model(name_or_path: str, files: Sequence[str] = HUB_FILES) -> Path:
+    """The local folder of a model: the path itself, or the hub's `files` in the local cache."""
     path = Path(name_or_path)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -48,7 +48,7 @@ def resolve_model(name_or_path: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=HUB_FILES, ignore_patterns=NOT_HUB_FILES))
+        return Path(snapshot_download(name_or_path, allow_patterns=list(files), ignore_patterns=NOT_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"cannot get {name_or_path} from the hub ({reason}): check the name, the network and your access") from None
@@ -651,8 +651,10 @@ class PlannedModel(StreamedModel):
         super().__init__(config, Checkpoint([]), dtype, torch.device("cpu"))
 
     def check(self) -> None:
+        tied = {self.head_name} if self.config.get_text_config().tie_word_embeddings else ()
         for name, parameter in self.model.named_parameters():
-            self.checkpoint.shapes[name], self.checkpoint.dtypes[name] = tuple(parameter.shape), self._stored
+            if name not in tied:
+                self.checkpoint.shapes[name], self.checkpoint.dtypes[name] = tuple(parameter.shape), self._stored
         super().check()
 
 

@@ -139,6 +139,13 @@ class Ranks:
         self.sum_(numbers)
         return int(numbers)
 
+    def each(self, number: int) -> list[int]:
+        """Every rank's number."""
+        numbers = torch.zeros(self.size, dtype=torch.int64)
+        numbers[self.rank] = number
+        self.sum_(numbers)
+        return numbers.tolist()
+
     def barrier(self) -> None:
         self.total(0)
 

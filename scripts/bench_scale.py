@@ -1,6 +1,7 @@
 """Run layers of the exact shapes of very large models through llama.py and measure memory and time; plan what is too large for here.
 
-    python scripts/bench_scale.py --run 70b --layers 1 --nsamples 2 --seqlen 128 --activations disk --out docs/results/scale-cpu.json
+    python scripts/bench_scale.py --run 70b --layers 1 --nsamples 2 --seqlen 128 --out docs/results/scale.json
+    python scripts/bench_scale.py --run smollm2 --layers 2 10 30 --nsamples 32 --seqlen 512 --plan --out docs/results/scale.json
 
 The checkpoint is random, cheap to make and sparse on the disk: a few rows of each linear hold numbers, drawn once and put at other
 places for every linear, all others are holes that read as zeros; embeddings and head are holes but for the tokens in use. Memory
@@ -21,10 +22,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 VOCABULARY = 128  # tokens in use: one a letter
-MODELS = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary, of the published configs
+MODELS = {  # hidden, intermediate, layers, heads, key-value heads, vocabulary of the published configs
     "70b": (8192, 28672, 80, 64, 8, 128256),  # Llama-3.1-70B
     "123b": (12288, 28672, 88, 96, 8, 32768),  # Mistral-Large-2407
     "405b": (16384, 53248, 126, 128, 8, 128256),  # Llama-3.1-405B
+    "smollm2": (576, 1536, 30, 9, 3, 49152),  # SmolLM2-135M
     "tiny": (64, 192, 4, 4, 2, 512),  # to try the script
 }
 
@@ -33,14 +35,15 @@ def config_of(name: str, layers: int | None = None) -> dict:
     hidden, intermediate, count, heads, pairs, vocabulary = MODELS[name]
     sizes = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": layers or count, "vocab_size": vocabulary}
     sizes |= {"num_attention_heads": heads, "num_key_value_heads": pairs, "max_position_embeddings": 131072, "rope_theta": 500000.0}
-    more = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16"}
+    more = {"rms_norm_eps": 1e-5, "tie_word_embeddings": name == "smollm2", "bos_token_id": 0, "eos_token_id": 1, "dtype": "bfloat16"}
     return {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **sizes, **more}
 
 
 def shapes_of(config: dict) -> dict[str, tuple[int, ...]]:
     D, I, V = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     pairs = D // config["num_attention_heads"] * config["num_key_value_heads"]
-    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    shapes = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}
+    shapes |= {} if config["tie_word_embeddings"] else {"lm_head.weight": (V, D)}
     for index in range(config["num_hidden_layers"]):
         layer = f"model.layers.{index}."
         shapes |= {f"{layer}{name}.weight": (D,) for name in ("input_layernorm", "post_attention_layernorm")}
@@ -105,12 +108,12 @@ def settings(args: argparse.Namespace) -> list[str]:
     return [*recipe, *args.flags.split()]
 
 
-def run(name: str, args: argparse.Namespace) -> dict:
-    """Quantize the first layers of a model of that shape; what its report says, beside the plan that it made before."""
+def run(name: str, layers: int, args: argparse.Namespace) -> dict:
+    """Quantize the first `layers` of a model of that shape; what its report says, beside the plan that it made before."""
     with tempfile.TemporaryDirectory(prefix="bench-scale-", dir=args.work) as work:
         folder, report = Path(work) / "model", Path(work) / "report.json"
         folder.mkdir()
-        make_checkpoint(folder, config_of(name, args.layers))
+        make_checkpoint(folder, config_of(name, layers))
         make_tokenizer(folder)
         letters = "".join(chr(32 + (i * i + 7 * i // 3) % 94) for i in range(args.nsamples * args.seqlen * 2 + 100))
         (Path(work) / "text.txt").write_text(letters)
@@ -125,14 +128,14 @@ def run(name: str, args: argparse.Namespace) -> dict:
     return {
         "model": name,
         "measured": True,
-        "layers": args.layers,
+        "layers": layers,
         "tokens": args.nsamples * args.seqlen,
         "activations": args.activations,
         "flags": args.flags,
-        "checkpoint_gb": config_bytes(name, args.layers) / 1e9,
+        "checkpoint_gb": config_bytes(name, layers) / 1e9,
         "checkpoint_gb_on_disk": on_disk / 1e9,
         "seconds": seconds,
-        "seconds_a_layer": contents["quantization_seconds"] / args.layers,
+        "seconds_a_layer": contents["quantization_seconds"] / layers,
         "phase_seconds": contents["phase_seconds"],
         "peak_host_gb": contents["peak_host_bytes_quantizing"] / 1e9,
         "peak_device_gb": contents.get("peak_device_bytes_quantizing", 0) / 1e9,
@@ -175,25 +178,25 @@ def planned(name: str, hardware: str, second_gpu: bool, args: argparse.Namespace
     }
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", nargs="*", default=[], choices=list(MODELS), help="models whose layers are run here")
     parser.add_argument(
         "--plan", nargs="*", default=["70b", "123b", "405b"], choices=list(MODELS), help="models that are planned as a whole"
     )
-    parser.add_argument("--layers", type=int, default=2, help="layers of each model that is run")
+    parser.add_argument("--layers", type=int, nargs="+", default=[2], help="how many layers of each model are run; several: one run each")
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=2048)
     parser.add_argument("--activations", default="disk", choices=["auto", "device", "host", "disk"])
     parser.add_argument("--flags", default="", help="further flags of llama.py, as one word: '--recipe published'")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for the checkpoint, sparse, and the results")
     parser.add_argument("--out", type=Path, help="JSON file for the results; those of earlier runs in it stay")
-    return parser.parse_args(argv)
+    return parser.parse_args()
 
 
 def main() -> None:
-    args = parse(None)
-    results = [run(name, args) for name in args.run]
+    args = parse()
+    results = [run(name, layers, args) for name in args.run for layers in args.layers]
     machines = [("4090", False), ("l40s", True), ("h200", False), ("cpu", False)]
     results += [planned(name, hardware, second, args) for name in args.plan for hardware, second in machines]
     for result in results:

@@ -341,6 +341,7 @@ assert mine.gather_rows(quant.Grid(share, None), 7).affine is None
 tensors = [torch.full((3, 2), mine.rank + 1.0), None, torch.tensor([mine.rank])]
 mine.sum_(*tensors)
 assert tensors[0].unique().tolist() == [6] and tensors[2].tolist() == [3]
+assert mine.each(10 * mine.rank) == [0, 10, 20]
 numbers = torch.full((4,), mine.rank == 0)
 mine.copy_first_(numbers)
 assert numbers.all()

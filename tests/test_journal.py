@@ -22,6 +22,7 @@ from activations import InMemory
 from conftest import make_text
 from journal import Journal, differences
 from leanquant.errors import InputError
+from ranks import Ranks
 from test_cli import GRIDS, SEQUENTIAL, environment
 
 LAYERS, KILLS = 6, 25
@@ -82,10 +83,9 @@ import os, random, sys, time
 import torch
 torch.set_num_threads(1)
 import journal, llama, quant, transformers, leanquant.modeling
-journal.PATIENCE = 0
 import json
 for line in sys.stdin:
-    arguments, wait = json.loads(line)
+    arguments, wait, journal.PATIENCE = json.loads(line)
     child = os.fork()
     if child == 0:
         devnull = os.open(os.devnull, os.O_WRONLY)
@@ -105,7 +105,8 @@ for line in sys.stdin:
 
 
 def test_25_random_kills_change_no_byte(command, tmp_path):
-    rng, resumed, killed = random.Random(0), 0, 0
+    """A fifth of the runs save a layer as late as users' runs do, the others each at once."""
+    rng, resumed = random.Random(0), 0
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],
         env=environment() | {"OMP_NUM_THREADS": "1"},
@@ -114,10 +115,13 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
         text=True,
     )
 
-    def run(path: Path, wait: float) -> int:
-        server.stdin.write(json.dumps([command(path), wait]) + "\n")
+    def run(path: Path, wait: float, patience: int = 0) -> int:
+        server.stdin.write(json.dumps([command(path), wait, patience]) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
+
+    def check_result(path: Path, number: int) -> None:
+        assert path.read_bytes() == expected, f"kill {number}"
 
     takes = []
     for _ in range(3):  # the first fills caches
@@ -129,21 +133,25 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
     longest = min(takes)
     for number in range(KILLS):
         path = tmp_path / f"{number}.safetensors"
-        status = run(path, rng.uniform(0.25, 1) * longest)
-        killed += status == -signal.SIGKILL
+        patience = 0 if number % 5 else journal.PATIENCE
+        while (status := run(path, rng.uniform(0.25, 1) * longest, patience)) != -signal.SIGKILL:
+            assert status == 0
+            check_result(path, number)
+            path.unlink()
+            longest *= 0.8  # it was faster: other work on the machine comes and goes
         lines = path.with_name(path.name + ".partial") / "journal.jsonl"
         saved = lines.is_file() and len(lines.read_text().splitlines()) > 1
         resumed += saved
-        longest *= 0.8 if status == 0 else 1 if saved else 1.1  # other work on the machine comes and goes
-        if path.exists():  # killed after the result was complete, or not at all
-            assert path.read_bytes() == expected, f"kill {number}"
+        longest *= 1 if saved else 1.1
+        if path.exists():  # killed after the result was complete
+            check_result(path, number)
             path.unlink()
-        assert run(path, 1000) == 0, f"kill {number}"
-        assert path.read_bytes() == expected, f"kill {number}"
+        assert run(path, 1000, patience) == 0, f"kill {number}"
+        check_result(path, number)
         assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(f"{number}.")] == [path.name]
     server.stdin.close()
     server.wait()
-    assert killed >= 10 and resumed >= 5, (killed, resumed)  # else the moments were no test on this machine
+    assert resumed >= 5, resumed  # else the moments were no test on this machine
 
 
 @pytest.mark.parametrize("finished", [1, 3, LAYERS - 1])
@@ -322,6 +330,24 @@ def test_generations_alternate_and_the_newest_whole_one_counts(tmp_path, monkeyp
     assert taken_up() == (2, 2.0, [1, 2])
     with pytest.raises(InputError, match="a: 1, now 2"):
         Journal(tmp_path, {"a": 2})
+
+
+def test_each_rank_goes_on_with_its_own_batches(tmp_path, monkeypatch):
+    """One of two ranks had to halve them. Another number of ranks takes the smallest."""
+
+    class Two(Ranks):
+        def each(self, number):
+            return [8, 4]
+
+        def from_first(self, compute):
+            return compute()
+
+    monkeypatch.setattr(journal, "PATIENCE", 0)
+    (tmp_path / "part-00000.safetensors").touch()
+    Journal(tmp_path, {}, Two()).add(1, 1, [], {}, waiting(torch.ones(3)), False, 8)
+    assert Journal(tmp_path, {}).batch_size == 4
+    for rank, size in ((0, 8), (1, 4)):
+        assert Journal(tmp_path, {}, Two(rank=rank, size=2)).batch_size == size
 
 
 def test_a_run_that_finished_no_layer_is_in_nobodys_way(tmp_path):

@@ -78,15 +78,28 @@ def test_host_peak_is_as_planned(tmp_path, sizes, nsamples, seqlen, options):
 
 
 def test_host_peak_does_not_grow_with_the_number_of_layers(tmp_path, tiny_model, text_file):
+    """A layer is 4 MB: 28 of them are a fifth of the peak."""
     peaks = []
     for layers in (2, 10, 30):
         report = tmp_path / f"{layers}.json"
-        model = tiny_model(num_hidden_layers=layers, hidden_size=128, intermediate_size=256)
+        model = tiny_model(num_hidden_layers=layers, hidden_size=256, intermediate_size=1024)
         command = [sys.executable, "llama.py", model, text_file, "--wbits", "4", "--nearest", "--eval", "none", "--nsamples", "16"]
         command += ["--seqlen", "256", "--save_path", tmp_path / f"{layers}.safetensors", "--report", report]
         subprocess.run([str(part) for part in command], check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
         peaks.append(json.loads(report.read_text())["peak_host_bytes_quantizing"])
     assert max(peaks) < 1.05 * min(peaks), peaks
+
+
+def test_the_benchmark_of_scale_measures(tmp_path):
+    command = [sys.executable, "scripts/bench_scale.py", "--run", "tiny", "--layers", "1", "2", "--plan", "--nsamples", "2"]
+    command += ["--seqlen", "64", "--out", str(tmp_path / "scale.json")]
+    subprocess.run(command, check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    results = json.loads((tmp_path / "scale.json").read_text())["results"]
+    assert [row["layers"] for row in results] == [1, 2]
+    for row in results:
+        assert row["measured"] and row["tokens"] == 128
+        assert row["checkpoint_gb_on_disk"] < row["checkpoint_gb"]
+        assert row["planned_peak_host_gb"] == pytest.approx(row["peak_host_gb"], rel=0.15)
 
 
 def test_the_disk_is_as_planned(tmp_path, tiny_model, text_file, monkeypatch):
@@ -121,6 +134,20 @@ def test_a_config_is_enough_and_says_that_405b_fits_24_gb(large_config, tmp_path
     once = 2 * tokens * streams * 126 * layer
     assert once < found["operations"]["forward"] < 2 * once, "attention's first linears and the mlp's pass twice"
     assert found["disk"] > 405e9 / 2 + 3 * streams * 2 * tokens * D
+
+
+def test_of_a_hubs_model_the_config_is_enough(offline, tmp_path):
+    repository = tmp_path / "hub/models--someone--tiny"
+    config = LlamaConfig(**SIZES, tie_word_embeddings=True, dtype="bfloat16")
+    config.save_pretrained(repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("a" * 40)
+    tied = planned("someone/tiny", "--plan", "cpu", tmp_path=tmp_path)
+    config.tie_word_embeddings = False
+    config.save_pretrained(tmp_path / "untied")
+    untied = planned(tmp_path / "untied/config.json", "--plan", "cpu", tmp_path=tmp_path)
+    assert untied["read"] - tied["read"] >= 2 * SIZES["vocab_size"] * SIZES["hidden_size"], "a tied head is stored once"
+    assert llama.main(["nobody/nothing", *RECIPE, "--plan", "cpu"]) == 2
 
 
 @pytest.mark.parametrize("hardware", plan.HARDWARE)
