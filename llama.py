@@ -9,7 +9,6 @@ share the work (ranks.py).
 
 import argparse
 import contextlib
-import ctypes
 import errno
 import hashlib
 import itertools
@@ -96,7 +95,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 class Phases:
-    """Seconds spent in each named phase; an inner phase's time is not counted for the outer one. Each begins with a heap without holes."""
+    """Seconds spent in each named phase; an inner phase's time is not counted for the outer one. What was freed
+    before an outermost one is given back to the system first."""
 
     def __init__(self, device: torch.device, seconds: dict[str, float] | None = None):
         self.seconds: dict[str, float] = dict(seconds or {})  # of an earlier run that this one goes on with
@@ -106,7 +106,7 @@ class Phases:
     def __call__(self, name: str) -> Iterator[None]:
         self._book()
         if not self._open:
-            give_back_free_memory()
+            modelutils.release_memory()
         self._open.append(name)
         try:
             yield
@@ -121,13 +121,6 @@ class Phases:
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._mark
         self._mark = now
-
-
-def give_back_free_memory() -> None:
-    """Let go of the heap's free pages, which glibc keeps: they make the peak a fifth higher than what is needed, and another one in
-    each run."""
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
-        trim(0)
 
 
 # --- the loop --------------------------------------------------------------------------------------------------
@@ -191,6 +184,8 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
             wanted = [group for group in (without_skipped(model, index, group, run, config) for group in stage) if group.linears]
             seen = (model, index, stream, reference, wanted, done, run, config, phases)
             statistics = in_smaller_batches(model, both, collect_statistics, *seen) if wanted else []
+            for group, total in zip(wanted, statistics, strict=True):
+                share_statistics(index, group, total, run.ranks, phases)
             for group in wanted:
                 for name, grid, codes, row in quantize_group(model, index, group, statistics.pop(0), run, config, phases):
                     packed[name] = saver.begin(pack_linear, codes, grid, config, run.packing) if run.ranks.is_first else None
@@ -260,7 +255,7 @@ def replace_weight(linear: torch.nn.Linear, name: str, codes: torch.Tensor, grid
 
 
 def collect_statistics(model, index: int, stream, reference, groups: list, done: set, run: Run, config, phases: Phases) -> list:
-    """One pass through layer `index` as far as `groups` need: the mean products of each group's input."""
+    """One pass through layer `index` as far as `groups` need: sums of the products of each group's input, over this rank's tokens."""
     layer, sums = model.layers[index], []
     for group in groups:
         weights = [layer.get_submodule(name).weight for name in group.linears]
@@ -277,14 +272,17 @@ def collect_statistics(model, index: int, stream, reference, groups: list, done:
                 for number, total in enumerate(sums):
                     if ours[number]:
                         total.add(ours[number], theirs and theirs[number])
-    for group, total in zip(groups, sums, strict=True):
-        with phases("hessian"):
-            run.ranks.sum_(*total.sums())
-            total.tokens = run.ranks.total(total.tokens)
-        if not total.is_finite():
-            raise InputError(f"layer {index}: the input of {', '.join(group.linears)} is not finite: try --dtype float32 or bfloat16")
-        total.divide()
     return sums
+
+
+def share_statistics(index: int, group, total: Statistics, ranks: Ranks, phases: Phases) -> None:
+    """Make the sums of one rank the means of all."""
+    with phases("hessian"):
+        ranks.sum_(*total.sums())
+        total.tokens = ranks.total(total.tokens)
+    if not total.is_finite():
+        raise InputError(f"layer {index}: the input of {', '.join(group.linears)} is not finite: try --dtype float32 or bfloat16")
+    total.divide()
 
 
 def streams(config: quant.QuantConfig) -> int:

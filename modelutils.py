@@ -73,7 +73,7 @@ def check_seqlen(folder: Path, seqlen: int) -> None:
 
 
 def release_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps it in fragments, and the peak would grow layer by layer."""
+    """Hand freed memory back to the system: glibc keeps it in fragments, by which the peak would grow, and differ from run to run."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
@@ -291,7 +291,6 @@ class StreamedModel:
             yield self.layers[index]
         finally:
             self._empty(names)
-            release_memory()
 
     # --- running ---
 

@@ -3,7 +3,8 @@
 Pure functions of a model's shapes (config and shard headers; no weight is read), of the run's settings and of a machine. Peaks
 are sums of what lives at the same time, phase by phase, so a formula here describes what llama.py, quant.py and modelutils.py
 hold; the tests compare them with measured peaks. Times are operations over rated speed, times what is usually reached of it.
-Not planned: the tokens of a corpus from the hub.
+Not planned: the tokens of a corpus from the hub, or of a text where there is only a config; evaluation, whose activations are a quarter
+of as many calibration windows'.
 Legend: n sequences, T tokens a sequence, D hidden size, O rows, I columns, K = 2**bits levels; sizes in bytes.
 """
 

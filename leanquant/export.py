@@ -15,7 +15,8 @@ from tqdm import tqdm
 from . import packing
 from .errors import InputError
 from .experts import Experts, split_experts
-from .layouts import LAYOUTS, Layout, Linear, Model, weight_of
+from .foreign import open_checkpoint
+from .layouts import LAYOUTS, Affine, Layout, Linear, Model, weight_of
 from .modeling import build_model, read_config
 from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, unpack_codes, write_synced
 
@@ -79,6 +80,7 @@ def export(
             write_synced(folder / OLD_CONFIG, (json.dumps(config["quantization_config"], indent=2) + "\n").encode())
         write_synced(folder / CARD, card(checkpoint, model, name, out.name, perplexity, command).encode())
         verify(checkpoint, Checkpoint.open(folder), layout, sizes)
+        verify_config(folder, stored, layout)
         writer.publish(folder)
     finally:
         writer.close()
@@ -211,6 +213,19 @@ def verify(source: Checkpoint, written: Checkpoint, layout: Layout, sizes: dict[
                 raise RuntimeError(f"{name} does not read back as it was: nothing was kept, please report this")
     if left:
         raise RuntimeError(f"{min(left)} was written, which the model lacks: nothing was kept, please report this")
+
+
+def verify_config(folder: Path, model: Model, layout: Layout) -> None:
+    """Raise RuntimeError unless the config.json in `folder` says what `model` is, to our reader of others' folders."""
+    if not isinstance(layout, Affine):
+        return
+    try:
+        read = open_checkpoint(folder)
+        said = (read.format, read.settings["bits"], read.settings["groupsize"], sorted(read.quantized))
+    except InputError:
+        said = None
+    if said != (layout.name, model.bits, model.groupsize, sorted(model.linears)):
+        raise RuntimeError("config.json does not say what was written: nothing was kept, please report this")
 
 
 def _rebuilt(packed: PackedLinear, bits: int, columns: int, step: int) -> Iterator[torch.Tensor]:

@@ -11,7 +11,7 @@ import torch
 
 from .errors import InputError
 from .layouts import LAYOUTS, Affine
-from .packing import CODES, SCALE, ZERO, Checkpoint, is_finite, pack_codes, packed_width
+from .packing import CODES, OLD_CONFIG, SCALE, ZERO, Checkpoint, is_finite, pack_codes, packed_width
 
 METHODS = ("gptq", "awq", "compressed-tensors")  # what config.json calls them
 CONFIG_BYTES = 2**24  # no config.json is longer
@@ -28,15 +28,21 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _quantization_config(folder: Path) -> dict | None:
-    """What the folder's config.json says of a quantization that is read here; None if there is none, or another."""
-    file = folder / "config.json"
-    if not file.is_file() or file.stat().st_size > CONFIG_BYTES:
-        return None
+    """What the folder's config.json says of a quantization that is read here, or, where it says nothing, AutoGPTQ's own file does; None
+    if there is none, or another."""
+    config = _json_of(folder / "config.json").get("quantization_config")
+    if config is None and (old := _json_of(folder / OLD_CONFIG)):
+        config = {"quant_method": "gptq"} | old
+    return config if isinstance(config, dict) and config.get("quant_method") in METHODS else None
+
+
+def _json_of(file: Path) -> dict:
+    """What is in `file`; nothing if it is no JSON object: who needs it says what is wrong."""
     try:
-        config = json.loads(file.read_text())["quantization_config"]
-        return config if config["quant_method"] in METHODS else None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return None  # who needs the config says what is wrong with it
+        found = json.loads(file.read_text()) if file.stat().st_size <= CONFIG_BYTES else None
+    except (OSError, ValueError, RecursionError):
+        found = None
+    return found if isinstance(found, dict) else {}
 
 
 class ForeignCheckpoint(Checkpoint):

@@ -194,6 +194,8 @@ class Checkpoint:
             checkpoint = cls(_shards_of(index))
         elif (path / "model.safetensors").is_file():
             checkpoint = cls([path / "model.safetensors"])
+        elif len(only := [*path.glob("gptq_model-*.safetensors")]) == 1:  # AutoGPTQ's name
+            checkpoint = cls(only)
         else:
             pickles = [*path.glob("pytorch_model*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
             remedy = (

@@ -3,7 +3,8 @@
     python scripts/bench_gptqmodel.py [--groupsizes 64 128] [--out docs/results/gptqmodel-cpu.json]
 
 SmolLM2-135M-Instruct at 4 bits, 32 x 512 calibration tokens, on a CPU. Held-out perplexity: of our own file through llama.py, of the
-exported folder (awq) and of GPTQModel's through transformers with gptqmodel's torch kernel. And the time and memory of the export.
+exported folder (awq) and of GPTQModel's through transformers with gptqmodel's torch kernel, and of GPTQModel's as read here
+(eval_quantized.py). And the time and memory of the export.
 Groups of 128 do not divide SmolLM2's 576 inputs: there the model is the same function with zeros appended (demo_data.widen).
 Steps that are done are kept in --folder. Needs tests/requirements.txt.
 """
@@ -127,17 +128,28 @@ def measured(bench: Bench, folder: Path, out: Path) -> float:
     return json.loads(out.read_text())["perplexity"]
 
 
+def read_here(bench: Bench, folder: Path, out: Path) -> float:
+    """Held-out perplexity by eval_quantized.py."""
+    if not out.is_file():
+        command = ["eval_quantized.py", "--base_model_name_or_path", str(folder), "--perplexity", str(bench.test), "--seqlen", str(SEQLEN)]
+        subprocess.run([sys.executable, *command, "--output", str(out)], cwd=ROOT, check=True)
+    return json.loads(out.read_text())["perplexity"][0]["perplexity"]
+
+
 def compare(bench: Bench) -> dict:
     """Everything about one size of group."""
+    original = read_here(bench, bench.model, bench.file("original-{}.json"))
     ours = quantize_ours(bench)["perplexity"][0]["perplexity"]
     exported, cost = export_ours(bench)
     through = measured(bench, exported, bench.file("awq-{}.json"))
-    perplexity = {"leanquant affine, its own file": ours, "leanquant affine, exported to awq, through transformers": through}
+    perplexity = {"original": original, "leanquant affine, its own file": ours}
+    perplexity["leanquant affine, exported to awq, through transformers"] = through
     for number, variant in enumerate(VARIANTS):
         folder = bench.file(f"theirs-{{}}-{number}")
         if not (folder / "config.json").is_file():
             run_alone("quantize", variant, str(bench.model), str(bench.groupsize), str(bench.calibration), str(folder))
         perplexity[variant] = measured(bench, folder, bench.file(f"theirs-{{}}-{number}.json"))
+        perplexity[f"{variant}, read here"] = read_here(bench, folder, bench.file(f"theirs-{{}}-{number}-here.json"))
     return {
         "model": bench.model.name,
         "perplexity": perplexity,
@@ -162,11 +174,17 @@ def main() -> None:
     calibration, heldout = make_texts(FULL.folder)
     test, found = cut_text(heldout, FULL), {}
     for groupsize in args.groupsizes:
-        base = model if groupsize == 64 else widen(model, FULL.folder / "SmolLM2-135M-Instruct-widened")
+        base = model if divides(groupsize, model) else widen(model, FULL.folder / "SmolLM2-135M-Instruct-widened")
         found[f"groups of {groupsize}"] = compare(Bench(base, groupsize, args.folder, calibration, test))
         write(args.out, found)
     for groups, row in found.items():
         print(groups, *(f"{name}: {perplexity:.4f}" for name, perplexity in row["perplexity"].items()), sep="\n  ")
+
+
+def divides(groupsize: int, model: Path) -> bool:
+    """Can the inputs of each linear be cut into such groups?"""
+    config = json.loads((model / "config.json").read_text())
+    return config["hidden_size"] % groupsize == config["intermediate_size"] % groupsize == 0
 
 
 def write(out: Path, found: dict) -> None:

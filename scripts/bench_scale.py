@@ -1,6 +1,6 @@
 """Run layers of the exact shapes of very large models through llama.py and measure memory and time; plan what is too large for here.
 
-    python scripts/bench_scale.py --run 70b --layers 1 --nsamples 2 --seqlen 128 --out docs/results/scale.json
+    python scripts/bench_scale.py --run 70b --layers 1 --nsamples 2 --seqlen 128 --flags '--refine 0' --out docs/results/scale.json
     python scripts/bench_scale.py --run smollm2 --layers 2 10 30 --nsamples 32 --seqlen 512 --plan --out docs/results/scale.json
 
 The checkpoint is random, cheap to make and sparse on the disk: a few rows of each linear hold numbers, drawn once and put at other

@@ -1,12 +1,12 @@
 """docs/compatibility.md: each format of leanquant/export.py, loaded by the software that reads it, on a CPU.
 
-    python scripts/compatibility.py [--folder demo/compatibility]
+    python scripts/compatibility.py
 
 A cell is a model whose weights are rounded to nearest, exported, and loaded by transformers with gptqmodel or compressed-tensors
 (tests/requirements.txt). It passes if the logits in float16 are ours within 1e-2, and if at every position, and of every token that
-`generate` goes on with, the likeliest token is ours too, or one that the rounding of float16 puts before it (within 5e-3 of the largest
-logit). gptqmodel's kernels are asked twice: the one in torch, and the one that it takes by itself, which on a CPU computes in
-bfloat16. The tests run all cells and make the page.
+`generate` goes on with, the likeliest token is ours too, or one that the rounding of float16 puts before it (within 2e-3 of the largest
+logit). gptqmodel's kernels are asked twice: the one in torch, and the one that it takes by itself, which on a CPU may compute
+in bfloat16. The tests run all cells and make the page.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -45,7 +46,7 @@ SMOLLM2_IDS = [  # "The telescope is an instrument that makes ..." and "The capi
     [504, 3575, 282, 4649, 314, 7042, 28, 527, 5721, 335, 260, 4626, 1268, 462, 284, 553, 719, 260, 8952],
 ]
 NEW_TOKENS, TINY_VOCABULARY = 4, 300
-BOUNDS = ((1e-2, 5e-3), (3e-2, 3e-2))  # of a kernel in float16, and in bfloat16: see `verdict`
+BOUNDS = ((1e-2, 2e-3), (3e-2, 3e-2))  # of a kernel in float16, and of one that may compute in bfloat16: see `verdict`
 
 
 class Cell(NamedTuple):
@@ -135,7 +136,7 @@ def load(folders: list[str], out: str) -> None:
     torch.save(results, out)
 
 
-def kernels(folder: str) -> list[dict]:
+def kernels(folder: str | Path) -> list[dict]:
     """What `from_pretrained` is told, for each kernel of the folder's reader that is to run."""
     config = json.loads((Path(folder) / "config.json").read_text())["quantization_config"]
     choices = {
@@ -187,7 +188,8 @@ def check(cells: list[Cell], bases: dict[str, Path], work: Path) -> dict[Cell, s
     verdicts = {}
     for cell in cells:
         model, ids = LeanQuantModelForCausalLM.from_pretrained(bases[cell.model], files[cell], device="cpu"), ids_of(bases[cell.model])
-        found = [verdict(model, ids, theirs, *bounds) for theirs, bounds in zip(results[str(folders[cell])], BOUNDS, strict=False)]
+        kernel_results = zip(results[str(folders[cell])], BOUNDS[: len(kernels(folders[cell]))], strict=True)
+        found = [verdict(model, ids, theirs, *bounds) for theirs, bounds in kernel_results]
         verdicts[cell] = next((text for text in found if text != "yes"), "yes")
     return verdicts
 
@@ -214,8 +216,8 @@ Made by the tests (`tests/test_export.py`) and by `python scripts/compatibility.
 gptqmodel {gptqmodel} and optimum {optimum} for awq and gptq, and compressed-tensors {compressed_tensors} for its own format.
 
 yes: it loads; float16 logits are those of `LeanQuantModelForCausalLM` within 1e-2; at each of 38 positions, and of the four tokens that
-`generate` goes on with, the likeliest token is ours (or one within 0.5 % of the largest logit of it, the rounding of float16). gptqmodel's
-torch kernel is meant; the kernel that it takes by itself on a CPU computes in bfloat16: within 3e-2 and 3 %.
+`generate` goes on with, the likeliest token is ours (or one within 0.2 % of the largest logit of it, the rounding of float16). gptqmodel's
+torch kernel is meant; the kernel that it takes by itself on a CPU may compute in bfloat16: within 3e-2 and 3 %.
 Asymmetric tiny models hold zero points of 0 and of 2^bits - 1. SmolLM2 has 576 inputs, which groups of 128 do not divide.
 
 """
@@ -234,14 +236,13 @@ def page(found: dict[Cell, str]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--folder", type=Path, default=ROOT / "demo" / "compatibility", help="where models are made (default: %(default)s)")
     parser.add_argument("--load", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.load:
         load(args.load[1:], args.load[0])
         return
-    args.folder.mkdir(parents=True)
-    found = check_all(args.folder)
+    with tempfile.TemporaryDirectory(prefix="compatibility-") as folder:
+        found = check_all(Path(folder))
     print(*(f"{cell}: {text}" for cell, text in found.items()), sep="\n", flush=True)
     OUT.write_text(page(found))
 

@@ -50,13 +50,14 @@ def widen(folder: Path, out: Path, multiple: int = 128) -> Path:
     heads = next(n for n in itertools.count(config.num_attention_heads) if n % share == n * config.head_dim % multiple == 0)
     hidden = heads * config.head_dim  # transformers wants as much
     ratio = config.hidden_size / hidden
-    wide = {"hidden_size": hidden, "num_attention_heads": heads, "num_key_value_heads": heads // share}
+    inner = -(-config.intermediate_size // multiple) * multiple
+    wide = {"hidden_size": hidden, "intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": heads // share}
     wide["rms_norm_eps"] = config.rms_norm_eps * ratio
     target = AutoModelForCausalLM.from_config(type(config)(**config.to_dict() | wide))
     with torch.no_grad():
-        for new, old in zip(target.parameters(), model.parameters(), strict=True):
+        for (name, new), old in zip(target.named_parameters(), model.parameters(), strict=True):
             new.zero_()
-            new[tuple(slice(size) for size in old.shape)] = old if old.ndim > 1 else old * ratio**0.5
+            new[tuple(slice(size) for size in old.shape)] = old * ratio**0.5 if name.endswith("norm.weight") else old
     partial = out.with_name(out.name + ".partial")
     target.half().save_pretrained(partial)
     AutoTokenizer.from_pretrained(folder).save_pretrained(partial)

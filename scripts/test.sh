@@ -8,5 +8,5 @@ if ! cmp -s tests/requirements.txt .venv/installed-readers; then
     install --no-deps --no-build-isolation -r tests/requirements.txt
     cp tests/requirements.txt .venv/installed-readers
 fi
-export OMP_NUM_THREADS=1  # a thread for each process: more than there are cores wait for each other
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # a thread for each process: more than there are cores wait for each other
 exec python -m pytest -n 2 --dist loadfile "$@"

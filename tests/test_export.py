@@ -139,8 +139,19 @@ def test_every_cell_loads_in_the_real_loaders_and_the_page_says_so(tmp_path):
     found = compatibility.check_all(tmp_path)
     assert {text for text in found.values()} == {"yes"}, found
     before, page = compatibility.OUT.read_text(), compatibility.page(found)
-    compatibility.OUT.write_text(page)
-    assert page == before, "docs/compatibility.md was out of date and is written anew: read it and commit it"
+    if page != before:
+        compatibility.OUT.write_text(page)
+        pytest.fail("docs/compatibility.md was out of date and is written anew: read it and commit it")
+
+
+def test_widened_models_are_the_same_function(tiny_model, tmp_path):
+    from demo_data import widen
+
+    base = tiny_model(num_attention_heads=4, num_key_value_heads=2)
+    wide = AutoModelForCausalLM.from_pretrained(widen(base, tmp_path / "wide"), dtype=torch.float32)
+    assert {module.in_features % 128 for name, module in wide.named_modules() if name.endswith("_proj")} == {0}
+    narrow = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
+    assert (logits(wide) - narrow).norm() < 2e-3 * narrow.norm()  # its weights are rounded to float16
 
 
 # --- exporting -------------------------------------------------------------------------------------------------
@@ -515,6 +526,29 @@ def test_biases_of_zeros_that_the_model_lacks_are_read_over(exported, tmp_path):
     folder = damaged(exported["gptq"], tmp_path / "b", lambda tensors: tensors.update({Q + ".bias": torch.ones(256).half()}))
     with pytest.raises(InputError, match="up_proj.bias, which the base model lacks"):
         LeanQuantModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "gptq_model-4bit-64g.safetensors"])
+def test_autogptqs_folders_say_it_in_a_file_of_their_own(exported, tmp_path, name):
+    shutil.copytree(exported["gptq"], tmp_path / "a")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    settings = config.pop("quantization_config")
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    old = {key: settings[key] for key in ("bits", "group_size", "desc_act", "sym")} | {"damp_percent": 0.01, "model_file_base_name": "x"}
+    (tmp_path / "a/quantize_config.json").write_text(json.dumps(old))
+    (tmp_path / "a/model.safetensors").rename(tmp_path / "a" / name)
+    found, same = (LeanQuantModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "a", exported["gptq"]))
+    assert torch.equal(logits(found), logits(same))
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq_v2", "compressed-tensors"])
+def test_a_config_that_says_something_else_is_found(bases, quantized, tmp_path, monkeypatch, name):
+    kind, real = type(LAYOUTS[name]), type(LAYOUTS[name]).config
+    lie = lambda value: 32 if value == 64 else {k: lie(v) for k, v in value.items()} if isinstance(value, dict) else value  # noqa: E731
+    monkeypatch.setattr(kind, "config", lambda self, model, version: lie(real(self, model, version)))
+    with pytest.raises(RuntimeError, match="config.json does not say"):
+        export(Checkpoint.open(quantized()), bases["tiny Llama"], name, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_version_1_wraps_is_zero(bases, quantized, tmp_path):

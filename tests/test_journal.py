@@ -353,7 +353,7 @@ def test_each_rank_goes_on_with_its_own_batches(tmp_path, monkeypatch):
 def test_a_run_that_finished_no_layer_is_in_nobodys_way(tmp_path):
     Journal(tmp_path, {"a": 1})
     assert Journal(tmp_path, {"a": 2}).layers == 0
-    assert json.loads((tmp_path / "journal.jsonl").read_text()) == {"a": 2}
+    assert json.loads((tmp_path / "journal.jsonl").read_text())["a"] == 2
 
 
 def test_quick_layers_are_saved_together(tmp_path):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, MixtralConfig
 
+import bench_scale
 import llama
 import modelutils
 import plan
@@ -96,6 +97,8 @@ def test_the_benchmark_of_scale_measures(tmp_path):
     subprocess.run(command, check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     results = json.loads((tmp_path / "scale.json").read_text())["results"]
     assert [row["layers"] for row in results] == [1, 2]
+    assert "lm_head.weight" in bench_scale.shapes_of(bench_scale.config_of("tiny"))
+    assert "lm_head.weight" not in bench_scale.shapes_of(bench_scale.config_of("smollm2"))
     for row in results:
         assert row["measured"] and row["tokens"] == 128
         assert row["checkpoint_gb_on_disk"] < row["checkpoint_gb"]
