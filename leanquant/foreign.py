@@ -91,6 +91,10 @@ class ForeignCheckpoint(Checkpoint):
             self.files[linear + suffix] = self._raw.files[names[self.layout.required[0]]]
             self.shapes[linear + suffix], self.dtypes[linear + suffix] = shape, ITEM[suffix]
 
+    def is_filler(self, name: str) -> bool:
+        """AutoGPTQ stores a bias for every linear, zeros where the model has none."""
+        return name.endswith(".bias") and name.removesuffix(".bias") in self._sizes and not self.get(name).any()
+
     def read_ahead(self, prefix: str) -> None:
         self._raw.read_ahead(prefix)
 

@@ -172,7 +172,7 @@ def replace_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
 def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise InputError unless what `model`, its linears replaced, has beside them and what the file has agree in names and shapes.
 
-    A head that is tied to the embeddings may be missing, or stored all the same. AutoGPTQ stores a bias of zeros for every linear.
+    A head that is tied to the embeddings may be missing, or stored all the same.
     """
     quantized = {f"{name}{suffix}" for name in checkpoint.quantized for suffix in SUFFIXES}
     wanted = {name: t.shape for name, t in model.state_dict(keep_vars=True).items() if name not in quantized}
@@ -188,12 +188,8 @@ def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     ignored = [re.compile(pattern) for pattern in (getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())]
     for name in checkpoint.shapes:
         if name not in wanted and name not in quantized and name != head and not name.endswith("inv_freq"):
-            if not any(pattern.search(name) for pattern in ignored) and not _is_zero_bias(name, checkpoint):
+            if not any(pattern.search(name) for pattern in ignored) and not checkpoint.is_filler(name):
                 raise InputError(f"the file has a tensor {name}, which the base model lacks: is it the right base model?")
-
-
-def _is_zero_bias(name: str, checkpoint: Checkpoint) -> bool:
-    return name.endswith(".bias") and checkpoint.is_quantized(name.removesuffix(".bias")) and not checkpoint.get(name).any()
 
 
 def check_values(model: nn.Module) -> None:

@@ -304,6 +304,10 @@ class Checkpoint:
     def is_quantized(self, linear: str) -> bool:
         return linear + CODES in self
 
+    def is_filler(self, name: str) -> bool:
+        """Is `name` a tensor that its writer adds, and no model needs? Ours adds none."""
+        return False
+
     @property
     def quantized(self) -> list[str]:
         """Module paths of the quantized linears."""

@@ -178,7 +178,7 @@ def planned(name: str, hardware: str, second_gpu: bool, args: argparse.Namespace
     }
 
 
-def parse() -> argparse.Namespace:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--run", nargs="*", default=[], choices=list(MODELS), help="models whose layers are run here")
     parser.add_argument(
@@ -191,11 +191,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--flags", default="", help="further flags of llama.py, as one word: '--recipe published'")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for the checkpoint, sparse, and the results")
     parser.add_argument("--out", type=Path, help="JSON file for the results; those of earlier runs in it stay")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def main() -> None:
-    args = parse()
+    args = parse(None)
     results = [run(name, layers, args) for name in args.run for layers in args.layers]
     machines = [("4090", False), ("l40s", True), ("h200", False), ("cpu", False)]
     results += [planned(name, hardware, second, args) for name in args.plan for hardware, second in machines]
