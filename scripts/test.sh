@@ -9,4 +9,4 @@ if ! cmp -s tests/requirements.txt .venv/installed-readers; then
     cp tests/requirements.txt .venv/installed-readers
 fi
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # a thread for each process: more than there are cores wait for each other
-exec python -m pytest -n 2 --dist loadfile "$@"
+exec python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"  # files of few tests, which may be slow, do not come last
