@@ -1002,7 +1002,6 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
         if config:
             if journal.layers:
                 print(f"going on after layer {journal.layers}, which an earlier run finished", flush=True)
-            modelutils.release_memory()  # tokenizing a long text leaves much behind
             phases, start = Phases(device, journal.seconds), time.perf_counter()
             earlier = sum(journal.seconds.values())
             rows = quantize_model(model, ids, run, config, writer, journal, phases)

@@ -133,18 +133,16 @@ class Ranks:
                 if tensor is not None:
                     self._meet(lambda tensor=tensor: dist.all_reduce(tensor, async_op=True))
 
-    def total(self, number: int) -> int:
-        """The sum of the ranks' numbers."""
-        numbers = torch.tensor([number])
-        self.sum_(numbers)
-        return int(numbers)
-
     def each(self, number: int) -> list[int]:
         """Every rank's number."""
         numbers = torch.zeros(self.size, dtype=torch.int64)
         numbers[self.rank] = number
         self.sum_(numbers)
         return numbers.tolist()
+
+    def total(self, number: int) -> int:
+        """The sum of the ranks' numbers."""
+        return sum(self.each(number))
 
     def barrier(self) -> None:
         self.total(0)
