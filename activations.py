@@ -22,6 +22,7 @@ from ranks import Ranks
 KINDS = ("device", "host", "disk")
 STAMP_BYTES = 8  # behind a finished generation: the number of layers that it has passed
 PIECE_BYTES = 2**24  # copied at a time
+BLOCK_BYTES = 2**26  # of memory for what is kept; what of it is not written to takes none
 
 
 def live_file(folder: Path, generation: int) -> Path:
@@ -153,7 +154,7 @@ class InMemory(Activations):
 
     def __init__(self, tensor: torch.Tensor, conveyor: "_Conveyor", share: tuple[int, int] | None = None):
         super().__init__(tensor.shape, tensor.dtype, conveyor, share)
-        self.tensor = tensor
+        self.tensor, self._room = tensor, _Room()
 
     def read(self, rows: slice) -> torch.Tensor:
         return self.tensor[rows]
@@ -162,6 +163,8 @@ class InMemory(Activations):
         self.conveyor.copy(self.tensor[rows], batch)
 
     def keep(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu":
+            return self._room.take(tensor.shape, tensor.dtype).copy_(tensor)
         if tensor.device.type == self.tensor.device.type:
             return tensor
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
@@ -172,7 +175,7 @@ class InMemory(Activations):
         return kept
 
     def forget(self) -> None:
-        pass
+        self._room = _Room()
 
     def commit(self) -> None:
         self.finish()
@@ -196,6 +199,22 @@ class InMemory(Activations):
                 return False
             self.tensor[rows] = piece
         return True
+
+
+class _Room:
+    """Host memory for many tensors, in blocks so large that the system gets each back once it is free: allocated one by one they would lie
+    between other things, and the heap would keep growing around what they leave."""
+
+    def __init__(self):
+        self._block, self._used = torch.empty(0, dtype=torch.uint8), 0
+
+    def take(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        size = shape.numel() * dtype.itemsize
+        if self._used + size > len(self._block):
+            self._block, self._used = torch.empty(max(BLOCK_BYTES, size), dtype=torch.uint8), 0
+        found = self._block[self._used : self._used + size].view(dtype).view(shape)
+        self._used += -(-size // 64) * 64
+        return found
 
 
 class OnDisk(Activations):

@@ -85,11 +85,12 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
     return _cached(_calibration_windows, source, tokenizer, nsamples, seqlen, seed)
 
 
-def tokenizing_bytes(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> int:
-    """About what `calibration_windows` takes in memory while it tokenizes a local text at once: none if its windows are in the cache. 0
-    for a corpus of the hub, which may not be here yet."""
+def tokenizing_bytes(source: str, tokenizer, *settings: int) -> int:
+    """About what `calibration_windows` (settings: nsamples, seqlen, seed) or `evaluation_windows` (settings: seqlen) take in memory while
+    they tokenize a local text at once: none if its windows are in the cache. 0 for a corpus of the hub, which may not be here yet."""
     check_source(source)
-    if source in CORPORA or _cache_file(_calibration_windows, source, tokenizer, nsamples, seqlen, seed).is_file():
+    make, settings = (_calibration_windows, settings) if len(settings) == 3 else (_evaluation_windows, 2 * settings)
+    if source in CORPORA or _cache_file(make, source, tokenizer, *settings).is_file():
         return 0
     with open(source, "rb") as file:
         sample = file.read(2**16)

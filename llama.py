@@ -13,6 +13,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import platform
 import re
@@ -48,6 +49,7 @@ from journal import Journal, Saver, files_of
 from leanquant import export, packing
 from leanquant.errors import InputError
 from leanquant.foreign import open_checkpoint
+from leanquant.linear import free_host_bytes
 from ranks import Ending, RankLost, Ranks
 
 # An equally spaced grid cannot serve a few very sensitive columns and all others too: 2, the weight that an error has in
@@ -895,7 +897,7 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
     hardware = plan.name_of(eval_quantized.pick_device(args.device)) if args.plan == "auto" else args.plan
     device = torch.device("cpu" if hardware == "cpu" else "cuda")
     wide, args.hessian_device = args.hessian_device, None  # which need not be there
-    args.dataset, args.eval = args.dataset or "c4-new", ["none"]
+    args.dataset = args.dataset or "c4-new"
     run = replace(run_settings(args, device, ranks), hessian_device=torch.device(wide) if wide else None)
     path, text = Path(args.model), 0
     if not path.exists():  # of a hub's model the config is enough
@@ -910,8 +912,8 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
         checkpoint = packing.Checkpoint.open(folder)
         dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
         model = modelutils.StreamedModel(folder, checkpoint, dtype, torch.device("cpu"))
-        if run.dataset not in datautils.CORPORA:
-            text = datautils.tokenizing_bytes(run.dataset, modelutils.load_tokenizer(folder), run.nsamples, run.seqlen, run.seed)
+        if not {run.dataset, *run.eval} <= set(datautils.CORPORA):
+            text = tokenizing_bytes(run, modelutils.load_tokenizer(folder))
     config = quant_config(args, model.checkpoint.stored_dtype)
     limits = plan.limits_of(hardware, (run.save_path or Path(tempfile.gettempdir())).absolute().parent)
     wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits, text)
@@ -934,6 +936,12 @@ def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], ha
     kinds = [kind for kind in KINDS if hardware != "cpu" or kind != "device"]
     plans = [make(replace(run, activations=kind)) for kind in kinds]
     return next((one for one in plans if not plan.lacks(one, limits)), plans[-1]), make, shapes
+
+
+def tokenizing_bytes(run: Run, tokenizer) -> int:
+    """What the largest of the run's texts takes in memory while it is tokenized."""
+    calibration = datautils.tokenizing_bytes(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
+    return max([calibration, *(datautils.tokenizing_bytes(source, tokenizer, run.seqlen) for source in run.eval)])
 
 
 def checked_plan(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], text: int) -> plan.Plan:
@@ -971,7 +979,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     tokenizer = modelutils.load_tokenizer(folder)
     wanted = None
     if config:
-        text = datautils.tokenizing_bytes(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed) if ranks.is_first else 0
+        text = tokenizing_bytes(run, tokenizer) if ranks.is_first else 0
         wanted = checked_plan(model, run, config, bits, text)
     if wanted:
         check_exports(model, run, config, bits)
@@ -1019,6 +1027,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
             print_summary(contents, run)
             write_report(run, contents)
         evaluate(model, tests, run, contents)
+        contents["peak_host_bytes"] = peak_host_bytes()
         write_report(run, contents)
         for name, out in run.export:
             export.export(model.checkpoint, folder, name, out, run.overwrite, contents["perplexity"], run.command, flag="--export")
@@ -1033,15 +1042,23 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
 
 
 def evaluate(model, tests: list[eval_quantized.Windows], run: Run, contents: dict) -> None:
-    """Measure and print the perplexity on each of `tests`; its activations wait where those of the calibration text did."""
+    """Measure and print the perplexity on each of `tests`; its activations wait where those of the calibration text did, if they fit."""
     contents["perplexity"] = []
     for windows in tests:
+        size = windows.ids.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
         with tempfile.TemporaryDirectory(prefix="leanquant-", dir=run.save_path and run.save_path.absolute().parent) as folder:
-            place = Place(run.activations, run.device, Path(folder))
+            place = Place(first_with_room(run, size), run.device, Path(folder))
             losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source, place)
         result = eval_quantized.perplexity(windows, losses)
         contents["perplexity"].append(result._asdict())
         print(result, flush=True)
+
+
+def first_with_room(run: Run, size: int) -> str:
+    """Where `size` bytes of activations can wait: where the run's do, if they take half of what is free at most, or further away."""
+    free = {"device": torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else free_host_bytes(), "host": free_host_bytes()}
+    kinds = KINDS if run.activations == "auto" else KINDS[KINDS.index(run.activations) :]
+    return next((kind for kind in kinds if 2 * size <= free.get(kind, math.inf)), "disk")
 
 
 def fingerprint(settings: dict, ids: torch.Tensor, model, run: Run) -> dict:

@@ -3,8 +3,8 @@
 Pure functions of a model's shapes (config and shard headers; no weight is read), of the run's settings and of a machine. Peaks
 are sums of what lives at the same time, phase by phase, so a formula here describes what llama.py, quant.py and modelutils.py
 hold; the tests compare them with measured peaks. Times are operations over rated speed, times what is usually reached of it.
-Not planned: the tokens of a corpus from the hub, or of a text where there is only a config; evaluation, whose activations are a quarter
-of as many calibration windows'.
+Of texts only the size of a file is known: tokens of the hub's are what they usually are (TEST_TOKENS). Not planned: what tokenizing
+a corpus from the hub takes, or a text where there is only a config; exports.
 Legend: n sequences, T tokens a sequence, D hidden size, O rows, I columns, K = 2**bits levels; sizes in bytes.
 """
 
@@ -14,12 +14,14 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 import quant
+from datautils import CORPORA
 from hessian import PANEL, at_a_time, statistics_size, sums_outputs
 from leanquant.linear import free_host_bytes
 from leanquant.packing import packed_width
@@ -32,6 +34,8 @@ WHERE = {"device": "on the device", "host": "in host memory", "disk": "on the di
 KMEANS_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # of a chunk, at 60 bytes (leanquant_grid.kmeans_levels)
 LATER_LIBRARIES = 45e6  # buffers of MKL and threads, that a run's first products bring
 REACHED = 0.5  # of a rated speed
+TEST_TOKENS = {"wikitext2": 3.4e5, "ptb": 1.1e5, "ptb-new": 1.2e5}  # of Llama 2; c4's are 256 windows, a file's a fourth of its bytes
+LOSS_TOKENS = 256  # whose losses are computed at once (eval_quantized.token_losses)
 CUDA_CONTEXT, CUDA_HOST = 0.6e9, 2.5e9  # what CUDA itself takes on the device and, with its libraries, on the host
 
 
@@ -201,7 +205,7 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     tokenizing takes."""
     on_gpu, d = hardware != "cpu", dtype.itemsize
     live = live_bytes(shapes, run, config, d)
-    peaks = [_embedding(shapes, d), _outside(shapes)]
+    peaks = [_embedding(shapes, d), _outside(shapes)] + [_evaluation(shapes, run, d)] * bool(run.eval)
     for layer in shapes.layers:
         peaks += _layer_needs(layer, shapes, run, config, dtype, hardware)
     device, other = _largest(peaks, 0), _largest(peaks, 2)
@@ -212,7 +216,7 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     before = {"the text's tokens": text, "Python and libraries": base + CUDA_HOST * on_gpu}
     host = max(host, before, key=lambda needs: sum(needs.values()))
     phases = _phases(shapes, run, config, dtype, on_gpu, hardware)
-    disk, read, written = _disk(shapes, run, live)
+    disk, read, written = _disk(shapes, run, live, d)
     seconds = {name: _seconds(phase, HARDWARE[hardware], on_gpu) for name, phase in phases.items()}
     operations = {name: phase.operations for name, phase in phases.items()}
     return Plan(_positive(device), _positive(host), _positive(other), disk, read, written, operations, seconds, run)
@@ -237,6 +241,14 @@ def _embedding(shapes: Shapes, d: int) -> dict:
 def _outside(shapes: Shapes) -> dict:
     """The largest tensor outside the layers on its way from the checkpoint to its part, for which safetensors copies it once more."""
     return {"copied tensors": (0, 2 * max((stored for _, stored in shapes.outside.values()), default=0), 0)}
+
+
+def _evaluation(shapes: Shapes, run, d: int) -> dict:
+    """The head, with the logits of one window and, of a part of them, logarithms in float32, which 16-bit ones are copied for."""
+    elements, stored = shapes.outside.get(shapes.head) or shapes.outside.get(shapes.embedding, (0, 0))
+    vocabulary = elements / shapes.hidden
+    logits = vocabulary * (run.seqlen * d + (1 + (d < FLOAT)) * FLOAT * min(LOSS_TOKENS, run.seqlen))
+    return {"head": (elements * d, stored if stored != elements * d else 0, 0), "logits": (logits, 0, 0)}
 
 
 def _activations(live: int, run, d: int, shapes: Shapes, on_gpu: bool) -> tuple[float, float]:
@@ -326,18 +338,21 @@ def _forward_bytes(layer: Layer, shapes: Shapes, run, dtype: torch.dtype, on_gpu
 # --- disk, operations, time ------------------------------------------------------------------------------------
 
 
-def _disk(shapes: Shapes, run, live: int) -> tuple[float, float, float]:
+def _disk(shapes: Shapes, run, live: int, itemsize: int) -> tuple[float, float, float]:
     """Bytes that must be free, bytes read, bytes written.
 
-    Free: the parts and either the result made of them or two generations of activations, which are gone before. Read: the
-    checkpoint to check it, to run its layers, and to solve them; parts to join them. Written: parts, result, and activations once
-    a layer.
+    Free: the parts and either the result made of them or two generations of activations, which are gone before; or the result and
+    two generations of a text's that is evaluated. Read: the checkpoint to check it, to run its layers, and to solve them; parts to
+    join them. Written: parts, result, and activations once a layer.
     """
     layers, on_disk = len(shapes.layers), run.activations == "disk"
     kept = live if on_disk else 0
+    largest = max((tokens_of(source, run.seqlen) for source in run.eval), default=0) * on_disk
+    tested = 2 * largest * shapes.hidden * itemsize
     if run.save_path is None:
-        return shapes.result + (2 * live + kept) * on_disk, 3.0 * shapes.stored, shapes.result + (1 + on_disk) * kept * layers
-    free = shapes.result + max(shapes.result, 2 * live + kept)
+        free = shapes.result + max((2 * live + kept) * on_disk, tested)
+        return free, 3.0 * shapes.stored, shapes.result + (1 + on_disk) * kept * layers
+    free = shapes.result + max(shapes.result, 2 * live + kept, tested)
     passes = 6 if run.true_sequential else 3
     read = 3.0 * shapes.stored + shapes.result + passes * kept * layers
     return free, read, 2 * shapes.result + (live + kept) * layers
@@ -368,8 +383,26 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
         phases["refine"].fast *= 3
     else:
         phases["refine"].fast = 0.0
+    if run.eval:
+        phases["evaluation"] = _evaluation_phase(shapes, run, dtype, on_gpu)
     phases["save"].link += shapes.result + live_bytes(shapes, run, config, d) * len(shapes.layers)
     return {name: phase for name, phase in phases.items() if phase.operations or phase.bytes or phase.link}
+
+
+def _evaluation_phase(shapes: Shapes, run, dtype: torch.dtype, on_gpu: bool) -> Phase:
+    """One pass of the quantized model over each text, and the head."""
+    tokens = sum(map(partial(tokens_of, seqlen=run.seqlen), run.eval))
+    elements, _ = shapes.outside.get(shapes.head) or shapes.outside.get(shapes.embedding, (0, 0))
+    linears = sum(sum(group.rows) * group.columns * group.share for layer in shapes.layers for group in layer.groups)
+    operations = 2 * tokens * (elements + linears + len(shapes.layers) * run.seqlen * shapes.attention)
+    return Phase(operations, operations if on_gpu and dtype.itemsize == 2 else 0, link=len(run.eval) * shapes.result)
+
+
+def tokens_of(source: str, seqlen: int) -> float:
+    """About how many tokens of `source` perplexity is measured on."""
+    if source in CORPORA:
+        return TEST_TOKENS.get(source, 256 * seqlen)
+    return Path(source).stat().st_size / 4 if Path(source).is_file() else 0
 
 
 def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, tokens: float, config) -> None:

@@ -112,3 +112,12 @@ def test_activations_of_the_evaluation_wait_there_too(tiny_model, text_file, tes
     assert llama.main([str(tiny_model()), str(text_file), *options, "--save_path", str(tmp_path / "q.safetensors")]) == 0
     assert places == ["disk", "disk"]
     assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]
+
+
+def test_a_long_text_waits_where_there_is_room(tiny_model, text_file, test_text, tmp_path, monkeypatch):
+    places, real = [], Place.activations
+    monkeypatch.setattr(Place, "activations", lambda self, *args: places.append(self.kind) or real(self, *args))
+    monkeypatch.setattr(llama, "free_host_bytes", lambda: 1000)
+    options = ["--wbits", "4", "--nsamples", "2", "--seqlen", "32", "--eval", str(test_text), "--activations", "host"]
+    assert llama.main([str(tiny_model()), str(text_file), *options, "--save_path", str(tmp_path / "q.safetensors")]) == 0
+    assert places == ["host", "disk"]

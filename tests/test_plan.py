@@ -3,6 +3,7 @@
 Peaks are of processes of their own, of which each plans and measures itself.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import torch
 from transformers import LlamaConfig, MixtralConfig
 
 import bench_scale
+import datautils
 import llama
 import modelutils
 import plan
@@ -76,6 +78,37 @@ def test_host_peak_is_as_planned(tmp_path, sizes, nsamples, seqlen, options):
     contents = json.loads(report.read_text())
     assert contents["plan"]["host_peak_bytes"] == pytest.approx(contents["peak_host_bytes_quantizing"], rel=0.15)
     assert contents["plan"]["host_peak_bytes"] == pytest.approx(sum(contents["plan"]["host"].values()))
+
+
+def test_host_peak_of_an_evaluation_is_as_planned(tmp_path, tiny_model, text_file, test_text):
+    """A window's logits over a large vocabulary are more than all of a small model's quantization."""
+    report, model = tmp_path / "report.json", tiny_model(vocab_size=200_000)
+    command = [sys.executable, "llama.py", model, text_file, "--wbits", "4", "--nearest", "--nsamples", "2", "--seqlen", "256"]
+    command += ["--eval", test_text, "--save_path", tmp_path / "q.safetensors", "--report", report]
+    subprocess.run([str(part) for part in command], check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
+    contents = json.loads(report.read_text())
+    assert contents["plan"]["host_peak_bytes"] == pytest.approx(contents["peak_host_bytes"], rel=0.15)
+    assert contents["peak_host_bytes"] > 1.3 * contents["peak_host_bytes_quantizing"]
+
+
+def test_the_largest_text_is_planned(tiny_model, text_file, tmp_path):
+    long, tokenizer = tmp_path / "long.txt", modelutils.load_tokenizer(tiny_model())
+    long.write_text(4 * text_file.read_text())
+    run = argparse.Namespace(dataset=str(text_file), nsamples=2, seqlen=32, seed=0, eval=())
+    least = llama.tokenizing_bytes(run, tokenizer)
+    run.eval = (str(long), "wikitext2")
+    assert llama.tokenizing_bytes(run, tokenizer) == pytest.approx(4 * least, rel=0.01)
+    datautils.evaluation_windows(str(long), tokenizer, 32)
+    assert llama.tokenizing_bytes(run, tokenizer) == least, "windows that are kept need no tokens"
+
+
+def test_an_evaluation_is_planned(large_config, tmp_path):
+    options = [large_config, "--plan", "4090", "--nsamples", 64, "--activations", "disk"]
+    none = planned(*options, "--eval", "none", tmp_path=tmp_path)
+    some = planned(*options, "--eval", "c4-new", tmp_path=tmp_path)
+    assert "evaluation" not in none["operations"] and some["seconds"]["evaluation"] > 0
+    parameters = 126 * (2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248)
+    assert 2 * 256 * 2048 * parameters < some["operations"]["evaluation"] < 2.3 * 256 * 2048 * parameters
 
 
 def test_host_peak_does_not_grow_with_the_number_of_layers(tmp_path, tiny_model, text_file):
