@@ -128,7 +128,7 @@ def last_hidden(model: modelutils.StreamedModel, windows: torch.Tensor, batch_si
     stream = model.embed(windows, batch_size, place)
     for index in tqdm(range(len(model.layers)), desc=label, unit="layer", ncols=80, leave=False, disable=None):
         with model.layer(index, index + 1 if index + 1 < len(model.layers) else None):
-            model.advance(index, stream)
+            modelutils.in_smaller_batches(model, [stream], model.advance, index, stream)
     return stream
 
 

@@ -20,7 +20,6 @@ from ranks import Ranks
 
 # A layer that is computed faster than activations are saved need not be saved at once: at most this many times the saving is lost.
 PATIENCE = 4
-FORMAT = 2  # of the lines: a run that another one began is not gone on with
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
@@ -56,7 +55,7 @@ class Journal:
         self._ranks = ranks or Ranks()
         if folder is None:
             return
-        self.path, fingerprint = folder / "journal.jsonl", fingerprint | {"journal": FORMAT}
+        self.path = folder / "journal.jsonl"
         lines = self._ranks.from_first(lambda: self._take_up(json.loads(json.dumps(fingerprint, default=str))))  # as it will be read again
         if self._read() != lines:
             raise InputError(f"{self.path} is not what rank 0 has written: several machines need one folder that all see for --save_path")

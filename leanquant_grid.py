@@ -25,6 +25,7 @@ CUDA_SOURCE = Path(__file__).with_name("fused_kernel.cu")
 MIN_SCALE = 2.0**-24
 # Differences of float64 prefix sums below this share of their total are rounding noise.
 NOISE = 1e-14
+KMEANS_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}  # of a chunk of rows in k-means, at about 60 bytes each
 
 
 def sensitivity(diagonal: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -49,7 +50,7 @@ def kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, bins: int = 128) 
     Constant rows and rows with fewer than K distinct values get repeated levels.
     """
     K, bins = 2**bits, min(bins, W.shape[1])
-    chunk = max(1, (2**20 if W.device.type == "cpu" else 2**25) // W.shape[1])  # about 60 bytes an element
+    chunk = max(1, KMEANS_ELEMENTS["cpu" if W.device.type == "cpu" else "cuda"] // W.shape[1])
     return torch.cat([_kmeans_rows(rows, a_rows, K, bins) for rows, a_rows in _row_chunks(W, a, chunk)])
 
 

@@ -19,6 +19,7 @@ import platform
 import re
 import resource
 import shlex
+import shutil
 import signal
 import sys
 import tempfile
@@ -49,7 +50,6 @@ from journal import Journal, Saver, files_of
 from leanquant import export, packing
 from leanquant.errors import InputError
 from leanquant.foreign import open_checkpoint
-from leanquant.linear import free_host_bytes
 from ranks import Ending, RankLost, Ranks
 
 # An equally spaced grid cannot serve a few very sensitive columns and all others too: 2, the weight that an error has in
@@ -180,12 +180,12 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
         with phases("load"):
             layer = stack.enter_context(model.layer(index, following))
         with phases("forward"):
-            found = run.ranks.from_first(lambda: in_smaller_batches(model, both, model.groups, index, stream))
+            found = run.ranks.from_first(lambda: modelutils.in_smaller_batches(model, both, model.groups, index, stream))
             groups = [modelutils.Group(*group) for group in found]
         for stage in stages(model, index, groups, run, config):
             wanted = [group for group in (without_skipped(model, index, group, run, config) for group in stage) if group.linears]
             seen = (model, index, stream, reference, wanted, done, run, config, phases)
-            statistics = in_smaller_batches(model, both, collect_statistics, *seen) if wanted else []
+            statistics = modelutils.in_smaller_batches(model, both, collect_statistics, *seen) if wanted else []
             for group, total in zip(wanted, statistics, strict=True):
                 share_statistics(index, group, total, run.ranks, phases)
             for group in wanted:
@@ -198,27 +198,10 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
             saver.wait()  # what is saved of the layer before are the activations that move now
         if reference:
             with phases("reference forward"):
-                in_smaller_batches(model, both, model.advance, index, reference)
+                modelutils.in_smaller_batches(model, both, model.advance, index, reference)
         with phases("forward"):
-            in_smaller_batches(model, both, model.advance, index, stream)
+            modelutils.in_smaller_batches(model, both, model.advance, index, stream)
     return packed, rows
-
-
-def in_smaller_batches(model, streams: list, phase: Callable, *args):
-    """phase(*args), and again with half the batch if the device runs out of memory, at most twice."""
-    for left in (2, 1, 0):
-        try:
-            return phase(*args)
-        except torch.OutOfMemoryError:
-            size = streams[0].batch_size
-            if not left or size == 1:
-                raise InputError(
-                    f"{model.device} ran out of memory with batches of {size} sequences: give a smaller --batch_size or --seqlen, "
-                    "--activations host or disk, or a smaller --offload_threshold (--plan shows what fits)"
-                ) from None
-        torch.cuda.empty_cache()
-        model.halve_batches(streams)
-        tqdm.write(f"{model.device} ran out of memory: going on with batches of {streams[0].batch_size} sequences instead of {size}")
 
 
 def stages(model, index: int, groups: list, run: Run, config: quant.QuantConfig) -> list[list]:
@@ -475,8 +458,8 @@ def peak_memory(device: torch.device) -> str:
     return f"{peak_host_bytes() / 1e9:.1f} GB"
 
 
-def settings_of(run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> dict:
-    """What the written file says about itself. Nothing in it varies from run to run. bits: of each linear."""
+def settings_of(run: Run, config: quant.QuantConfig, bits: dict[str, int], ids: torch.Tensor) -> dict:
+    """What the written file says about itself. Nothing in it varies from run to run. bits: of each linear; ids: the calibration text's."""
     method = "rtn" if config.nearest else "gptq" if config.grid == "minmax" else "leanquant"
     return {
         "format_version": packing.FORMAT_VERSION,
@@ -489,6 +472,7 @@ def settings_of(run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> di
         "skip": run.skip,
         "bits_for": {name: its for name, its in bits.items() if its not in (config.bits, 16)},
         "calibration": run.dataset,
+        "calibration_tokens": digest(ids.numpy().tobytes()),
         "nsamples": run.nsamples,
         "seqlen": run.seqlen,
         "seed": run.seed,
@@ -882,7 +866,8 @@ def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bit
 def check_exports(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> None:
     """Can each format of --export hold what the run will make, and its folder be written? Raises InputError."""
     for name, out in run.export:
-        export.check_output(out, run.overwrite, "--export")
+        if not (may_be_made(run) and out.exists()):
+            export.check_output(out, run.overwrite, "--export")
         export.check_plan(name, model.model, model.folder, bits, config.groupsize, config.grid != "nonuniform", config.sym)
 
 
@@ -890,8 +875,8 @@ def check_exports(model: modelutils.StreamedModel, run: Run, config: quant.Quant
 
 
 def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
-    """Print what the run would need on the hardware that --plan names, and what would make it fit there. Nothing is read but the config
-    and headers of shards."""
+    """Print what the run would need on the hardware that --plan names, and what would make it fit there. Of the model nothing is read but
+    its config and headers of shards."""
     if args.wbits == 16:
         raise InputError("--plan is of a quantization: give --wbits 2, 3 or 4, and the other settings of the run")
     hardware = plan.name_of(eval_quantized.pick_device(args.device)) if args.plan == "auto" else args.plan
@@ -899,23 +884,10 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
     wide, args.hessian_device = args.hessian_device, None  # which need not be there
     args.dataset = args.dataset or "c4-new"
     run = replace(run_settings(args, device, ranks), hessian_device=torch.device(wide) if wide else None)
-    path, text = Path(args.model), 0
-    if not path.exists():  # of a hub's model the config is enough
-        path = modelutils.resolve_model(args.model, ["config.json"]) / "config.json"
-    if path.is_file() and path.suffix == ".json":
-        stored = modelutils.read_config(path).dtype or torch.bfloat16
-        names = {kind: name for name, kind in packing.TORCH_DTYPES.items()}
-        bare = argparse.Namespace(stored_dtype=torch.float16 if stored == torch.float16 else torch.bfloat16)
-        model = modelutils.PlannedModel(path, names[stored], eval_quantized.pick_dtype(args.dtype, bare, device))
-    else:
-        folder = modelutils.resolve_model(args.model)
-        checkpoint = packing.Checkpoint.open(folder)
-        dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
-        model = modelutils.StreamedModel(folder, checkpoint, dtype, torch.device("cpu"))
-        if not {run.dataset, *run.eval} <= set(datautils.CORPORA):
-            text = tokenizing_bytes(run, modelutils.load_tokenizer(folder))
+    model, text = model_to_plan(args, run, device)
+    refuse_quantized(model, args.model)
     config = quant_config(args, model.checkpoint.stored_dtype)
-    limits = plan.limits_of(hardware, (run.save_path or Path(tempfile.gettempdir())).absolute().parent)
+    limits = limits_here(run, hardware)
     wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits, text)
     print(plan.as_text(wanted, hardware))
     if run.report:
@@ -924,6 +896,30 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
         print("\n".join([*(f"does not fit: {part}" for part in missing), plan.advice(make, wanted.run, limits, shapes)]))
     else:
         print(f"fits: the host has {plan.gb(limits.host)}, the disk {plan.gb(limits.disk)}")
+
+
+def model_to_plan(args: argparse.Namespace, run: Run, device: torch.device) -> tuple[modelutils.StreamedModel, int]:
+    """The model, without its weights where they are not at hand, and what tokenizing the texts takes, 0 where there is no tokenizer."""
+    path = Path(args.model)
+    if not path.exists():  # of a hub's model the config is enough
+        path = modelutils.resolve_model(args.model, ["config.json"])
+    if path.is_dir() and not any(path.glob("*.safetensors")):
+        path /= "config.json"
+    if path.is_file() and path.suffix == ".json":
+        stored = modelutils.read_config(path).dtype or torch.bfloat16
+        names = {kind: name for name, kind in packing.TORCH_DTYPES.items()}
+        bare = argparse.Namespace(stored_dtype=torch.float16 if stored == torch.float16 else torch.bfloat16)
+        return modelutils.PlannedModel(path, names[stored], eval_quantized.pick_dtype(args.dtype, bare, device)), 0
+    folder = modelutils.resolve_model(args.model)
+    checkpoint = packing.Checkpoint.open(folder)
+    model = modelutils.StreamedModel(folder, checkpoint, eval_quantized.pick_dtype(args.dtype, checkpoint, device), torch.device("cpu"))
+    on_the_hub = {run.dataset, *run.eval} <= set(datautils.CORPORA)
+    return model, 0 if on_the_hub else tokenizing_bytes(run, modelutils.load_tokenizer(folder))
+
+
+def limits_here(run: Run, hardware: str) -> plan.Limits:
+    """What this machine's host and disk have, and the memory of that hardware."""
+    return plan.limits_of(hardware, run.save_path.absolute().parent if run.save_path else Path(tempfile.gettempdir()))
 
 
 def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], hardware: str, limits: plan.Limits, text: int = 0):
@@ -948,11 +944,12 @@ def checked_plan(model, run: Run, config: quant.QuantConfig, bits: dict[str, int
     """The plan of a run that is to begin here, tokenizing the text taking `text` bytes. Raises InputError, with what to change, if
     device or host are too small for it, unless --force."""
     hardware = plan.name_of(run.device)
-    limits = plan.limits_of(hardware, (run.save_path or Path(tempfile.gettempdir())).absolute().parent)
+    limits = limits_here(run, hardware)
     if run.device.type == "cuda":
         limits = limits._replace(device=torch.cuda.mem_get_info(run.device)[0])
     limits = limits._replace(host=limits.host / run.ranks.local_size, disk=float("inf"))  # the writer knows what is there to be reused
     share = replace(run, nsamples=-(-run.nsamples // run.ranks.size), hessian_device=hessian_device(run.offload_threshold, run))
+    share = share if run.ranks.is_first else replace(share, eval=())  # which rank 0 does alone
     wanted, make, shapes = planned(model, share, config, bits, hardware, limits, text)
     if (missing := plan.lacks(wanted, limits)) and not run.force:
         raise InputError(f"{'; '.join(missing)}: {plan.advice(make, wanted.run, limits, shapes)}, or --force to try")
@@ -969,112 +966,176 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     folder = modelutils.resolve_model(args.model)
     checkpoint = open_checkpoint(folder)
     config = None if args.wbits == 16 else quant_config(args, checkpoint.stored_dtype)
-    dtype = eval_quantized.pick_dtype(args.dtype, checkpoint, device)
-    model = modelutils.StreamedModel(folder, checkpoint, dtype, device)
-    if config and checkpoint.quantized:
-        raise InputError(f"{args.model} is already quantized: give the original model")
+    model = modelutils.StreamedModel(folder, checkpoint, eval_quantized.pick_dtype(args.dtype, checkpoint, device), device)
     modelutils.check_seqlen(folder, run.seqlen)
-    bits = assigned_bits(model, run, config) if config else {}
-    settings = settings_of(run, config, bits) if config else {"method": "none", "base_model": run.model, "versions": versions()}
-    tokenizer = modelutils.load_tokenizer(folder)
-    wanted = None
+    tokenizer, live, contents = modelutils.load_tokenizer(folder), math.inf, {}
     if config:
-        text = tokenizing_bytes(run, tokenizer) if ranks.is_first else 0
-        wanted = checked_plan(model, run, config, bits, text)
-    if wanted:
+        refuse_quantized(model, args.model)
+        bits = assigned_bits(model, run, config)
+        wanted = checked_plan(model, run, config, bits, tokenizing_bytes(run, tokenizer) if ranks.is_first else 0)
         check_exports(model, run, config, bits)
-        run = wanted.run
-        print(f"activations wait {plan.WHERE[run.activations]}; planned {plan.peaks(wanted)}", flush=True)
-    needed = 0 if run.force or not wanted else wanted.disk / (2 if run.save_path else 1)  # the writer counts parts and result
-    if config is None:  # there is only something to evaluate, which rank 0 does
-        ranks.part()
-        if not ranks.is_first:
-            return
-    writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if config and ranks.is_first else None
-    journal = None
-    contents = {"settings": settings, "run": vars(run), "dtype": str(dtype).removeprefix("torch.")}
-    try:
-        tests = [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval if ranks.is_first]
-        if config:
-            ids = torch.empty(run.nsamples, run.seqlen, dtype=torch.int64)
-            if ranks.is_first:
-                ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
-            ranks.copy_first_(ids)
-        if config:
-            kept_in = ranks.from_first(lambda: str(writer.folder)) if run.save_path else None
-            journal = Journal(kept_in and Path(kept_in), fingerprint(settings, ids, model, run), ranks)
-            if writer:
-                writer.keep(journal.parts)
-        if journal is None or not journal.layers:
-            checkpoint.check_finite(ranks.rank, ranks.size)  # last: it reads everything
-        if config:
-            if journal.layers:
-                print(f"going on after layer {journal.layers}, which an earlier run finished", flush=True)
-            phases, start = Phases(device, journal.seconds), time.perf_counter()
-            earlier = sum(journal.seconds.values())
-            rows = quantize_model(model, ids, run, config, writer, journal, phases)
-            if not ranks.is_first:
-                return
-            with phases("pack"):
-                model.checkpoint = writer.finish(settings, folder)
-            journal = None  # there is a result now, and nothing to take up
-            seconds = time.perf_counter() - start + earlier
-            contents |= {"quantization_seconds": seconds, "phase_seconds": phases.seconds, "linears": rows}
-            contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
-            if device.type == "cuda":
-                contents["peak_device_bytes_quantizing"] = torch.cuda.max_memory_allocated(device)
-            contents |= {"plan": wanted.as_dict()}
-            print_summary(contents, run)
+        if ranks.is_first and run.save_path and not may_be_made(run):
+            packing.check_output(run.save_path, run.overwrite, "--save_path")  # before texts are read
+        run, live = wanted.run, plan.live_bytes(model.config.get_text_config().hidden_size, run, config, model.dtype.itemsize) / ranks.size
+    tests = [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval if ranks.is_first]
+    settings = {"method": "none", "base_model": run.model, "versions": versions()}
+    if config:
+        ids = calibration_tokens(run, tokenizer)
+        settings = settings_of(run, config, bits, ids)
+    contents |= {"settings": settings, "run": vars(run), "dtype": str(model.dtype).removeprefix("torch.")}
+    made = config and ranks.from_first(lambda: is_made(run, settings))
+    with contextlib.ExitStack() as temporary:
+        if config and not made:
+            print(f"activations wait {plan.WHERE[run.activations]}; planned {plan.peaks(wanted)}", flush=True)
+            contents |= quantize_command(model, ids, run, config, settings, wanted, temporary)
+        else:
+            ranks.part()  # there is only something to evaluate, which rank 0 does
+        if made and ranks.is_first:
+            print(f"{run.save_path} is there, of these settings: going on with what comes after it", flush=True)
+            model.checkpoint, contents = packing.Checkpoint.open(run.save_path), contents | earlier_report(run, settings)
+        if ranks.is_first:
+            evaluate(model, tests, run, contents, live)
+            contents["peak_host_bytes"] = peak_host_bytes()
             write_report(run, contents)
-        evaluate(model, tests, run, contents)
-        contents["peak_host_bytes"] = peak_host_bytes()
+            export_all(model, run, contents["perplexity"], done=made)
+
+
+def export_all(model, run: Run, perplexity: list[dict], done: bool) -> None:
+    """Write the folders of --export; done: but for those that are there."""
+    for name, out in run.export:
+        if done and out.exists():
+            print(f"{out} is there", flush=True)
+            continue
+        export.export(model.checkpoint, model.folder, name, out, run.overwrite, perplexity, run.command, flag="--export")
+        print(f"exported {out}: {name}, every weight read back and compared", flush=True)
+
+
+def refuse_quantized(model, name: str) -> None:
+    if model.checkpoint.quantized:
+        raise InputError(f"{name} is already quantized: give the original model")
+
+
+def calibration_tokens(run: Run, tokenizer) -> torch.Tensor:
+    """The calibration text's windows [nsamples, seqlen], the first rank's on every rank."""
+    ids = torch.empty(run.nsamples, run.seqlen, dtype=torch.int64)
+    if run.ranks.is_first:
+        ids = datautils.calibration_windows(run.dataset, tokenizer, run.nsamples, run.seqlen, run.seed)
+    run.ranks.copy_first_(ids)
+    return ids
+
+
+def may_be_made(run: Run) -> bool:
+    """Is there a result, and something to do after it?"""
+    return bool(run.eval or run.export) and not run.overwrite and not run.fresh and run.save_path is not None and run.save_path.exists()
+
+
+def is_made(run: Run, settings: dict) -> bool:
+    """Has an earlier run with these settings ended in what comes after the result?"""
+    if not may_be_made(run):
+        return False
+    with contextlib.suppress(InputError, OSError):
+        return packing.Checkpoint.open(run.save_path).settings == json.loads(json.dumps(settings))
+    return False
+
+
+def earlier_report(run: Run, settings: dict) -> dict:
+    """What the run that made the result has reported of it."""
+    with contextlib.suppress(OSError, ValueError):
+        contents = json.loads(run.report.read_text()) if run.report else {}
+        return contents if contents.get("settings") == json.loads(json.dumps(settings)) else {}
+    return {}
+
+
+def quantize_command(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, settings: dict, wanted: plan.Plan, temporary) -> dict:
+    """Quantize `model`, going on with what an earlier run left, and report it; its checkpoint is the result then. Returns what the
+    report says of it. temporary: an ExitStack that a result without a --save_path lives as long as."""
+    ranks, phases, journal = run.ranks, None, None
+    needed = 0 if run.force else wanted.disk / (2 if run.save_path else 1)  # the writer counts parts and result
+    writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if ranks.is_first else None
+    try:
+        kept_in = ranks.from_first(lambda: str(writer.folder)) if run.save_path else None
+        journal = Journal(kept_in and Path(kept_in), fingerprint(settings, model, run), ranks)
+        if writer:
+            writer.keep(journal.parts)
+        if journal.layers:
+            print(f"going on after layer {journal.layers}, which an earlier run finished", flush=True)
+        else:
+            model.checkpoint.check_finite(ranks.rank, ranks.size)  # last: it reads everything
+        phases, start, earlier = Phases(run.device, journal.seconds), time.perf_counter(), sum(journal.seconds.values())
+        rows = quantize_model(model, ids, run, config, writer, journal, phases)
+        if not ranks.is_first:
+            return {}
+        with phases("pack"):
+            model.checkpoint = writer.finish(settings, model.folder)
+        journal = None  # there is a result now, and nothing to take up
+        contents = {"settings": settings, "quantization_seconds": time.perf_counter() - start + earlier, "phase_seconds": phases.seconds}
+        contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
+        if run.device.type == "cuda":
+            contents["peak_device_bytes_quantizing"] = torch.cuda.max_memory_allocated(run.device)
+        contents |= {"plan": wanted.as_dict(), "linears": rows}
+        print_summary(contents, run)
         write_report(run, contents)
-        for name, out in run.export:
-            export.export(model.checkpoint, folder, name, out, run.overwrite, contents["perplexity"], run.command, flag="--export")
-            print(f"exported {out}: {name}, every weight read back and compared", flush=True)
+        return contents
     except BaseException as error:
         if journal and journal.layers:
             error.add_note(f"{journal.layers} finished layers are kept: the same command goes on after them")
         raise
     finally:
-        if writer:
+        if writer and run.save_path:
             writer.close(keep=journal is None or journal.layers > 0)  # without a journal nothing there is this run's
+        elif writer:
+            temporary.callback(writer.close)
 
 
-def evaluate(model, tests: list[eval_quantized.Windows], run: Run, contents: dict) -> None:
-    """Measure and print the perplexity on each of `tests`; its activations wait where those of the calibration text did, if they fit."""
+def evaluate(model, tests: list[eval_quantized.Windows], run: Run, contents: dict, live: float) -> None:
+    """Measure and print the perplexity on each of `tests`. live: bytes of a generation of the calibration text's activations."""
     contents["perplexity"] = []
     for windows in tests:
         size = windows.ids.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
-        with tempfile.TemporaryDirectory(prefix="leanquant-", dir=run.save_path and run.save_path.absolute().parent) as folder:
-            place = Place(first_with_room(run, size), run.device, Path(folder))
+        with evaluation_folder(run.save_path) as folder:
+            place = Place(plan.evaluation_waits(run, size, live), run.device, folder)
             losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source, place)
         result = eval_quantized.perplexity(windows, losses)
         contents["perplexity"].append(result._asdict())
         print(result, flush=True)
 
 
-def first_with_room(run: Run, size: int) -> str:
-    """Where `size` bytes of activations can wait: where the run's do, if they take half of what is free at most, or further away."""
-    free = {"device": torch.cuda.mem_get_info(run.device)[0] if run.device.type == "cuda" else free_host_bytes(), "host": free_host_bytes()}
-    kinds = KINDS if run.activations == "auto" else KINDS[KINDS.index(run.activations) :]
-    return next((kind for kind in kinds if 2 * size <= free.get(kind, math.inf)), "disk")
+@contextlib.contextmanager
+def evaluation_folder(save_path: Path | None) -> Iterator[Path]:
+    """For the block: a folder for activations, beside the result, where a killed run's is removed, or among temporary files."""
+    if save_path is None:
+        with tempfile.TemporaryDirectory(prefix="leanquant-") as folder:
+            yield Path(folder)
+        return
+    folder = save_path.absolute().with_name(f"{save_path.name}.evaluation")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def fingerprint(settings: dict, ids: torch.Tensor, model, run: Run) -> dict:
+def fingerprint(settings: dict, model, run: Run) -> dict:
     """Everything that decides what a run writes, for its journal: a run that differs in any of it cannot go on with another's layers."""
+    here = Path(__file__).parent
     return {
         **settings,
-        "calibration tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16],
+        "code": digest(*(file.read_bytes() for folder in (here, here / "leanquant") for file in sorted(folder.glob("*.[pc][yu]")))),
         "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": run.batch_size,
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
         "kernels": os.environ.get("LEANQUANT_KERNELS") or "where they can run",
-        "config of the model": hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16],
+        "instructions of the CPU": torch.backends.cpu.get_cpu_capability(),
+        "config of the model": digest(model.config.to_json_string().encode()),
         "offload_threshold": run.offload_threshold,
         "hessian_device": run.hessian_device and run.hessian_device.type,
         "files of the model": files_of(model.checkpoint),
     }
+
+
+def digest(*parts: bytes) -> str:
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def print_summary(contents: dict, run: Run) -> None:

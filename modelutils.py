@@ -23,6 +23,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from torch.func import functional_call
 from torch.utils._pytree import tree_leaves
+from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from activations import Activations, Place, mapped
@@ -582,6 +583,23 @@ class StreamedModel:
             yield logits
         finally:
             self._empty(names)
+
+
+def in_smaller_batches(model: StreamedModel, streams: list[Stream], phase: Callable, *args):
+    """phase(*args), and again with half the batch if the device runs out of memory, at most twice."""
+    for left in (2, 1, 0):
+        try:
+            return phase(*args)
+        except torch.OutOfMemoryError:
+            size = streams[0].batch_size
+            if not left or size == 1:
+                raise InputError(
+                    f"{model.device} ran out of memory with batches of {size} sequences: give a smaller --batch_size (--eval_batch_size) "
+                    "or --seqlen, --activations host or disk, or a smaller --offload_threshold (--plan shows what fits)"
+                ) from None
+        torch.cuda.empty_cache()
+        model.halve_batches(streams)
+        tqdm.write(f"{model.device} ran out of memory: going on with batches of {streams[0].batch_size} sequences instead of {size}")
 
 
 @contextlib.contextmanager

@@ -25,13 +25,13 @@ from datautils import CORPORA
 from hessian import PANEL, at_a_time, statistics_size, sums_outputs
 from leanquant.linear import free_host_bytes
 from leanquant.packing import packed_width
+from leanquant_grid import KMEANS_ELEMENTS
 
 FLOAT = 4  # Hessians, and weights while they are solved
 # Solving holds so many matrices of the size of the rows that are solved (quant.py): to make the target, weights, shift and a reordering
 # of it; then the target, two reorderings and codes; then the target, values, errors and codes.
 TARGET_COPIES, SOLVE_COPIES, REFINE_COPIES = 3.0, 3.75, 3.75
 WHERE = {"device": "on the device", "host": "in host memory", "disk": "on the disk"}  # activations
-KMEANS_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}  # of a chunk, at 60 bytes (leanquant_grid.kmeans_levels)
 LATER_LIBRARIES = 45e6  # buffers of MKL and threads, that a run's first products bring
 REACHED = 0.5  # of a rated speed
 TEST_TOKENS = {"wikitext2": 3.4e5, "ptb": 1.1e5, "ptb-new": 1.2e5}  # of Llama 2; c4's are 256 windows, a file's a fourth of its bytes
@@ -192,9 +192,15 @@ def result_bytes(model, run, config, bits: dict[str, int]) -> int:
     return stored
 
 
-def live_bytes(shapes: Shapes, run, config, itemsize: int) -> int:
+def live_bytes(hidden: int, run, config, itemsize: int) -> int:
     """One generation of the activations of all streams."""
-    return (2 if config.shift > 0 else 1) * run.nsamples * run.seqlen * shapes.hidden * itemsize
+    return (2 if config.shift > 0 else 1) * run.nsamples * run.seqlen * hidden * itemsize
+
+
+def evaluation_waits(run, size: float, live: float) -> str:
+    """Where `size` bytes of activations of an evaluated text wait: where those of the calibration text did, of which one generation is
+    `live`, if they take no more room than those and what was kept with them; else on the disk."""
+    return run.activations if size <= 2 * live else "disk"
 
 
 # --- the plan --------------------------------------------------------------------------------------------------
@@ -204,15 +210,17 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     """The plan of `run` on one of HARDWARE. base: bytes that a process of ours takes before it reads a weight; text: those that
     tokenizing takes."""
     on_gpu, d = hardware != "cpu", dtype.itemsize
-    live = live_bytes(shapes, run, config, d)
-    peaks = [_embedding(shapes, d), _outside(shapes)] + [_evaluation(shapes, run, d)] * bool(run.eval)
+    live = live_bytes(shapes.hidden, run, config, d)
+    peaks = [_embedding(shapes, d), _outside(shapes)]
     for layer in shapes.layers:
         peaks += _layer_needs(layer, shapes, run, config, dtype, hardware)
+    waiting = {"activations": (*_activations(live, run, d, shapes, on_gpu), 0)}
+    peaks = [needs | waiting for needs in peaks]
+    peaks += [_evaluation(shapes, run, live, d, on_gpu)] if run.eval else []
     device, other = _largest(peaks, 0), _largest(peaks, 2)
     host = _largest(peaks, 1) if on_gpu else _largest(peaks, 0, 1)
-    where = _activations(live, run, d, shapes, on_gpu)
-    device = (device | {"activations": where[0], "CUDA": CUDA_CONTEXT}) if on_gpu else {}
-    host |= {"activations": where[1] if on_gpu else sum(where), "Python and libraries": base + LATER_LIBRARIES + CUDA_HOST * on_gpu}
+    device = (device | {"CUDA": CUDA_CONTEXT}) if on_gpu else {}
+    host |= {"Python and libraries": base + LATER_LIBRARIES + CUDA_HOST * on_gpu}
     before = {"the text's tokens": text, "Python and libraries": base + CUDA_HOST * on_gpu}
     host = max(host, before, key=lambda needs: sum(needs.values()))
     phases = _phases(shapes, run, config, dtype, on_gpu, hardware)
@@ -243,12 +251,24 @@ def _outside(shapes: Shapes) -> dict:
     return {"copied tensors": (0, 2 * max((stored for _, stored in shapes.outside.values()), default=0), 0)}
 
 
-def _evaluation(shapes: Shapes, run, d: int) -> dict:
-    """The head, with the logits of one window and, of a part of them, logarithms in float32, which 16-bit ones are copied for."""
-    elements, stored = shapes.outside.get(shapes.head) or shapes.outside.get(shapes.embedding, (0, 0))
-    vocabulary = elements / shapes.hidden
-    logits = vocabulary * (run.seqlen * d + (1 + (d < FLOAT)) * FLOAT * min(LOSS_TOKENS, run.seqlen))
-    return {"head": (elements * d, stored if stored != elements * d else 0, 0), "logits": (logits, 0, 0)}
+def _evaluation(shapes: Shapes, run, live: float, d: int, on_gpu: bool) -> dict:
+    """The head and the logits of one window, on CPUs without units for 16 bits both in float32 too; of a part of the logits, logarithms in
+    float32, which 16-bit ones are copied for; and the activations of the longest text."""
+    elements, stored = head_of(shapes)
+    logits, chunk = elements / shapes.hidden * run.seqlen, elements / shapes.hidden * min(LOSS_TOKENS, run.seqlen)
+    wide = FLOAT * (d < FLOAT and not on_gpu)
+    needs = {"head": (elements * (d + wide), stored if stored != elements * d else 0, 0)}
+    needs["logits"] = (logits * (d + wide) + (1 + (d < FLOAT)) * FLOAT * chunk, 0, 0)
+    size = max(tokens_of(source, run.seqlen) for source in run.eval) * shapes.hidden * d
+    where = evaluation_waits(run, size, live)
+    if where == "disk":  # batches that are read and written
+        size = 3 * run.batch_size * run.seqlen * shapes.hidden * d
+    return needs | {"activations": (size, 0, 0) if where == "device" else (0, size, 0)}
+
+
+def head_of(shapes: Shapes) -> tuple[int, int]:
+    """Elements and stored bytes of the matrix that gives the logits."""
+    return shapes.outside.get(shapes.head) or shapes.outside.get(shapes.embedding, (0, 0))
 
 
 def _activations(live: int, run, d: int, shapes: Shapes, on_gpu: bool) -> tuple[float, float]:
@@ -271,6 +291,7 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
     --shift), the statistics of g, the factor in the memory of H, and the solver's copies of the rows that are solved at a time.
     """
     d, on_gpu, shift = dtype.itemsize, hardware != "cpu", config.shift > 0
+    where = "cuda" if on_gpu else "cpu"
     forward = _forward_bytes(layer, shapes, run, dtype, on_gpu)
     replaced = packed = 0
     all_packed = sum(sum(group.rows) * group.columns * group.bits / 8 for group in layer.groups if group.bits < 16)
@@ -298,9 +319,9 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             rows = quant.row_pieces(sum(group.rows), group.columns)[0].stop
             matrix = FLOAT * rows * group.columns
             done = sum(group.rows) * group.columns * 2  # codes, and once more where pieces are joined
-            basis = (6 * 2**26 if on_gpu else 2 * FLOAT * 2**23) * (config.refine > 0)  # of the fit of levels (quant.fit_grid)
+            basis = (6 if on_gpu else 2 * FLOAT) * quant.FIT_ELEMENTS[where] * (config.refine > 0)  # of the fit of levels
             basis = min(basis, 3 * FLOAT * unknowns_of(group, config) * matrix / FLOAT)
-            chunk = 60 * min(KMEANS_ELEMENTS["cuda" if on_gpu else "cpu"], rows * group.columns)
+            chunk = 60 * min(KMEANS_ELEMENTS[where], rows * group.columns)
             for moment, copies, more in (
                 ("target", TARGET_COPIES * shift, done),
                 ("grid", 1, chunk + done),
@@ -343,19 +364,17 @@ def _disk(shapes: Shapes, run, live: int, itemsize: int) -> tuple[float, float, 
 
     Free: the parts and either the result made of them or two generations of activations, which are gone before; or the result and
     two generations of a text's that is evaluated. Read: the checkpoint to check it, to run its layers, and to solve them; parts to
-    join them. Written: parts, result, and activations once a layer.
+    join them; the result for each text. Written: parts, result, and activations once a layer.
     """
     layers, on_disk = len(shapes.layers), run.activations == "disk"
-    kept = live if on_disk else 0
-    largest = max((tokens_of(source, run.seqlen) for source in run.eval), default=0) * on_disk
-    tested = 2 * largest * shapes.hidden * itemsize
-    if run.save_path is None:
-        free = shapes.result + max((2 * live + kept) * on_disk, tested)
-        return free, 3.0 * shapes.stored, shapes.result + (1 + on_disk) * kept * layers
-    free = shapes.result + max(shapes.result, 2 * live + kept, tested)
-    passes = 6 if run.true_sequential else 3
-    read = 3.0 * shapes.stored + shapes.result + passes * kept * layers
-    return free, read, 2 * shapes.result + (live + kept) * layers
+    kept, passes = live * on_disk, 6 if run.true_sequential else 3
+    texts = [tokens_of(source, run.seqlen) * shapes.hidden * itemsize for source in run.eval]
+    texts = [size for size in texts if evaluation_waits(run, size, live) == "disk"]
+    joined = shapes.result if run.save_path else 0
+    saved = live if run.save_path or on_disk else 0  # after each layer
+    free = shapes.result + max(joined, (2 * live + kept) * bool(saved), 2 * max(texts, default=0))
+    read = 3.0 * shapes.stored + joined + passes * kept * layers + len(run.eval) * shapes.result + sum(texts) * (layers + 1)
+    return free, read, shapes.result + joined + (saved + kept) * layers + sum(texts) * (layers + 1)
 
 
 def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardware: str) -> dict[str, Phase]:
@@ -385,14 +404,14 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
         phases["refine"].fast = 0.0
     if run.eval:
         phases["evaluation"] = _evaluation_phase(shapes, run, dtype, on_gpu)
-    phases["save"].link += shapes.result + live_bytes(shapes, run, config, d) * len(shapes.layers)
+    phases["save"].link += shapes.result + live_bytes(shapes.hidden, run, config, d) * len(shapes.layers)
     return {name: phase for name, phase in phases.items() if phase.operations or phase.bytes or phase.link}
 
 
 def _evaluation_phase(shapes: Shapes, run, dtype: torch.dtype, on_gpu: bool) -> Phase:
     """One pass of the quantized model over each text, and the head."""
     tokens = sum(map(partial(tokens_of, seqlen=run.seqlen), run.eval))
-    elements, _ = shapes.outside.get(shapes.head) or shapes.outside.get(shapes.embedding, (0, 0))
+    elements, _ = head_of(shapes)
     linears = sum(sum(group.rows) * group.columns * group.share for layer in shapes.layers for group in layer.groups)
     operations = 2 * tokens * (elements + linears + len(shapes.layers) * run.seqlen * shapes.attention)
     return Phase(operations, operations if on_gpu and dtype.itemsize == 2 else 0, link=len(run.eval) * shapes.result)
@@ -524,7 +543,10 @@ def remedies(plan_for: Callable[[object], Plan], run, limits: Limits, groups_wid
     changes += [(f"--batch_size {size}", {"batch_size": size}) for size in _halves(run.batch_size)]
     on_host = {"offload_threshold": groups_width, "hessian_device": torch.device("cpu")}
     changes += [(f"--offload_threshold {groups_width} --hessian_device cpu", on_host)]
+    changes += [("--eval none", {"eval": ()})] if run.eval else []
     changes += [(f"--nsamples {count}", {"nsamples": count}) for count in _halves(run.nsamples)]
+    if run.eval and not lacks(plan_for(replace(run, eval=())), limits):
+        return ["--eval none"]
     on_device = replace(run, offload_threshold=groups_width + 1)
     if not lacks(plan_for(on_device), limits):
         return [f"--offload_threshold {groups_width + 1}"]

@@ -39,6 +39,7 @@ DESCEND_BLOCK = kernels.Kernel(CUDA_SOURCE, "descend_block", (torch.float32, *SO
 # Columns that the kernels take at once, rows that one of their thread blocks takes, and its threads.
 MAX_COLUMNS, TILE, THREADS = 128, 16, 256
 MOST_WEIGHTS = 2**27  # that are solved at a time
+FIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of B, in the fit of levels, at a time
 
 
 @dataclass(frozen=True)
@@ -296,7 +297,7 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, con
 
 def fit_rows(unknowns: int, columns: int, on_cpu: bool) -> tuple[int, int]:
     """For how many rows `fit_grid` makes B at a time, and for how many a Hessian from afar is fetched once."""
-    chunk = max(1, (2**23 if on_cpu else 2**26) // (unknowns * columns))
+    chunk = max(1, FIT_ELEMENTS["cpu" if on_cpu else "cuda"] // (unknowns * columns))
     return chunk, max(chunk, 2**24 // unknowns**2)
 
 

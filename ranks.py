@@ -21,7 +21,7 @@ import torch
 
 from leanquant.errors import InputError
 
-TIMEOUT = timedelta(hours=1)  # for ranks to meet: more than any of them is alone with the disk
+TIMEOUT = timedelta(hours=6)  # for ranks to meet: more than the first takes for the widest Hessian; one that has ended is seen before
 LOOK = 0.2  # seconds between looks at whether a rank that is waited for has ended
 GRACE = 5.0  # seconds that ranks are given to say why they end
 

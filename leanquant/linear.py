@@ -227,10 +227,25 @@ def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
     return dtype in lut_gemm.NAMES and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
 
 
-def free_host_bytes() -> float:
-    """Memory that can still be had on the host; infinite where the system does not say."""
+def free_host_bytes(root: Path = Path("/")) -> float:
+    """Memory that can still be had on the host, or in the container (control group) that this process may be in; infinite where the
+    system does not say. root: of the file system."""
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
+        free = float("inf")
+    groups = root / "sys/fs/cgroup"
+    return min(
+        free, _left(groups, "memory.max", "memory.current"), _left(groups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes")
+    )
+
+
+def _left(group: Path, limit: str, used: str) -> float:
+    """What a control group, of version 2 or 1, may still take, its file cache counted as free; infinite without a limit."""
+    try:
+        counts = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cache = int(counts.get("inactive_file", 0)) + int(counts.get("active_file", 0))
+        return max(0, int((group / limit).read_text()) - int((group / used).read_text()) + cache)
+    except (OSError, ValueError):  # "max"
         return float("inf")

@@ -257,7 +257,7 @@ def quantize_layers(command: list[str], seqlen: int, device: torch.device) -> di
     try:
         llama.quantize_model(model, ids, run, config, writer, journal.Journal(None, {}), phases)
         with phases("pack"):
-            writer.finish(llama.settings_of(run, config, bits), Path(parsed.model))
+            writer.finish(llama.settings_of(run, config, bits, ids), Path(parsed.model))
     finally:
         writer.close()
     return {

@@ -114,10 +114,11 @@ def test_activations_of_the_evaluation_wait_there_too(tiny_model, text_file, tes
     assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]
 
 
-def test_a_long_text_waits_where_there_is_room(tiny_model, text_file, test_text, tmp_path, monkeypatch):
-    places, real = [], Place.activations
+def test_a_text_that_takes_more_than_the_calibration_waits_on_the_disk(tiny_model, text_file, tmp_path, monkeypatch):
+    places, real, test_text = [], Place.activations, tmp_path / "test.txt"
     monkeypatch.setattr(Place, "activations", lambda self, *args: places.append(self.kind) or real(self, *args))
-    monkeypatch.setattr(llama, "free_host_bytes", lambda: 1000)
+    test_text.write_text(20 * text_file.read_text())
     options = ["--wbits", "4", "--nsamples", "2", "--seqlen", "32", "--eval", str(test_text), "--activations", "host"]
     assert llama.main([str(tiny_model()), str(text_file), *options, "--save_path", str(tmp_path / "q.safetensors")]) == 0
     assert places == ["host", "disk"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q.safetensors", "test.txt"]

@@ -60,6 +60,15 @@ def test_a_resumed_run_keeps_the_smaller_batch(command, stopped_after, small_dev
     assert (tmp_path / "fours.safetensors").read_bytes() != (tmp_path / "whole.safetensors").read_bytes(), "the size shows"
 
 
+def test_an_evaluation_takes_half_the_batch_too(command, tmp_path, small_device, test_text, capsys):  # noqa: F811
+    measured = lambda said: [line for line in said.splitlines() if "perplexity" in line]  # noqa: E731
+    assert llama.main(command(tmp_path / "one.safetensors", "--batch_size", 1, "--eval", test_text)) == 0
+    expected = measured(capsys.readouterr().out)
+    small_device(1)
+    assert llama.main(command(tmp_path / "halved.safetensors", "--batch_size", 4, "--eval", test_text)) == 0
+    assert measured(capsys.readouterr().out) == expected != []
+
+
 def test_two_halvings_are_enough_then_it_says_what_to_change(command, small_device, tmp_path, capsys):  # noqa: F811
     small_device(0, layer=2)
     assert llama.main(command(tmp_path / "q.safetensors", "--batch_size", 4)) == 2
@@ -86,7 +95,7 @@ def test_a_pass_goes_on_where_it_was_broken_off(tiny_model, tmp_path, monkeypatc
         model.advance(0, expected)
         monkeypatch.setattr(modelutils.StreamedModel, "run_layer", run_layer)
         failing[0] = 3
-        llama.in_smaller_batches(model, streams, model.advance, 0, streams[0])
+        modelutils.in_smaller_batches(model, streams, model.advance, 0, streams[0])
     assert streams[0].batch_size == 1 and streams[0].moved == 0
     torch.testing.assert_close(streams[0].hidden, expected.hidden, rtol=1e-5, atol=1e-5)
 

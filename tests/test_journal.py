@@ -105,7 +105,7 @@ for line in sys.stdin:
 
 
 def test_25_random_kills_change_no_byte(command, tmp_path):
-    """A fifth of the runs save a layer as late as users' runs do, the others each at once."""
+    """A fifth of the runs save a layer as late as users' runs do, the others each at once; half have their activations in files."""
     rng, resumed = random.Random(0), 0
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],
@@ -115,8 +115,8 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
         text=True,
     )
 
-    def run(path: Path, wait: float, patience: int = 0) -> int:
-        server.stdin.write(json.dumps([command(path), wait, patience]) + "\n")
+    def run(path: Path, wait: float, patience: int = 0, kind: str = "host") -> int:
+        server.stdin.write(json.dumps([command(path, "--activations", kind), wait, patience]) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
 
@@ -133,8 +133,8 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
     longest = min(takes)
     for number in range(KILLS):
         path = tmp_path / f"{number}.safetensors"
-        patience = 0 if number % 5 else journal.PATIENCE
-        while (status := run(path, rng.uniform(0.25, 1) * longest, patience)) != -signal.SIGKILL:
+        how = 0 if number % 5 else journal.PATIENCE, ("host", "disk")[number % 2]
+        while (status := run(path, rng.uniform(0.25, 1) * longest, *how)) != -signal.SIGKILL:
             assert status == 0
             check_result(path, number)
             path.unlink()
@@ -146,12 +146,45 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
         if path.exists():  # killed after the result was complete
             check_result(path, number)
             path.unlink()
-        assert run(path, 1000, patience) == 0, f"kill {number}"
+        assert run(path, 1000, *how) == 0, f"kill {number}"
         check_result(path, number)
         assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(f"{number}.")] == [path.name]
     server.stdin.close()
     server.wait()
-    assert resumed >= 5, resumed  # else the moments were no test on this machine
+    assert resumed >= 12, resumed  # else the moments were no test on this machine
+
+
+@pytest.mark.parametrize("where", ["evaluation", "export"])
+def test_what_comes_after_the_result_is_gone_on_with(command, test_text, tmp_path, monkeypatch, capsys, where):
+    path, report = tmp_path / "q.safetensors", tmp_path / "r.json"
+    arguments = command(path, "--eval", test_text, "--report", report, "--export", "dense")
+    module, name = {"evaluation": (llama.eval_quantized, "streamed_losses"), "export": (llama.export, "export")}[where]
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(Stopped))
+        llama.main(arguments)
+    written, rows = path.read_bytes(), json.loads(report.read_text())["linears"]
+    left = tmp_path / "q.safetensors.evaluation"
+    left.mkdir()  # as if by SIGKILL
+    (left / "live-0.bin").write_bytes(b"activations")
+    assert llama.main(command(path, "--eval", test_text, "--export", "dense", "--percdamp", 0.2)) == 2
+    assert "exists" in capsys.readouterr().err
+    monkeypatch.setattr(llama, "quantize_layer", None)
+    assert llama.main(arguments) == 0
+    said, contents = capsys.readouterr().out, json.loads(report.read_text())
+    assert "going on with what comes after it" in said and "exported" in said
+    assert contents["linears"] == rows and contents["perplexity"][0]["perplexity"] > 1
+    assert path.read_bytes() == written
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q-dense", "q.safetensors", "r.json"]
+    assert llama.main(arguments) == 0
+    assert "q-dense is there" in capsys.readouterr().out
+
+
+def test_other_code_does_not_go_on(command, stopped_after, tmp_path, monkeypatch, capsys):
+    path, real = tmp_path / "q.safetensors", llama.digest
+    stopped_after(2, path)
+    monkeypatch.setattr(llama, "digest", lambda *parts: real(*parts, *[b"#"] * (len(parts) > 1)))
+    assert llama.main(command(path)) == 2
+    assert "code: " in (error := capsys.readouterr().err) and "--fresh" in error
 
 
 @pytest.mark.parametrize("finished", [1, 3, LAYERS - 1])
@@ -244,7 +277,7 @@ def test_another_model_or_text_is_refused(command, stopped_after, tiny_model, te
     assert "config of the model" in capsys.readouterr().err
     text.write_text(make_text(8000, seed=5))
     assert llama.main([arguments[0], str(text), *arguments[2:]]) == 2
-    assert "calibration tokens" in capsys.readouterr().err
+    assert "calibration_tokens" in capsys.readouterr().err
 
 
 def test_what_fails_before_the_journal_is_read_loses_nothing(command, stopped_after, tmp_path, monkeypatch, capsys):

@@ -15,7 +15,7 @@ import eval_quantized
 import llama
 import modelutils
 from leanquant import InputError, LeanQuantModelForCausalLM, modeling
-from leanquant.linear import QuantizedLinear, replace_linears
+from leanquant.linear import QuantizedLinear, free_host_bytes, replace_linears
 from leanquant.packing import Checkpoint
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -175,6 +175,22 @@ def test_weights_that_do_not_fit_stay_packed(tiny_model, text_file, tmp_path, mo
     with pytest.warns(UserWarning, match="do not fit: they stay packed"):
         model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), out)
     assert {m.form for m in model.modules() if isinstance(m, QuantizedLinear)} == {"packed"}
+
+
+@pytest.mark.parametrize("names", [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")])
+def test_a_container_may_have_less_memory_than_its_host(tmp_path, names):
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 4000 kB\nMemAvailable:  3000 kB\n")
+    assert free_host_bytes(tmp_path) == 3000 * 1024
+    group = tmp_path / "sys/fs/cgroup"
+    (group / "memory").mkdir(parents=True)
+    for name, text in zip(names, ("1000000", "700000"), strict=True):
+        (group / name).write_text(text + "\n")
+    (group / names[0]).with_name("memory.stat").write_text("anon 500000\nactive_file 50000\ninactive_file 150000\n")
+    assert free_host_bytes(tmp_path) == 500000, "its file cache can be had"
+    (group / names[0]).write_text("max\n")
+    assert free_host_bytes(tmp_path) == 3000 * 1024
+    assert free_host_bytes(tmp_path / "nothing") == float("inf")
 
 
 def placement(model: torch.nn.Module, kind: str, max_memory: dict) -> dict[str, set]:

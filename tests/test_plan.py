@@ -84,11 +84,22 @@ def test_host_peak_of_an_evaluation_is_as_planned(tmp_path, tiny_model, text_fil
     """A window's logits over a large vocabulary are more than all of a small model's quantization."""
     report, model = tmp_path / "report.json", tiny_model(vocab_size=200_000)
     command = [sys.executable, "llama.py", model, text_file, "--wbits", "4", "--nearest", "--nsamples", "2", "--seqlen", "256"]
-    command += ["--eval", test_text, "--save_path", tmp_path / "q.safetensors", "--report", report]
+    command += ["--eval", test_text, "--save_path", tmp_path / "q.safetensors", "--n_layers", "1", "--report", report]
     subprocess.run([str(part) for part in command], check=True, env=environment() | {"OMP_NUM_THREADS": "1"}, capture_output=True)
     contents = json.loads(report.read_text())
     assert contents["plan"]["host_peak_bytes"] == pytest.approx(contents["peak_host_bytes"], rel=0.15)
     assert contents["peak_host_bytes"] > 1.3 * contents["peak_host_bytes_quantizing"]
+
+
+def test_what_is_evaluated_may_be_what_does_not_fit(tmp_path, capsys):
+    LlamaConfig(**SIZES | {"vocab_size": 2_000_000, "max_position_embeddings": 4096}).save_pretrained(tmp_path)
+    model = modelutils.PlannedModel(tmp_path / "config.json", "F32", torch.float32)
+    args = llama.parse([str(tmp_path / "config.json"), "c4-new", *RECIPE, "--seqlen", "2048", "--nsamples", "4"])
+    run, config = llama.run_settings(args, torch.device("cpu"), Ranks()), llama.quant_config(args, torch.float16)
+    bits = llama.assigned_bits(model, run, config)
+    limits = plan.Limits(float("inf"), 4e9, float("inf"))
+    wanted, make, shapes = llama.planned(model, run, config, bits, "cpu", limits)
+    assert "logits" in wanted.host and plan.advice(make, wanted.run, limits, shapes) == "it fits with --eval none"
 
 
 def test_the_largest_text_is_planned(tiny_model, text_file, tmp_path):
@@ -107,6 +118,9 @@ def test_an_evaluation_is_planned(large_config, tmp_path):
     none = planned(*options, "--eval", "none", tmp_path=tmp_path)
     some = planned(*options, "--eval", "c4-new", tmp_path=tmp_path)
     assert "evaluation" not in none["operations"] and some["seconds"]["evaluation"] > 0
+    once = 256 * 2048 * 16384 * 2 * 127  # the activations, and what is read of weights besides
+    assert some["written"] - none["written"] == pytest.approx(once, rel=1e-6)
+    assert once < some["read"] - none["read"] < 1.2 * once
     parameters = 126 * (2 * 16384**2 + 2 * 16384 * 1024 + 3 * 16384 * 53248)
     assert 2 * 256 * 2048 * parameters < some["operations"]["evaluation"] < 2.3 * 256 * 2048 * parameters
 
