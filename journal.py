@@ -8,7 +8,6 @@ everything it speaks of is on the disk. Of several ranks the first keeps the jou
 
 import json
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -17,9 +16,6 @@ from activations import STAMP_BYTES, Activations, live_file, places, save, stamp
 from leanquant.errors import InputError
 from leanquant.packing import Checkpoint, part_name, sync_folder, write_synced
 from ranks import Ranks
-
-# A layer that is computed faster than activations are saved need not be saved at once: at most this many times the saving is lost.
-PATIENCE = 4
 
 
 def files_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
@@ -51,7 +47,7 @@ class Journal:
         self.folder, self.layers, self.parts, self.rows, self.seconds = folder, 0, 0, [], {}
         self.generation = 1  # of the live activations that are saved; the other one may be written over
         self.batch_size = 0
-        self._pending, self._live, self._saved_at, self._cost = [], None, time.monotonic(), 0.0
+        self._live = None
         self._ranks = ranks or Ranks()
         if folder is None:
             return
@@ -126,30 +122,23 @@ class Journal:
         batch_size: int = 0,
     ) -> None:
         """`layers` layers and `parts` parts are finished now, with the report's `rows` of the last one and `live` activations,
-        which go on in batches of `batch_size`.
-
-        Saved at once, unless that takes longer than what would be lost (activations in files are written anyway); after the
-        last layer no activations are needed.
-        """
-        self._pending += rows
-        is_due = lambda: is_last or live[0].on_disk or time.monotonic() - self._saved_at >= PATIENCE * self._cost  # noqa: E731
-        if self.folder is None or not self._ranks.from_first(is_due):
+        which go on in batches of `batch_size`. After the last layer no activations are needed."""
+        if self.folder is None:
             return
-        start, saved = time.monotonic(), None
+        saved = None
         if not is_last:
             self.generation = save(live, self.folder, self.generation, layers, self._ranks)
             saved = {"generation": self.generation, "bytes": sum(stream.file_bytes for stream in live) + STAMP_BYTES}
         sizes = self._ranks.each(batch_size)
         if self._ranks.is_first:
-            line = {"layers": layers, "parts": parts, "live": saved, "batch_sizes": sizes, "seconds": seconds, "rows": self._pending}
+            line = {"layers": layers, "parts": parts, "live": saved, "batch_sizes": sizes, "seconds": seconds, "rows": rows}
             with open(self.path, "a") as f:
                 f.write(json.dumps(line) + "\n")
                 f.flush()
                 os.fsync(f.fileno())
             sync_folder(self.folder)
         self._ranks.barrier()
-        self.layers, self._pending, self._saved_at = layers, [], time.monotonic()
-        self._cost = self._saved_at - start
+        self.layers = layers
         if is_last:
             for generation in (0, 1) if self._ranks.is_first else ():
                 live_file(self.folder, generation).unlink(missing_ok=True)

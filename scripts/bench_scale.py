@@ -157,6 +157,7 @@ def planned(name: str, hardware: str, second_gpu: bool, args: argparse.Namespace
     with tempfile.TemporaryDirectory(prefix="bench-scale-") as work:
         (Path(work) / "config.json").write_text(json.dumps(config_of(name)))
         command = [sys.executable, str(ROOT / "llama.py"), f"{work}/config.json", *settings(args), "--nsamples", "64", "--plan", hardware]
+        command += ["--eval", "none"]
         command += ["--activations", "disk", "--save_path", f"{work}/out.safetensors"] + ["--hessian_device", "cuda:1"] * second_gpu
         command += ["--report", f"{work}/plan.json"]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout

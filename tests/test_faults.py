@@ -8,18 +8,12 @@ from contextlib import suppress
 import pytest
 import torch
 
-import journal
 import llama
 import modelutils
 from leanquant.packing import Checkpoint
 from test_journal import LAYERS, SETTINGS, Stopped, command, stopped_after, whole, words  # noqa: F401
 
 # --- memory of the device --------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def every_layer_is_saved(monkeypatch):
-    monkeypatch.setattr(journal, "PATIENCE", 0)
 
 
 @pytest.fixture

@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import journal
 import llama
 from activations import InMemory
 from conftest import make_text
@@ -67,7 +66,6 @@ def stopped_after(command, monkeypatch):
 
         with monkeypatch.context() as patch:
             patch.setattr(llama, "quantize_layer", quantize_layer)
-            patch.setattr(journal, "PATIENCE", 0)
             if error is Stopped:
                 with pytest.raises(Stopped):
                     llama.main(command(save_path, *options))
@@ -85,7 +83,7 @@ torch.set_num_threads(1)
 import journal, llama, quant, transformers, leanquant.modeling
 import json
 for line in sys.stdin:
-    arguments, wait, journal.PATIENCE = json.loads(line)
+    arguments, wait = json.loads(line)
     child = os.fork()
     if child == 0:
         devnull = os.open(os.devnull, os.O_WRONLY)
@@ -105,7 +103,7 @@ for line in sys.stdin:
 
 
 def test_25_random_kills_change_no_byte(command, tmp_path):
-    """A fifth of the runs save a layer as late as users' runs do, the others each at once; half have their activations in files."""
+    """Half have their activations in files."""
     rng, resumed = random.Random(0), 0
     server = subprocess.Popen(
         [sys.executable, "-c", SERVER],
@@ -115,8 +113,8 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
         text=True,
     )
 
-    def run(path: Path, wait: float, patience: int = 0, kind: str = "host") -> int:
-        server.stdin.write(json.dumps([command(path, "--activations", kind), wait, patience]) + "\n")
+    def run(path: Path, wait: float, kind: str = "host") -> int:
+        server.stdin.write(json.dumps([command(path, "--activations", kind), wait]) + "\n")
         server.stdin.flush()
         return int(server.stdout.readline())
 
@@ -133,8 +131,8 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
     longest = min(takes)
     for number in range(KILLS):
         path = tmp_path / f"{number}.safetensors"
-        how = 0 if number % 5 else journal.PATIENCE, ("host", "disk")[number % 2]
-        while (status := run(path, rng.uniform(0.25, 1) * longest, *how)) != -signal.SIGKILL:
+        kind = ("host", "disk")[number % 2]
+        while (status := run(path, rng.uniform(0.25, 1) * longest, kind)) != -signal.SIGKILL:
             assert status == 0
             check_result(path, number)
             path.unlink()
@@ -146,7 +144,7 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
         if path.exists():  # killed after the result was complete
             check_result(path, number)
             path.unlink()
-        assert run(path, 1000, *how) == 0, f"kill {number}"
+        assert run(path, 1000, kind) == 0, f"kill {number}"
         check_result(path, number)
         assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(f"{number}.")] == [path.name]
     server.stdin.close()
@@ -232,7 +230,6 @@ def test_sigterm_ends_as_ctrl_c(command, tmp_path, monkeypatch, capsys):
 
     before = signal.getsignal(signal.SIGTERM)
     monkeypatch.setattr(llama, "quantize_layer", quantize_layer)
-    monkeypatch.setattr(journal, "PATIENCE", 0)
     assert llama.main(command(tmp_path / "q.safetensors")) == 130
     assert "2 finished layers are kept" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) is before
@@ -336,8 +333,7 @@ def waiting(*tensors: torch.Tensor) -> list[InMemory]:
     return [InMemory(tensor, None) for tensor in tensors]
 
 
-def test_generations_alternate_and_the_newest_whole_one_counts(tmp_path, monkeypatch):
-    monkeypatch.setattr(journal, "PATIENCE", 0)
+def test_generations_alternate_and_the_newest_whole_one_counts(tmp_path):
     mine = Journal(tmp_path, {"a": 1})
     for layer in (1, 2, 3):
         (tmp_path / f"part-{layer - 1:05d}.safetensors").touch()
@@ -375,7 +371,6 @@ def test_each_rank_goes_on_with_its_own_batches(tmp_path, monkeypatch):
         def from_first(self, compute):
             return compute()
 
-    monkeypatch.setattr(journal, "PATIENCE", 0)
     (tmp_path / "part-00000.safetensors").touch()
     Journal(tmp_path, {}, Two()).add(1, 1, [], {}, waiting(torch.ones(3)), False, 8)
     assert Journal(tmp_path, {}).batch_size == 4
@@ -389,17 +384,13 @@ def test_a_run_that_finished_no_layer_is_in_nobodys_way(tmp_path):
     assert json.loads((tmp_path / "journal.jsonl").read_text())["a"] == 2
 
 
-def test_quick_layers_are_saved_together(tmp_path):
-    for part in range(3):
-        (tmp_path / f"part-{part:05d}.safetensors").touch()
+def test_every_layer_is_saved(tmp_path):
     mine = Journal(tmp_path, {})
-    mine.add(1, 1, [{"layer": 1}], {}, waiting(torch.zeros(3)), False)
-    mine._cost = 1000.0
-    mine.add(2, 2, [{"layer": 2}], {}, waiting(torch.ones(3)), False)
-    assert Journal(tmp_path, {}).layers == 1
-    mine.add(3, 3, [{"layer": 3}], {}, waiting(torch.ones(3)), True)
-    other = Journal(tmp_path, {})
-    assert (other.layers, [row["layer"] for row in other.rows]) == (3, [1, 2, 3])
+    for layer in (1, 2, 3):
+        (tmp_path / f"part-{layer - 1:05d}.safetensors").touch()
+        mine.add(layer, layer, [{"layer": layer}], {}, waiting(torch.zeros(3)), layer == 3)
+        other = Journal(tmp_path, {})
+        assert (other.layers, [row["layer"] for row in other.rows]) == (layer, [*range(1, layer + 1)])
 
 
 def test_differences_name_what_differs():
