@@ -1159,9 +1159,11 @@ def main(argv: list[str] | None = None) -> int:
                 run_command(args, ranks)
     except InputError as error:
         return ranks.leave(Ending(2, str(error), True), kept(error))
-    except torch.OutOfMemoryError as error:
-        what = "give a smaller --offload_threshold, --activations host or disk, or a larger GPU (--plan shows what fits)"
-        return ranks.leave(Ending(2, f"the GPU ran out of memory ({str(error).splitlines()[0]}): {what}", True), kept(error))
+    except RuntimeError as error:
+        if not modelutils.is_out_of_memory(error):
+            raise
+        what = "give a smaller --offload_threshold, --activations host or disk, or a larger machine (--plan shows what fits)"
+        return ranks.leave(Ending(2, f"out of memory ({str(error).splitlines()[0]}): {what}", True), kept(error))
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise

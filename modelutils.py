@@ -585,12 +585,19 @@ class StreamedModel:
             self._empty(names)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Of a GPU, or of the host where an allocation is refused; a host that overcommits kills instead."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def in_smaller_batches(model: StreamedModel, streams: list[Stream], phase: Callable, *args):
     """phase(*args), and again with half the batch if the device runs out of memory, at most twice."""
     for left in (2, 1, 0):
         try:
             return phase(*args)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             size = streams[0].batch_size
             if not left or size == 1:
                 raise InputError(
