@@ -35,6 +35,7 @@ WHERE = {"device": "on the device", "host": "in host memory", "disk": "on the di
 LATER_LIBRARIES = 45e6  # buffers of MKL and threads, that a run's first products bring
 REACHED = 0.5  # of a rated speed
 TEST_TOKENS = {"wikitext2": 3.4e5, "ptb": 1.1e5, "ptb-new": 1.2e5}  # of Llama 2; c4's are 256 windows, a file's a fourth of its bytes
+EVALUATION_ROOM = 2e9  # that activations of an evaluation are let have in memory
 LOSS_TOKENS = 256  # whose losses are computed at once (eval_quantized.token_losses)
 CUDA_CONTEXT, CUDA_HOST = 0.6e9, 2.5e9  # what CUDA itself takes on the device and, with its libraries, on the host
 
@@ -199,8 +200,8 @@ def live_bytes(hidden: int, run, config, itemsize: int) -> int:
 
 def evaluation_waits(run, size: float, live: float) -> str:
     """Where `size` bytes of activations of an evaluated text wait: where those of the calibration text did, of which one generation is
-    `live`, if they take no more room than those and what was kept with them; else on the disk."""
-    return run.activations if size <= 2 * live else "disk"
+    `live`, if they take no more room than those and what was kept with them, or little; else on the disk."""
+    return run.activations if size <= max(2 * live, EVALUATION_ROOM) else "disk"
 
 
 # --- the plan --------------------------------------------------------------------------------------------------

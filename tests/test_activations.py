@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import llama
+import plan
 from activations import KINDS, Place, live_file
 from conftest import generator
 from test_journal import LAYERS, Stopped, command, stopped_after, whole  # noqa: F401
@@ -116,6 +117,7 @@ def test_a_text_that_takes_more_than_the_calibration_waits_on_the_disk(tiny_mode
     places, real, test_text = [], Place.activations, tmp_path / "test.txt"
     monkeypatch.setattr(Place, "activations", lambda self, *args: places.append(self.kind) or real(self, *args))
     test_text.write_text(20 * text_file.read_text())
+    monkeypatch.setattr(plan, "EVALUATION_ROOM", 0)
     options = ["--wbits", "4", "--nsamples", "2", "--seqlen", "32", "--eval", str(test_text), "--activations", "host"]
     assert llama.main([str(tiny_model()), str(text_file), *options, "--save_path", str(tmp_path / "q.safetensors")]) == 0
     assert places == ["host", "disk"]
