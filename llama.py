@@ -1050,7 +1050,6 @@ def quantize_command(model, ids: torch.Tensor, run: Run, config: quant.QuantConf
     """Quantize `model`, going on with what an earlier run left, and report it; its checkpoint is the result then. Returns what the
     report says of it. temporary: an ExitStack that a result without a --save_path lives as long as."""
     ranks, journal = run.ranks, None
-    modelutils.steady_memory()
     needed = 0 if run.force else wanted.disk / (2 if run.save_path else 1)  # the writer counts parts and result
     writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if ranks.is_first else None
     try:

@@ -34,7 +34,6 @@ from leanquant.packing import Checkpoint
 
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
 NOT_HUB_FILES = ["original/*", "consolidated*"]
-M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**22  # a parameter of glibc's mallopt, and its value in bytes
 
 
 def resolve_model(name_or_path: str, files: Sequence[str] = HUB_FILES) -> Path:
@@ -78,13 +77,6 @@ def release_memory() -> None:
     """Hand freed memory back to the system: glibc keeps it in fragments, by which the peak would grow, and differ from run to run."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def steady_memory() -> None:
-    """Let glibc give large blocks back as soon as they are free. It would keep more and more of them by itself, in fragments, and the
-    peak would differ from run to run: by 8 % on SmolLM2, against 2 % so, for a tenth more time on a CPU."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
 
 
 class _Stop(Exception):
