@@ -968,7 +968,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     config = None if args.wbits == 16 else quant_config(args, checkpoint.stored_dtype)
     model = modelutils.StreamedModel(folder, checkpoint, eval_quantized.pick_dtype(args.dtype, checkpoint, device), device)
     modelutils.check_seqlen(folder, run.seqlen)
-    tokenizer, live, contents = modelutils.load_tokenizer(folder), math.inf, {}
+    tokenizer, live = modelutils.load_tokenizer(folder), math.inf
     if config:
         refuse_quantized(model, args.model)
         bits = assigned_bits(model, run, config)
@@ -982,12 +982,12 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     if config:
         ids = calibration_tokens(run, tokenizer)
         settings = settings_of(run, config, bits, ids)
-    contents |= {"settings": settings, "run": vars(run), "dtype": str(model.dtype).removeprefix("torch.")}
+    contents = {"settings": settings, "run": vars(run), "dtype": str(model.dtype).removeprefix("torch.")}
     made = config and ranks.from_first(lambda: is_made(run, settings))
     with contextlib.ExitStack() as temporary:
         if config and not made:
             print(f"activations wait {plan.WHERE[run.activations]}; planned {plan.peaks(wanted)}", flush=True)
-            contents |= quantize_command(model, ids, run, config, settings, wanted, temporary)
+            quantize_command(model, ids, run, config, contents, wanted, temporary)
         else:
             ranks.part()  # there is only something to evaluate, which rank 0 does
         if made and ranks.is_first:
@@ -1046,10 +1046,10 @@ def earlier_report(run: Run, settings: dict) -> dict:
     return {}
 
 
-def quantize_command(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, settings: dict, wanted: plan.Plan, temporary) -> dict:
-    """Quantize `model`, going on with what an earlier run left, and report it; its checkpoint is the result then. Returns what the
-    report says of it. temporary: an ExitStack that a result without a --save_path lives as long as."""
-    ranks, journal = run.ranks, None
+def quantize_command(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, contents: dict, wanted: plan.Plan, temporary) -> None:
+    """Quantize `model`, going on with what an earlier run left; its checkpoint is the result then. Adds to `contents`, the report, and
+    writes it. temporary: an ExitStack that a result without a --save_path lives as long as."""
+    ranks, journal, settings = run.ranks, None, contents["settings"]
     needed = 0 if run.force else wanted.disk / (2 if run.save_path else 1)  # the writer counts parts and result
     writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if ranks.is_first else None
     try:
@@ -1064,18 +1064,17 @@ def quantize_command(model, ids: torch.Tensor, run: Run, config: quant.QuantConf
         phases, start, earlier = Phases(run.device, journal.seconds), time.perf_counter(), sum(journal.seconds.values())
         rows = quantize_model(model, ids, run, config, writer, journal, phases)
         if not ranks.is_first:
-            return {}
+            return
         with phases("pack"):
             model.checkpoint = writer.finish(settings, model.folder)
         journal = None  # there is a result now, and nothing to take up
-        contents = {"settings": settings, "quantization_seconds": time.perf_counter() - start + earlier, "phase_seconds": phases.seconds}
+        contents |= {"quantization_seconds": time.perf_counter() - start + earlier, "phase_seconds": phases.seconds}
         contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
         if run.device.type == "cuda":
             contents["peak_device_bytes_quantizing"] = torch.cuda.max_memory_allocated(run.device)
         contents |= {"plan": wanted.as_dict(), "linears": rows}
         print_summary(contents, run)
         write_report(run, contents)
-        return contents
     except BaseException as error:
         if journal and journal.layers:
             error.add_note(f"{journal.layers} finished layers are kept: the same command goes on after them")

@@ -161,6 +161,7 @@ def test_what_comes_after_the_result_is_gone_on_with(command, test_text, tmp_pat
         patch.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(Stopped))
         llama.main(arguments)
     written, rows = path.read_bytes(), json.loads(report.read_text())["linears"]
+    assert {"settings", "run", "dtype", "plan"} <= set(json.loads(report.read_text())), "what is known then"
     left = tmp_path / "q.safetensors.evaluation"
     left.mkdir()  # as if by SIGKILL
     (left / "live-0.bin").write_bytes(b"activations")
