@@ -30,12 +30,14 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import flags  # noqa: E402
 import hessian  # noqa: E402
 import journal  # noqa: E402
 import llama  # noqa: E402
 import modelutils  # noqa: E402
 import plan  # noqa: E402
 import quant  # noqa: E402
+import report  # noqa: E402
 from leanquant import kernels, packing  # noqa: E402
 from leanquant_grid import affine_search, kmeans_levels, sensitivity  # noqa: E402
 from ranks import Ranks  # noqa: E402
@@ -242,9 +244,9 @@ def bench_layers(args: argparse.Namespace, recipe: str, device: torch.device) ->
 
 def quantize_layers(command: list[str], seqlen: int, device: torch.device) -> dict:
     """One run of the loop of llama.py, to the finished file: seconds, by phase too, and peak memory."""
-    parsed = llama.parse(command)
+    parsed = flags.parse(command)
     checkpoint = packing.Checkpoint.open(parsed.model)
-    config, run = llama.quant_config(parsed, checkpoint.stored_dtype), llama.run_settings(parsed, device, Ranks())
+    config, run = flags.quant_config(parsed, checkpoint.stored_dtype), flags.run_settings(parsed, device, Ranks())
     model = modelutils.StreamedModel(Path(parsed.model), checkpoint, torch.float32 if device.type == "cpu" else torch.bfloat16, device)
     ids = torch.randint(1024, (run.nsamples, seqlen), generator=torch.Generator().manual_seed(0))
     run.save_path.unlink(missing_ok=True)
@@ -257,7 +259,7 @@ def quantize_layers(command: list[str], seqlen: int, device: torch.device) -> di
     try:
         llama.quantize_model(model, ids, run, config, writer, journal.Journal(None, {}), phases)
         with phases("pack"):
-            writer.finish(llama.settings_of(run, config, bits, ids), Path(parsed.model))
+            writer.finish(report.settings_of(run, config, bits, ids), Path(parsed.model))
     finally:
         writer.close()
     return {
@@ -265,7 +267,7 @@ def quantize_layers(command: list[str], seqlen: int, device: torch.device) -> di
         "tokens": ids.numel(),
         "seconds": time.perf_counter() - start,
         "phase_seconds": phases.seconds,
-        "peak_host_gb": llama.peak_host_bytes() / 1e9,
+        "peak_host_gb": report.peak_host_bytes() / 1e9,
         "peak_device_gb": torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else None,
     }
 

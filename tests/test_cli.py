@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval_quantized
+import flags
 import hessian
 import llama
 import quant
@@ -190,7 +191,7 @@ def test_groups_have_their_own_scale_and_zero(tiny_model, text_file, test_text, 
     options = [*GRIDS[grid], *SEQUENTIAL, "--wbits", 3, "--groupsize", groupsize, "--save_path", file, "--report", report]
     quantize(tiny_model(), text_file, *options, evaluate=test_text)
     tensors, weights = load_file(file), decode(file)
-    assert pieces(metadata(file)) == (llama.BEST if grid == "affine" else llama.PUBLISHED)
+    assert pieces(metadata(file)) == (flags.BEST if grid == "affine" else flags.PUBLISHED)
     for linear in layer_linears(2):
         O, I = weights[f"{linear}.weight"].shape  # noqa: E741
         assert tensors[f"{linear}.scale"].shape == tensors[f"{linear}.zero"].shape == (O, I // groupsize)
@@ -311,7 +312,7 @@ def test_metadata_names_the_method(tiny_model, text_file, out, options, method):
 
 
 def pieces(settings: dict) -> dict:
-    return {name: settings[name] for name in llama.BEST}
+    return {name: settings[name] for name in flags.BEST}
 
 
 @pytest.mark.parametrize(
@@ -341,11 +342,11 @@ def pieces(settings: dict) -> dict:
 )
 def test_a_recipe_is_its_pieces_and_each_has_a_flag_of_its_own(options, recipe, changed):
     published = {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "refine": 0}
-    expected = {"best": llama.BEST, "published": published}[recipe]
-    config = llama.quant_config(llama.parse(["model", "text", "--wbits", "3", *options]), torch.float16)
+    expected = {"best": flags.BEST, "published": published}[recipe]
+    config = flags.quant_config(flags.parse(["model", "text", "--wbits", "3", *options]), torch.float16)
     assert pieces(vars(config)) == expected | changed
-    assert llama.BEST["kmeans"] == "exact" and llama.BEST["round_levels"] and llama.BEST["shift"] > 0
-    assert llama.BEST["residual"] and llama.BEST["refine"] > 0
+    assert flags.BEST["kmeans"] == "exact" and flags.BEST["round_levels"] and flags.BEST["shift"] > 0
+    assert flags.BEST["residual"] and flags.BEST["refine"] > 0
 
 
 @pytest.mark.parametrize("sequential", [[], SEQUENTIAL], ids=["plain", "sequential"])
@@ -354,7 +355,7 @@ def test_recipes_record_their_pieces_and_what_they_took(tiny_model, text_file, o
     options = [*GRIDS["nonuniform"], "--recipe", recipe, *sequential, "--save_path", out / "q.safetensors", "--report", report]
     quantize(tiny_model(), text_file, "--wbits", 3, *options)
     settings, contents = metadata(out / "q.safetensors"), json.loads(report.read_text())
-    assert pieces(settings) == pieces(contents["settings"]) == {"best": llama.BEST, "published": llama.PUBLISHED}[recipe]
+    assert pieces(settings) == pieces(contents["settings"]) == {"best": flags.BEST, "published": flags.PUBLISHED}[recipe]
     assert settings["kmeans_seed"] == 0
     own = {"reference forward", "target", "refine"} if recipe == "best" else set()
     assert set(contents["phase_seconds"]) == {"load", "forward", "hessian", "factorization", "grid", "solve", "pack", "save"} | own
@@ -368,7 +369,7 @@ def test_every_piece_changes_the_weights(tiny_model, text_file, out):
         file = out / f"{name}.safetensors"
         quantize(tiny_model(), text_file, "--wbits", 4, *GRIDS["nonuniform"], *SEQUENTIAL, *options, "--save_path", file)
         found[name] = decode(file)
-        assert {piece for piece in llama.BEST if metadata(file)[piece] != llama.BEST[piece]} == {name} - {"best"}
+        assert {piece for piece in flags.BEST if metadata(file)[piece] != flags.BEST[piece]} == {name} - {"best"}
     assert all(any(not torch.equal(found[name][tensor], found["best"][tensor]) for tensor in found["best"]) for name in changes)
 
 
@@ -884,7 +885,7 @@ def test_help_explains_every_flag(program, monkeypatch, capsys):
 def test_every_published_flag_is_accepted():
     values = {"--nearest": [], "--sym": [], "--new-eval": [], "--act-order": [], "--true-sequential": [], "--static-groups": []}
     for flag in PUBLISHED_FLAGS:
-        assert llama.parse(["model", "c4", flag, *values.get(flag, ["3"])])
+        assert flags.parse(["model", "c4", flag, *values.get(flag, ["3"])])
 
 
 IMPORTS = """

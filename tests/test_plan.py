@@ -14,6 +14,7 @@ from transformers import LlamaConfig, MixtralConfig
 
 import bench_scale
 import datautils
+import flags
 import llama
 import modelutils
 import plan
@@ -94,8 +95,8 @@ def test_host_peak_of_an_evaluation_is_as_planned(tmp_path, tiny_model, text_fil
 def test_what_is_evaluated_may_be_what_does_not_fit(tmp_path, capsys):
     LlamaConfig(**SIZES | {"vocab_size": 2_000_000, "max_position_embeddings": 4096}).save_pretrained(tmp_path)
     model = modelutils.PlannedModel(tmp_path / "config.json", "F32", torch.float32)
-    args = llama.parse([str(tmp_path / "config.json"), "c4-new", *RECIPE, "--seqlen", "2048", "--nsamples", "4"])
-    run, config = llama.run_settings(args, torch.device("cpu"), Ranks()), llama.quant_config(args, torch.float16)
+    args = flags.parse([str(tmp_path / "config.json"), "c4-new", *RECIPE, "--seqlen", "2048", "--nsamples", "4"])
+    run, config = flags.run_settings(args, torch.device("cpu"), Ranks()), flags.quant_config(args, torch.float16)
     bits = llama.assigned_bits(model, run, config)
     limits = plan.Limits(float("inf"), 4e9, float("inf"))
     wanted, make, shapes = llama.planned(model, run, config, bits, "cpu", limits)
@@ -257,19 +258,19 @@ def test_the_remedy_fits(large_config, capsys, hardware, options, limits, expect
 
     def plan_with(*more):
         words = [str(large_config), "c4-new", *RECIPE, "--plan", hardware, "--nsamples", "64", *options, *more]
-        args = llama.parse([*words, "--eval", "none"])
+        args = flags.parse([*words, "--eval", "none"])
         args.hessian_device = None  # but cpu, which is where it goes without another GPU
-        run = llama.run_settings(args, torch.device("cuda"), Ranks())
-        config = llama.quant_config(args, torch.bfloat16)
+        run = flags.run_settings(args, torch.device("cuda"), Ranks())
+        config = flags.quant_config(args, torch.bfloat16)
         model = modelutils.PlannedModel(large_config, "BF16", torch.bfloat16)
         return run, *llama.planned(model, run, config, llama.assigned_bits(model, run, config), hardware, plan.Limits(*limits))
 
     run, wanted, make, _ = plan_with()
     assert plan.lacks(wanted, plan.Limits(*limits))
-    flags = plan.remedies(make, run, plan.Limits(*limits), 53248)
-    assert expected is None or (flags or []) == expected
-    if flags:
-        assert not plan.lacks(plan_with(*" ".join(flags).split())[1], plan.Limits(*limits))
+    remedy = plan.remedies(make, run, plan.Limits(*limits), 53248)
+    assert expected is None or (remedy or []) == expected
+    if remedy:
+        assert not plan.lacks(plan_with(*" ".join(remedy).split())[1], plan.Limits(*limits))
 
 
 def test_auto_takes_the_first_place_that_fits(tiny_model, text_file, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ import bench_quantize
 import bench_scale
 import eval_quantized
 import export
-import llama
+import flags
 import mt_bench
 import plot
 import reproduce
@@ -28,7 +28,7 @@ def blocks(language: str) -> list[str]:
 
 def test_every_command_parses():
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(("python ", "torchrun "))]
-    parsers = {"llama.py": llama.parse, "eval_quantized.py": eval_quantized.parse, "scripts/plot.py": plot.parse}
+    parsers = {"llama.py": flags.parse, "eval_quantized.py": eval_quantized.parse, "scripts/plot.py": plot.parse}
     parsers |= {"scripts/reproduce.py": reproduce.parse, "scripts/mt_bench.py": mt_bench.parse, "scripts/export.py": export.parse}
     parsers |= {"scripts/bench_scale.py": bench_scale.parse}
     assert len(lines) >= 4
@@ -44,7 +44,7 @@ def test_every_command_parses():
             continue
         parsed = parsers[script](arguments)
         if script == "llama.py":
-            assert llama.quant_config(parsed, None).bits == parsed.wbits
+            assert flags.quant_config(parsed, None).bits == parsed.wbits
 
 
 def test_first_screen_has_the_two_commands_and_they_exist():
@@ -75,7 +75,7 @@ def test_named_files_exist():
 
 def test_options_that_the_readme_names_exist(capsys):
     for parse in (
-        llama.parse,
+        flags.parse,
         eval_quantized.parse,
         export.parse,
         bench_quantize.parse,

@@ -9,6 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 import eval_quantized
+import flags
 import llama
 import mt_bench
 import paper
@@ -32,9 +33,9 @@ def test_every_command_is_one_that_the_tools_take(capsys, model, table):
     for line in lines:
         _, script, *arguments = shlex.split(line)
         if script == "llama.py":
-            args = llama.parse(arguments)
+            args = flags.parse(arguments)
             if args.wbits != 16:
-                config = llama.quant_config(args, None)
+                config = flags.quant_config(args, None)
                 assert model != "demo" or config.groupsize == -1 or 576 % config.groupsize == 1536 % config.groupsize == 0
         else:
             assert eval_quantized.parse(arguments).tasks
@@ -46,14 +47,14 @@ def test_tables_share_runs_and_a_runs_name_is_its_flags():
     for bits in paper.BITS:
         by_flags = {job.flags for job in jobs if job.bits == bits}
         configs = {}
-        for flags in by_flags:
-            config = llama.quant_config(llama.parse(["m", "t", "--wbits", str(bits), *flags]), None)
+        for given in by_flags:
+            config = flags.quant_config(flags.parse(["m", "t", "--wbits", str(bits), *given]), None)
             # The local grid's start, spelled out: two runs must not compute the same.
             if config.kmeans == "published":
                 config = dataclasses.replace(config, kmeans="plusplus" if bits == 4 else "uniform")
             if config.exponent == 0:
                 config = dataclasses.replace(config, sensitivity="cholesky")
-            assert configs.setdefault(config, flags) == flags
+            assert configs.setdefault(config, given) == given
     assert {method for tables in paper.PUBLISHED.values() for rows in tables.values() for method in rows} >= {"GPTQ", "original"}
 
 
