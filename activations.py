@@ -2,7 +2,8 @@
 
 The same numbers in all three places, so that a run writes the same bytes wherever they wait. Files are two generations of all
 streams: a pass reads one and writes the other, which is also what the journal needs to go on with (journal.py). Batches come
-one ahead: the next is read or copied while the device works on this one. Several ranks (ranks.py) hold some of the sequences each,
+one ahead: the next is read or copied while the device works on this one. (Files are read with preadv, not mapped into memory: a read
+error of a mapped file kills the process.) Several ranks (ranks.py) hold some of the sequences each,
 and their files hold all, so that the number of ranks may change when a run goes on. No model here.
 Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 """
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from leanquant.errors import InputError
 from ranks import Ranks
 
 KINDS = ("device", "host", "disk")
@@ -32,7 +34,7 @@ def live_file(folder: Path, generation: int) -> Path:
 
 def open_file(path: Path):
     """`path`, unbuffered, to be read and written, with what it holds; made if it is not there."""
-    return open(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+    return open(path, "r+b", buffering=0, opener=lambda path, flags: os.open(path, flags | os.O_CREAT, 0o644))
 
 
 def save(live: list["Activations"], folder: Path, saved: int, layers: int, ranks: Ranks) -> int:
@@ -299,8 +301,12 @@ class _Files:
         tensor = torch.empty(shape, dtype=dtype, pin_memory=self._pinned)
         view = bytes_of(tensor)
         while len(view):
-            if not (count := os.preadv(file.fileno(), [view], offset)):
-                raise OSError(f"{file.name} ends too early: it was changed under the run")
+            try:
+                count = os.preadv(file.fileno(), [view], offset)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(file.name)) from None
+            if not count:
+                raise InputError(f"{file.name} ends too early: it was changed under the run")
             view, offset = view[count:], offset + count
         return tensor
 

@@ -1,9 +1,10 @@
 """The journal of a quantization run: what it takes for a killed run to go on after its last saved layer.
 
 It lies in the run's working folder, beside the parts that are written (leanquant.packing.ModelWriter): `journal.jsonl`, whose
-first line is the run's fingerprint and each further line what was finished since the line before; and two generations of the
-live activations (activations.py), verbatim, because computing them again does not give the same bits. A line is written only when
-everything it speaks of is on the disk. Of several ranks the first keeps the journal. No model and no algorithm here.
+first line is the run's fingerprint and each further line what was finished since the line before, the last one the result, until what
+comes after it is done too; and two generations of the live activations (activations.py), verbatim, because computing them again does
+not give the same bits. (Random numbers are drawn from generators seeded for each use: there is no state of theirs to save.) A line is
+written only when everything it speaks of is on the disk. Of several ranks the first keeps the journal. No model and no algorithm here.
 """
 
 import json
@@ -35,10 +36,31 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     return found
 
 
+JOURNAL = "journal.jsonl"
+
+
+def has_result(folder: Path) -> bool:
+    """Has the run that works in `folder`, whichever it is, finished its result?"""
+    lines = _lines(folder / JOURNAL)
+    return bool(lines) and lines[-1].get("result") is not None
+
+
+def _lines(path: Path) -> list[dict]:
+    """The whole lines; one that was cut off by a kill is the last and left out."""
+    lines = []
+    if path.is_file():
+        for text in path.read_text().splitlines():
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:
+                break
+    return lines
+
+
 class Journal:
     """layers: how many are finished and saved; rows: the report's rows of those; seconds: time spent on them, by phase.
 
-    batch_size: this rank's of the last one; 0 if there is none.
+    batch_size: this rank's of the last one; 0 if there is none. result: the report of the finished result; None before.
     """
 
     def __init__(self, folder: Path | None, fingerprint: dict, ranks: Ranks | None = None):
@@ -47,17 +69,18 @@ class Journal:
         self.folder, self.layers, self.parts, self.rows, self.seconds = folder, 0, 0, [], {}
         self.generation = 1  # of the live activations that are saved; the other one may be written over
         self.batch_size = 0
-        self._live = None
+        self.result = self._live = None
         self._ranks = ranks or Ranks()
         if folder is None:
             return
-        self.path = folder / "journal.jsonl"
+        self.path = folder / JOURNAL
         lines = self._ranks.from_first(lambda: self._take_up(json.loads(json.dumps(fingerprint, default=str))))  # as it will be read again
-        if self._read() != lines:
+        if _lines(self.path) != lines:
             raise InputError(f"{self.path} is not what rank 0 has written: several machines need one folder that all see for --save_path")
         if len(lines) > 1:
             last = lines[-1]
             self.layers, self.parts, self.seconds, self._live = last["layers"], last["parts"], last["seconds"], last["live"]
+            self.result = last.get("result")
             self.rows = [row for line in lines[1:] for row in line["rows"]]
             self.generation = int(self._live["generation"]) if self._live else 1
             sizes = last["batch_sizes"]  # ranks that ran out of memory go on with less than the others
@@ -65,24 +88,13 @@ class Journal:
 
     def _take_up(self, fingerprint: dict) -> list[dict]:
         """The lines that count, which are all that is left on the disk: the fingerprint and what is finished."""
-        lines = self._read()
+        lines = _lines(self.path)
         usable = [line for line in lines[1:] if self._is_there(line)]
         if usable and (changed := differences(lines[0], fingerprint)):
             what = "; ".join(changed[:4])
             raise InputError(f"{self.folder} holds an unfinished run that differs ({what}): finish that one, or start over with --fresh")
         lines = lines[: lines.index(usable[-1]) + 1] if usable else [fingerprint]
         self._rewrite(lines)
-        return lines
-
-    def _read(self) -> list[dict]:
-        """The whole lines; one that was cut off by a kill is the last and left out."""
-        lines = []
-        if self.path.is_file():
-            for text in self.path.read_text().splitlines():
-                try:
-                    lines.append(json.loads(text))
-                except json.JSONDecodeError:
-                    break
         return lines
 
     def _is_there(self, line: dict) -> bool:
@@ -123,6 +135,7 @@ class Journal:
     ) -> None:
         """`layers` layers and `parts` parts are finished now, with the report's `rows` of the last one and `live` activations,
         which go on in batches of `batch_size`. After the last layer no activations are needed."""
+        self.rows += rows
         if self.folder is None:
             return
         saved = None
@@ -131,17 +144,27 @@ class Journal:
             saved = {"generation": self.generation, "bytes": sum(stream.file_bytes for stream in live) + STAMP_BYTES}
         sizes = self._ranks.each(batch_size)
         if self._ranks.is_first:
-            line = {"layers": layers, "parts": parts, "live": saved, "batch_sizes": sizes, "seconds": seconds, "rows": rows}
-            with open(self.path, "a") as f:
-                f.write(json.dumps(line) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
-            sync_folder(self.folder)
+            self._append({"layers": layers, "parts": parts, "live": saved, "batch_sizes": sizes, "seconds": seconds, "rows": rows})
         self._ranks.barrier()
         self.layers = layers
         if is_last:
             for generation in (0, 1) if self._ranks.is_first else ():
                 live_file(self.folder, generation).unlink(missing_ok=True)
+
+    def add_result(self, report: dict) -> None:
+        """The result is complete in the working folder, `report` what is known of it; parts and activations are of no use now. By the
+        first rank alone."""
+        self.result = report
+        if self.folder is not None:
+            done = {"layers": self.layers, "parts": 0, "live": None, "batch_sizes": [0], "seconds": self.seconds, "rows": []}
+            self._append(done | {"result": report})
+
+    def _append(self, line: dict) -> None:
+        with open(self.path, "a") as f:
+            f.write(json.dumps(line, default=str) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        sync_folder(self.folder)
 
 
 class Saver:

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
@@ -41,15 +40,15 @@ import quant
 from activations import KINDS, Place
 from flags import Run, parse, quant_config, run_settings
 from hessian import Statistics
-from journal import Journal, Saver, files_of
+from journal import Journal, Saver, files_of, has_result
 from leanquant import export, packing
 from leanquant.errors import InputError
 from leanquant.foreign import open_checkpoint
 from ranks import Ending, RankLost, Ranks
 from report import digest, example_row, peak_host_bytes, peak_memory, print_summary, settings_of, versions, write_report
 
-# A disk that is full, over its quota, at its largest file, failing, or gone read-only.
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+# A disk that is full, over its quota, at its largest file; one that fails, or is gone read-only.
+NO_ROOM, BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EIO, errno.EROFS)
 
 
 class Phases:
@@ -84,12 +83,21 @@ class Phases:
 # --- the loop --------------------------------------------------------------------------------------------------
 
 
-def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, journal: Journal, phases: Phases):
-    """Quantize the layers one after the other, handing each one's tensors to `writer`. Returns a row per linear.
+def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, journal: Journal, phases: Phases) -> None:
+    """Hand the tensors of the quantized model to `writer`, which the first of several ranks has, going on after the layers that
+    `journal` has."""
+    count = quantized_layers(model, run)
+    if journal.layers < count:
+        quantize_layers(model, range(journal.layers, count), ids, run, config, writer, journal, phases)
+    run.ranks.part()
+    with phases("pack"):
+        for tensors in untouched_tensors(model, count) if run.ranks.is_first else ():
+            writer.add(tensors)
+    model.checkpoint.check_unchanged()
 
-    Goes on after the layers that `journal` has. A layer is written while the next is computed, which is read while this one is. Of
-    several ranks the first has a writer, and returns the rows that count.
-    """
+
+def quantize_layers(model, layers: range, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, journal: Journal, phases: Phases):
+    """Quantize `layers` one after the other. A layer is written while the next is computed, which is read while this one is."""
     kind, folder = run.ranks.from_first(lambda: (run.activations, str(writer.folder)))
     if (kind == "disk" or run.save_path) and not Path(folder).is_dir():
         raise InputError(f"{folder}, where rank 0 writes, is not there for rank {run.ranks.rank}: give a --save_path that all have")
@@ -99,29 +107,21 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
         reference = stream.twin() if config.shift > 0 else None
     live = [stream.states] + ([reference.states] if reference else [])
     journal.restore(live)
-    count, rows = quantized_layers(model, run), list(journal.rows)
     bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None if run.ranks.is_first else True}
     with Saver(run.ranks) as saver:
-        for index in tqdm(range(journal.layers, count), initial=journal.layers, total=count, **bar):
+        for index in tqdm(layers, initial=layers.start, total=layers.stop, **bar):
             start = time.perf_counter()
             packed, linears = quantize_layer(model, index, stream, reference, run, config, phases, saver)
-            ending = {"rows": linears, "seconds": dict(phases.seconds), "live": live, "is_last": index == count - 1}
+            ending = {"rows": linears, "seconds": dict(phases.seconds), "live": live, "is_last": index == layers.stop - 1}
             entry = partial(journal.add, index + 1, **ending, batch_size=stream.batch_size)
             with phases("load"):  # what is read is read now: files may be gone when it is written
                 rest = rest_of_layer(model, index, packed) if writer else {}
                 model.checkpoint.check_unchanged()  # before any of it counts as finished
             saver.finish(save_layer, {model.layer_prefix(index) + name: linear for name, linear in packed.items()}, rest, writer, entry)
-            rows += linears
             loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
-            tqdm.write(f"layer {index + 1}/{count}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
+            tqdm.write(f"layer {index + 1}/{layers.stop}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
         with phases("save"):
             saver.wait()
-    run.ranks.part()
-    with phases("pack"):
-        for tensors in untouched_tensors(model, count) if run.ranks.is_first else ():
-            writer.add(tensors)
-    model.checkpoint.check_unchanged()
-    return rows
 
 
 def quantize_layer(model, index: int, stream, reference, run: Run, config: quant.QuantConfig, phases: Phases, saver: Saver):
@@ -396,7 +396,7 @@ def untouched_tensors(model, first: int) -> Iterator[dict[str, torch.Tensor]]:
             yield {name: model.checkpoint.get(name)}
 
 
-# --- settings and the model --------------------------------------------------------------------------------------
+# --- the linears of the model ------------------------------------------------------------------------------------
 
 
 def example_layers(model, run: Run) -> set[int]:
@@ -430,10 +430,11 @@ def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bit
             raise InputError(f"--groupsize {config.groupsize} does not divide the {columns} inputs of {name}: give a divisor, or -1")
 
 
-def check_exports(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig, bits: dict[str, int]) -> None:
-    """Can each format of --export hold what the run will make, and its folder be written? Raises InputError."""
+def check_exports(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], made: bool) -> None:
+    """Can each format of --export hold what the run will make, and its folder be written? made: by an earlier run, which may have been
+    killed after some of them. Raises InputError."""
     for name, out in run.export:
-        if not (may_be_made(run) and out.exists()):
+        if not (made and out.exists()):
             export.check_output(out, run.overwrite, "--export")
         export.check_plan(name, model.model, model.folder, bits, config.groupsize, config.grid != "nonuniform", config.sym)
 
@@ -468,8 +469,11 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
 def model_to_plan(args: argparse.Namespace, run: Run, device: torch.device) -> tuple[modelutils.StreamedModel, int]:
     """The model, without its weights where they are not at hand, and what tokenizing the texts takes, 0 where there is no tokenizer."""
     path = Path(args.model)
-    if not path.exists():  # of a hub's model the config is enough
+    if not path.exists():  # of a hub's model the config is enough, and whatever else has been fetched before
         path = modelutils.resolve_model(args.model, ["config.json"])
+        with contextlib.suppress(InputError):
+            return weighed_model(args, run, device, path)
+        path /= "config.json"
     if path.is_dir() and not any(path.glob("*.safetensors")):
         path /= "config.json"
     if path.is_file() and path.suffix == ".json":
@@ -477,7 +481,11 @@ def model_to_plan(args: argparse.Namespace, run: Run, device: torch.device) -> t
         names = {kind: name for name, kind in packing.TORCH_DTYPES.items()}
         bare = argparse.Namespace(stored_dtype=torch.float16 if stored == torch.float16 else torch.bfloat16)
         return modelutils.PlannedModel(path, names[stored], eval_quantized.pick_dtype(args.dtype, bare, device)), 0
-    folder = modelutils.resolve_model(args.model)
+    return weighed_model(args, run, device, modelutils.resolve_model(args.model))
+
+
+def weighed_model(args: argparse.Namespace, run: Run, device: torch.device, folder: Path) -> tuple[modelutils.StreamedModel, int]:
+    """`model_to_plan` where the weights are in `folder`, whose headers alone are read, and a tokenizer too."""
     checkpoint = packing.Checkpoint.open(folder)
     model = modelutils.StreamedModel(folder, checkpoint, eval_quantized.pick_dtype(args.dtype, checkpoint, device), torch.device("cpu"))
     on_the_hub = {run.dataset, *run.eval} <= set(datautils.CORPORA)
@@ -538,46 +546,109 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
     config = None if args.wbits == 16 else quant_config(args, checkpoint.stored_dtype)
     model = modelutils.StreamedModel(folder, checkpoint, eval_quantized.pick_dtype(args.dtype, checkpoint, device), device)
     modelutils.check_seqlen(folder, run.seqlen)
-    tokenizer, live = modelutils.load_tokenizer(folder), math.inf
+    tokenizer = modelutils.load_tokenizer(folder)
     if config:
-        refuse_quantized(model, args.model)
-        bits = assigned_bits(model, run, config)
-        wanted = checked_plan(model, run, config, bits, tokenizing_bytes(run, tokenizer) if ranks.is_first else 0)
-        check_exports(model, run, config, bits)
-        if ranks.is_first and run.save_path and not may_be_made(run):
-            packing.check_output(run.save_path, run.overwrite, "--save_path")  # before texts are read
-        run, live = wanted.run, plan.live_bytes(model.config.get_text_config().hidden_size, run, config, model.dtype.itemsize) / ranks.size
-    tests = [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval if ranks.is_first]
-    settings = {"method": "none", "base_model": run.model, "versions": versions()}
-    if config:
-        ids = calibration_tokens(run, tokenizer)
-        settings = settings_of(run, config, bits, ids)
-    contents = {"settings": settings, "run": vars(run), "dtype": str(model.dtype).removeprefix("torch.")}
-    made = config and ranks.from_first(lambda: is_made(run, settings))
-    with contextlib.ExitStack() as temporary:
-        if config and not made:
-            print(f"activations wait {plan.WHERE[run.activations]}; planned {plan.peaks(wanted)}", flush=True)
-            quantize_command(model, ids, run, config, contents, wanted, temporary)
-        else:
-            ranks.part()  # there is only something to evaluate, which rank 0 does
-        if made and ranks.is_first:
-            print(f"{run.save_path} is there, of these settings: going on with what comes after it", flush=True)
-            model.checkpoint, contents = packing.Checkpoint.open(run.save_path), contents | earlier_report(run, settings)
+        quantize_command(model, tokenizer, run, config)
+    else:
+        ranks.part()
+        settings = {"method": "none", "base_model": run.model, "versions": versions()}
         if ranks.is_first:
-            evaluate(model, tests, run, contents, live)
-            contents["peak_host_bytes"] = peak_host_bytes()
-            write_report(run, contents)
-            export_all(model, run, contents["perplexity"], done=made)
+            evaluate_and_export(model, texts(run, tokenizer), run, report_of(model, run, settings), math.inf, None)
 
 
-def export_all(model, run: Run, perplexity: list[dict], done: bool) -> None:
-    """Write the folders of --export; done: but for those that are there."""
-    for name, out in run.export:
-        if done and out.exists():
-            print(f"{out} is there", flush=True)
-            continue
-        export.export(model.checkpoint, model.folder, name, out, run.overwrite, perplexity, run.command, flag="--export")
-        print(f"exported {out}: {name}, every weight read back and compared", flush=True)
+def texts(run: Run, tokenizer) -> list[eval_quantized.Windows]:
+    """What rank 0 will evaluate."""
+    return [eval_quantized.Windows.of(source, tokenizer, run.seqlen) for source in run.eval if run.ranks.is_first]
+
+
+def report_of(model, run: Run, settings: dict) -> dict:
+    """The report, as far as it is known at the beginning."""
+    return {"settings": settings, "run": vars(run), "dtype": str(model.dtype).removeprefix("torch.")}
+
+
+def quantize_command(model, tokenizer, run: Run, config: quant.QuantConfig) -> None:
+    """Quantize and do what comes after it, going on with what an earlier run left of either."""
+    ranks, made = run.ranks, run.ranks.from_first(lambda: is_made(run))
+    refuse_quantized(model, run.model)
+    bits = assigned_bits(model, run, config)
+    wanted = checked_plan(model, run, config, bits, tokenizing_bytes(run, tokenizer) if ranks.is_first else 0)
+    check_exports(model, run, config, bits, made)
+    if ranks.is_first and run.save_path and not made:
+        packing.check_output(run.save_path, run.overwrite, "--save_path")  # before texts are read
+    run, live = wanted.run, plan.live_bytes(model.config.get_text_config().hidden_size, run, config, model.dtype.itemsize) / ranks.size
+    tests, ids = texts(run, tokenizer), calibration_tokens(run, tokenizer)
+    settings = settings_of(run, config, bits, ids)
+    needed = 0 if run.force or made else wanted.disk / (2 if run.save_path else 1)  # the writer counts parts and result
+    with working(run, made, needed, fingerprint(settings, model, run)) as (writer, journal):
+        contents = report_of(model, run, settings) | {"plan": wanted.as_dict()}
+        if made:
+            ranks.part()
+        else:
+            print(f"activations wait {plan.WHERE[run.activations]}; planned {plan.peaks(wanted)}", flush=True)
+            quantize_anew(model, ids, run, config, settings, writer, journal)
+        if not ranks.is_first:
+            return
+        if made:
+            writer.publish()
+            model.checkpoint = packing.Checkpoint.open(run.save_path)
+            print(f"{run.save_path} is complete: going on with what comes after it", flush=True)
+        else:
+            print_summary(journal.result, run)
+        contents |= journal.result | {"bits_per_weight": model.checkpoint.bits_per_weight, "linears": journal.rows}
+        write_report(run, contents)
+        evaluate_and_export(model, tests, run, contents, live, writer.folder, made)
+
+
+def is_made(run: Run) -> bool:
+    """Has an earlier run finished the result, and been killed in what comes after it?"""
+    return run.save_path is not None and not run.fresh and has_result(packing.work_folder(run.save_path))
+
+
+@contextlib.contextmanager
+def working(run: Run, made: bool, needed: float, fingerprint: dict) -> Iterator[tuple]:
+    """For the block: the writer, None but on the first rank, and the journal. If the block fails, what is finished is kept, and the
+    error says how to go on. made, needed: is there a result, what room will be needed."""
+    ranks, journal, done = run.ranks, None, False
+    overwrite = run.overwrite or made
+    writer = packing.ModelWriter(run.save_path, overwrite, needed, resume=not run.fresh) if ranks.is_first else None
+    try:
+        kept_in = ranks.from_first(lambda: str(writer.folder)) if run.save_path else None
+        journal = Journal(kept_in and Path(kept_in), fingerprint, ranks)
+        yield writer, journal
+        done = True
+    except BaseException as error:
+        if journal and run.save_path and journal.result:
+            error.add_note(f"{run.save_path} is complete: the same command goes on with what comes after it")
+        elif journal and journal.layers:
+            error.add_note(f"{journal.layers} finished layers are kept: the same command goes on after them")
+        raise
+    finally:
+        if writer:  # without a journal nothing there is this run's
+            writer.close(keep=not done and (journal is None or journal.layers > 0))
+
+
+def quantize_anew(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, settings: dict, writer, journal: Journal) -> None:
+    """Quantize `model`, going on after the layers that `journal` has; its checkpoint is the result then, and the journal has the report."""
+    if writer and run.save_path:
+        writer.keep(journal.parts)
+    if journal.layers:
+        print(f"going on after layer {journal.layers}, which an earlier run finished", flush=True)
+    else:
+        model.checkpoint.check_finite(run.ranks.rank, run.ranks.size)  # last: it reads everything
+    phases, start, earlier = Phases(run.device, journal.seconds), time.perf_counter(), sum(journal.seconds.values())
+    quantize_model(model, ids, run, config, writer, journal, phases)
+    if not run.ranks.is_first:
+        return
+
+    def measured() -> dict:
+        found = {"quantization_seconds": time.perf_counter() - start + earlier, "phase_seconds": phases.seconds}
+        if run.device.type == "cuda":
+            found["peak_device_bytes_quantizing"] = torch.cuda.max_memory_allocated(run.device)
+        return found | {"peak_host_bytes_quantizing": peak_host_bytes()}
+
+    with phases("pack"):
+        model.checkpoint = writer.finish(settings, model.folder, before_publishing=lambda: journal.add_result(measured()))
+    journal.result = measured()
 
 
 def refuse_quantized(model, name: str) -> None:
@@ -594,95 +665,27 @@ def calibration_tokens(run: Run, tokenizer) -> torch.Tensor:
     return ids
 
 
-def may_be_made(run: Run) -> bool:
-    """Is there a result, and something to do after it?"""
-    return bool(run.eval or run.export) and not run.overwrite and not run.fresh and run.save_path is not None and run.save_path.exists()
+def evaluate_and_export(model, tests: list, run: Run, contents: dict, live: float, folder: Path | None, made: bool = False) -> None:
+    """What comes after the result: perplexities, the whole report, the folders of --export (made: but for those that are there).
 
-
-def is_made(run: Run, settings: dict) -> bool:
-    """Has an earlier run with these settings ended in what comes after the result?"""
-    if not may_be_made(run):
-        return False
-    with contextlib.suppress(InputError, OSError):
-        return packing.Checkpoint.open(run.save_path).settings == json.loads(json.dumps(settings))
-    return False
-
-
-def earlier_report(run: Run, settings: dict) -> dict:
-    """What the run that made the result has reported of it."""
-    with contextlib.suppress(OSError, ValueError):
-        contents = json.loads(run.report.read_text()) if run.report else {}
-        return contents if contents.get("settings") == json.loads(json.dumps(settings)) else {}
-    return {}
-
-
-def quantize_command(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, contents: dict, wanted: plan.Plan, temporary) -> None:
-    """Quantize `model`, going on with what an earlier run left; its checkpoint is the result then. Adds to `contents`, the report, and
-    writes it. temporary: an ExitStack that a result without a --save_path lives as long as."""
-    ranks, journal, settings = run.ranks, None, contents["settings"]
-    needed = 0 if run.force else wanted.disk / (2 if run.save_path else 1)  # the writer counts parts and result
-    writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh) if ranks.is_first else None
-    try:
-        kept_in = ranks.from_first(lambda: str(writer.folder)) if run.save_path else None
-        journal = Journal(kept_in and Path(kept_in), fingerprint(settings, model, run), ranks)
-        if writer:
-            writer.keep(journal.parts)
-        if journal.layers:
-            print(f"going on after layer {journal.layers}, which an earlier run finished", flush=True)
-        else:
-            model.checkpoint.check_finite(ranks.rank, ranks.size)  # last: it reads everything
-        phases, start, earlier = Phases(run.device, journal.seconds), time.perf_counter(), sum(journal.seconds.values())
-        rows = quantize_model(model, ids, run, config, writer, journal, phases)
-        if not ranks.is_first:
-            return
-        with phases("pack"):
-            model.checkpoint = writer.finish(settings, model.folder)
-        journal = None  # there is a result now, and nothing to take up
-        contents |= {"quantization_seconds": time.perf_counter() - start + earlier, "phase_seconds": phases.seconds}
-        contents |= {"bits_per_weight": model.checkpoint.bits_per_weight, "peak_host_bytes_quantizing": peak_host_bytes()}
-        if run.device.type == "cuda":
-            contents["peak_device_bytes_quantizing"] = torch.cuda.max_memory_allocated(run.device)
-        contents |= {"plan": wanted.as_dict(), "linears": rows}
-        print_summary(contents, run)
-        write_report(run, contents)
-    except BaseException as error:
-        if journal and journal.layers:
-            error.add_note(f"{journal.layers} finished layers are kept: the same command goes on after them")
-        raise
-    finally:
-        if writer and run.save_path:
-            writer.close(keep=journal is None or journal.layers > 0)  # without a journal nothing there is this run's
-        elif writer:
-            temporary.callback(writer.close)
-
-
-def evaluate(model, tests: list[eval_quantized.Windows], run: Run, contents: dict, live: float) -> None:
-    """Measure and print the perplexity on each of `tests`. live: bytes of a generation of the calibration text's activations."""
+    live: bytes of a generation of the calibration text's activations. folder: where a text's may wait.
+    """
     contents["perplexity"] = []
     for windows in tests:
         size = windows.ids.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
-        with evaluation_folder(run.save_path) as folder:
-            place = Place(plan.evaluation_waits(run, size, live), run.device, folder)
-            losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source, place)
+        place = Place(plan.evaluation_waits(run, size, live), run.device, folder)
+        losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source, place)
         result = eval_quantized.perplexity(windows, losses)
         contents["perplexity"].append(result._asdict())
         print(result, flush=True)
-
-
-@contextlib.contextmanager
-def evaluation_folder(save_path: Path | None) -> Iterator[Path]:
-    """For the block: a folder for activations, beside the result, where a killed run's is removed, or among temporary files."""
-    if save_path is None:
-        with tempfile.TemporaryDirectory(prefix="leanquant-") as folder:
-            yield Path(folder)
-        return
-    folder = save_path.absolute().with_name(f"{save_path.name}.evaluation")
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    contents["peak_host_bytes"] = peak_host_bytes()
+    write_report(run, contents)
+    for name, out in run.export:
+        if made and out.exists() and not run.overwrite:
+            print(f"{out} is there", flush=True)
+            continue
+        export.export(model.checkpoint, model.folder, name, out, run.overwrite, contents["perplexity"], run.command, flag="--export")
+        print(f"exported {out}: {name}, every weight read back and compared", flush=True)
 
 
 def fingerprint(settings: dict, model, run: Run) -> dict:
@@ -721,12 +724,13 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not modelutils.is_out_of_memory(error):
             raise
-        what = "give a smaller --offload_threshold, --activations host or disk, or a larger machine (--plan shows what fits)"
+        what = "give a smaller --batch_size or --offload_threshold, --activations host or disk, or more memory (--plan shows what fits)"
         return ranks.leave(Ending(2, f"out of memory ({str(error).splitlines()[0]}): {what}", True), kept(error))
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        if error.errno not in NO_ROOM + BROKEN:
             raise
-        what = f"{error.filename or 'a file'} cannot be written ({error.strerror}): make room"
+        what, remedy = ("written", "make room") if error.errno in NO_ROOM else ("used", "see what is wrong with its disk")
+        what = f"{error.filename or 'a file'} cannot be {what} ({error.strerror}): {remedy}"
         return ranks.leave(Ending(2, what, True), kept(error))
     except KeyboardInterrupt as error:
         return ranks.leave(Ending(130, "interrupted"), kept(error) or ": nothing was finished yet")

@@ -34,6 +34,7 @@ TARGET_COPIES, SOLVE_COPIES, REFINE_COPIES = 3.0, 3.75, 3.75
 WHERE = {"device": "on the device", "host": "in host memory", "disk": "on the disk"}  # activations
 LATER_LIBRARIES = 45e6  # buffers of MKL and threads, that a run's first products bring
 REACHED = 0.5  # of a rated speed
+DISK_SPEED = 4e9  # rated bytes a second, of an SSD on PCIe 3
 TEST_TOKENS = {"wikitext2": 3.4e5, "ptb": 1.1e5, "ptb-new": 1.2e5}  # of Llama 2; c4's are 256 windows, a file's a fourth of its bytes
 EVALUATION_ROOM = 2e9  # that activations of an evaluation are let have in memory
 LOSS_TOKENS = 256  # whose losses are computed at once (eval_quantized.token_losses)
@@ -227,7 +228,8 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     phases = _phases(shapes, run, config, dtype, on_gpu, hardware)
     disk, read, written = _disk(shapes, run, live, d)
     seconds = {name: _seconds(phase, HARDWARE[hardware], on_gpu) for name, phase in phases.items()}
-    operations = {name: phase.operations for name, phase in phases.items()}
+    operations = {name: phase.operations for name, phase in phases.items()} | {"disk": 0.0}
+    seconds["disk"] = (read + written) / (DISK_SPEED * REACHED)  # much of it beside the rest, where that does not wait for it
     return Plan(_positive(device), _positive(host), _positive(other), disk, read, written, operations, seconds, run)
 
 
@@ -598,6 +600,6 @@ def as_text(plan: Plan, hardware: str) -> str:
     lines.append(f"  disk        {gb(plan.disk)} free at the start; read {gb(plan.read)}, written {gb(plan.written)}")
     lines.append(f"  {'phase':<14}{'operations':>12}{'estimated s':>14}")
     for name, seconds in plan.seconds.items():
-        lines.append(f"  {name:<14}{plan.operations[name]:>12.3g}{seconds:>14.1f}")
+        lines.append(f"  {name:<14}{f'{plan.operations[name]:.3g}' if plan.operations[name] else '-':>12}{seconds:>14.1f}")
     lines.append(f"  {'in all':<14}{sum(plan.operations.values()):>12.3g}{sum(plan.seconds.values()):>14.1f}")
     return "\n".join(lines)

@@ -81,7 +81,7 @@ def export(
         write_synced(folder / CARD, card(checkpoint, model, name, out.name, perplexity, command).encode())
         verify(checkpoint, Checkpoint.open(folder), layout, sizes)
         verify_config(folder, stored, layout)
-        writer.publish(folder)
+        writer.publish()
     finally:
         writer.close()
 

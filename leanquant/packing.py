@@ -37,7 +37,7 @@ TORCH_DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
 }
 # What a run keeps in its own folder while it works.
-WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged|writable|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin")
+WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin")
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 CARD = "README.md"  # an exported folder also has this
@@ -464,13 +464,10 @@ def _shards_of(index: Path) -> list[Path]:
 # --- writing ---------------------------------------------------------------------------------------------------
 
 
-def merge_files(
-    parts: Iterable[Path], out: Path, settings: dict | None, scratch: Path | None = None, metadata: dict[str, str] | None = None
-) -> None:
+def merge_files(parts: Iterable[Path], out: Path, settings: dict | None, metadata: dict[str, str] | None = None) -> None:
     """Join safetensors files into one, streaming: memory stays at one copy buffer. Complete or absent, never partial.
 
-    It grows under the name `scratch`, on the same file system (unset: a new name beside `out`). `metadata` goes into the header
-    beside the settings.
+    It grows under a new name beside `out`. `metadata` goes into the header beside the settings.
 
     The order is safetensors' own (by dtype, then by name), so that the bytes equal those of its save_file.
     """
@@ -490,7 +487,7 @@ def merge_files(
         offset += length
     blob = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     blob += b" " * (-len(blob) % 8)
-    partial = scratch or out.with_name(f"{out.name}.{os.getpid()}.tmp")
+    partial = out.with_name(f"{out.name}.{os.getpid()}.tmp")
     with open(partial, "xb") as target:
         target.write(struct.pack("<Q", len(blob)) + blob)
         for _, _, _, part, begin, length in entries:
@@ -516,7 +513,7 @@ def _copy_bytes(source: Path, begin: int, length: int, target, buffer: int = 2**
         f.seek(begin)
         while length:
             if not (piece := f.read(min(buffer, length))):
-                raise OSError(f"{source} ends too early: it was changed while it was read")
+                raise InputError(f"{source} ends too early: it was changed while it was read")
             target.write(piece)
             length -= len(piece)
 
@@ -524,6 +521,11 @@ def _copy_bytes(source: Path, begin: int, length: int, target, buffer: int = 2**
 def part_name(number: int) -> str:
     """Of a part in the working folder of a run."""
     return f"part-{number:05d}.safetensors"
+
+
+def work_folder(save_path: Path) -> Path:
+    """Where the run works that writes `save_path`."""
+    return save_path.with_name(save_path.name + ".partial")
 
 
 def sync_folder(folder: Path) -> None:
@@ -538,9 +540,9 @@ def sync_folder(folder: Path) -> None:
 class ModelWriter:
     """Writes a model part by part, then as one .safetensors file or a Hugging Face folder, whichever `save_path` names.
 
-    The parts wait in `<save_path>.partial`, which one run at a time may hold; the result appears under its own name only when
-    it is complete and synced. What a killed run left there is removed, unless `resume`: then `keep` says what of it serves.
-    Without a `save_path` the parts lie in a temporary folder until `close`. `flag` is what the user gave `save_path` with.
+    The parts wait in `<save_path>.partial`, which one run at a time may hold, until `close`; the result appears under its own
+    name only when it is complete and synced. What a killed run left there is removed, unless `resume`: then `keep` says what of it
+    serves. Without a `save_path` the parts lie in a temporary folder. `flag` is what the user gave `save_path` with.
     """
 
     def __init__(self, save_path: Path | None, overwrite: bool, bytes_needed: int, resume: bool = False, flag: str = "--save_path"):
@@ -552,11 +554,11 @@ class ModelWriter:
             self.folder = Path(self._temporary.name)
         else:
             check_output(save_path, overwrite, flag)
-            self.folder = save_path.with_name(save_path.name + ".partial")
+            self.folder = work_folder(save_path)
             _make_folder(self.folder, flag)
             self._lock = _lock(self.folder, flag)
             if not resume:
-                _empty(self.folder)
+                _empty(self.folder, keep=lambda entry: entry.name == "lock")
         self._check_room(bytes_needed * (1 if save_path is None else 2))  # the parts, and the result made of them
 
     def _check_room(self, needed: int) -> None:
@@ -586,45 +588,62 @@ class ModelWriter:
     def keep(self, count: int) -> None:
         """Go on after the first `count` parts of a killed run; all else that it left is removed, but for its journal."""
         self.parts = [self._part(number) for number in range(count)]
-        _empty(self.folder, keep=lambda entry: entry in self.parts or entry.name.startswith(("journal", "live")))
+        self._leave(self.parts, "live")
 
-    def finish(self, settings: dict, base: Path, max_shard_bytes: int = 5 * 10**9) -> Checkpoint:
-        """Turn the parts into the result and return a reader of it. `base` is the unquantized model's folder."""
+    def _leave(self, parts: list[Path], *others: str) -> None:
+        """Remove all that lies in the working folder but `parts`, the journal, the lock, and what begins with one of `others`."""
+        _empty(self.folder, keep=lambda entry: entry in parts or entry.name.startswith(("journal", "lock", *others)))
+
+    def finish(
+        self, settings: dict, base: Path, max_shard_bytes: int = 5 * 10**9, before_publishing: Callable[[], None] = lambda: None
+    ) -> Checkpoint:
+        """Turn the parts into the result and return a reader of it. `base` is the unquantized model's folder.
+
+        `before_publishing` is called when the result is complete in the working folder; from then on `publish` is all that is left to do.
+        """
         if self.save_path is None:
             checkpoint = Checkpoint(self.parts)
             checkpoint.settings = settings
             return checkpoint
+        self._leave(self.parts)  # activations: the result needs their room
         if self.save_path.suffix == ".safetensors":
-            merge_files(self.parts, self.save_path, settings, self.folder / "merged")
+            merge_files(self.parts, self.folder / "merged", settings)
         else:
-            self.publish(self.assemble(base, settings, {"quantization_config": {"quant_method": "leanquant", **settings}}, max_shard_bytes))
-        self.close()
+            sync_folder(self.assemble(base, settings, {"quantization_config": {"quant_method": "leanquant", **settings}}, max_shard_bytes))
+        before_publishing()
+        self.publish()
         return Checkpoint.open(self.save_path)
 
     def assemble(
         self, base: Path, settings: dict, config: dict, max_shard_bytes: int = 5 * 10**9, metadata: dict[str, str] | None = None
     ) -> Path:
-        """The parts as a folder that is not yet under its own name: shards, and the files of `base` with `config` in config.json."""
+        """The parts as a folder that `publish` will give its own name: shards, and the files of `base` with `config` in config.json."""
         folder = self.folder / "folder"
         folder.mkdir()
         _write_shards(self.parts, folder, settings, max_shard_bytes, metadata)
         _write_config_files(base, folder, config)
         return folder
 
-    def publish(self, folder: Path) -> None:
-        """Give what `assemble` returned its own name, in the place of what had it."""
-        sync_folder(folder)
-        _replace_folder(folder, self.save_path)
+    def publish(self) -> None:
+        """Give the complete result its own name, in the place of what had it, unless a killed run has done so; the parts go."""
+        merged, folder = self.folder / "merged", self.folder / "folder"
+        if merged.exists():
+            os.replace(merged, self.save_path)
+            sync_folder(self.save_path.parent)
+        elif folder.exists():
+            sync_folder(folder)
+            _replace_folder(folder, self.save_path)
+        elif not self.save_path.exists():
+            raise InputError(f"{self.save_path} is gone, which {self.folder} has finished: start over with --fresh")
+        self._leave([])
 
     def close(self, keep: bool = False) -> None:
         """Remove the parts, unless another run is to go on with them."""
         if self._temporary:
             self._temporary.cleanup()
             return
-        if not keep:
+        if not keep or [entry.name for entry in self.folder.iterdir()] == ["lock"]:
             shutil.rmtree(self.folder, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            self.folder.rmdir()  # there was nothing to keep
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -654,19 +673,22 @@ def _is_our_folder(folder: Path) -> bool:
 
 
 def _lock(folder: Path, flag: str) -> int:
-    """A descriptor that holds the lock of `folder` until it is closed, or the process ends."""
+    """A descriptor that holds the lock of `folder` until it is closed, or the process ends; of a file in it, which network file systems
+    lock for all machines."""
     import fcntl  # not everywhere that models are only loaded
 
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except OSError as error:
         os.close(descriptor)
-        raise InputError(f"another run is working in {folder}: wait for it, or give another {flag}") from None
+        if isinstance(error, BlockingIOError):
+            raise InputError(f"another run is working in {folder}: wait for it, or give another {flag}") from None
+        raise InputError(f"{folder} cannot be locked ({error.strerror}): give a {flag} on another file system") from None
     return descriptor
 
 
-def _empty(folder: Path, keep: Callable[[Path], bool] = lambda _: False) -> None:
+def _empty(folder: Path, keep: Callable[[Path], bool]) -> None:
     for entry in folder.iterdir():
         if not keep(entry):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -678,8 +700,7 @@ def _make_folder(folder: Path, flag: str) -> None:
         raise InputError(f"{folder}, where this run would work, holds other things: move it or give another {flag}")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "writable").touch()
-        (folder / "writable").unlink()
+        (folder / "lock").touch()
     except OSError as error:
         raise InputError(f"cannot write to {folder.parent} ({error.strerror}): give another {flag}") from None
 

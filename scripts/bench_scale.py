@@ -216,7 +216,9 @@ def main() -> None:
 
 
 def same(old: dict, new: dict) -> bool:
-    return all(old.get(key) == new.get(key) for key in ("model", "measured", "hardware", "second_gpu", "flags", "tokens", "layers"))
+    return all(
+        old.get(key) == new.get(key) for key in ("model", "measured", "hardware", "second_gpu", "flags", "tokens", "layers", "activations")
+    )
 
 
 if __name__ == "__main__":

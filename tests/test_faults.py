@@ -1,5 +1,6 @@
 """What goes wrong from outside: a device or a disk that is too small, a file that ends too early. Nothing finished is lost."""
 
+import errno
 import gc
 import os
 import shutil
@@ -150,6 +151,25 @@ def test_a_full_disk_loses_nothing(command, whole, small_disk, monkeypatch, caps
     assert llama.main(command(path, "--activations", kind)) == 0
     assert path.read_bytes() == whole[0]
     assert done[0] >= 1 and done[-1] == LAYERS - 1
+
+
+def test_a_disk_that_fails_is_named(command, whole, tmp_path, monkeypatch, capsys):  # noqa: F811
+    real, path, layers = os.preadv, tmp_path / "q.safetensors", []
+    quantize_layer = llama.quantize_layer
+    monkeypatch.setattr(llama, "quantize_layer", lambda model, index, *rest: layers.append(index) or quantize_layer(model, index, *rest))
+
+    def preadv(*args):
+        if len(layers) > 2:
+            raise OSError(errno.EIO, "Input/output error")
+        return real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "preadv", preadv)
+        assert llama.main(command(path, "--activations", "disk")) == 2
+    error = capsys.readouterr().err
+    assert "live-" in error and "Input/output error" in error and "its disk" in error and "finished layers are kept" in error, error
+    assert llama.main(command(path, "--activations", "disk")) == 0
+    assert path.read_bytes() == whole[0]
 
 
 @pytest.mark.parametrize("keep_time", [False, True], ids=["changed", "silently"])

@@ -21,6 +21,7 @@ from activations import InMemory
 from conftest import make_text
 from journal import Journal, differences
 from leanquant.errors import InputError
+from leanquant.packing import ModelWriter
 from ranks import Ranks
 from test_cli import GRIDS, SEQUENTIAL, environment
 
@@ -158,7 +159,8 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
         resumed += journal.is_file() and len(journal.read_text().splitlines()) > 1
         if path.exists():  # killed after the result was complete
             check_result(path, number)
-            path.unlink()
+            if not journal.parent.exists():  # and nothing was left to do
+                path.unlink()
         assert run(path, 0, 1000, kind) == 0, f"kill {number}"
         check_result(path, number)
         assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(f"{number}.")] == [path.name]
@@ -167,30 +169,86 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
     assert resumed >= 12, resumed  # else the moments were no test
 
 
-@pytest.mark.parametrize("where", ["evaluation", "export"])
-def test_what_comes_after_the_result_is_gone_on_with(command, test_text, tmp_path, monkeypatch, capsys, where):
+@pytest.fixture
+def killed_in(monkeypatch, capsys):
+    """killed_in(where, arguments): a run that dies when it comes to what `where` names. Returns what it said on the way out."""
+    places = {"evaluation": (llama.eval_quantized, "streamed_losses"), "export": (llama.export, "export")}
+    places["publishing"] = (ModelWriter, "publish")
+
+    def run(where: str, arguments: list[str], error=KeyboardInterrupt) -> str:
+        with monkeypatch.context() as patch:
+            patch.setattr(*places[where], lambda *_, **__: (_ for _ in ()).throw(error))
+            assert llama.main(arguments) == 130
+        return capsys.readouterr().err
+
+    return run
+
+
+@pytest.mark.parametrize("options", [[], ["--overwrite"]], ids=["", "overwrite"])
+@pytest.mark.parametrize("where", ["publishing", "evaluation", "export"])
+def test_what_comes_after_the_result_is_gone_on_with(command, killed_in, test_text, tmp_path, monkeypatch, capsys, where, options):
     path, report = tmp_path / "q.safetensors", tmp_path / "r.json"
-    arguments = command(path, "--eval", test_text, "--report", report, "--export", "dense")
-    module, name = {"evaluation": (llama.eval_quantized, "streamed_losses"), "export": (llama.export, "export")}[where]
-    with monkeypatch.context() as patch, pytest.raises(Stopped):
-        patch.setattr(module, name, lambda *_, **__: (_ for _ in ()).throw(Stopped))
-        llama.main(arguments)
-    written, rows = path.read_bytes(), json.loads(report.read_text())["linears"]
-    assert {"settings", "run", "dtype", "plan"} <= set(json.loads(report.read_text())), "what is known then"
-    left = tmp_path / "q.safetensors.evaluation"
-    left.mkdir()  # as if by SIGKILL
-    (left / "live-0.bin").write_bytes(b"activations")
-    assert llama.main(command(path, "--eval", test_text, "--export", "dense", "--percdamp", 0.2)) == 2
-    assert "exists" in capsys.readouterr().err
-    monkeypatch.setattr(llama, "quantize_layer", None)
-    assert llama.main(arguments) == 0
+    if options:
+        assert llama.main(command(path, "--percdamp", 0.2)) == 0
+    older = path.read_bytes() if options else None
+    arguments = command(path, "--eval", test_text, "--report", report, "--export", "dense", "--activations", "disk", *options)
+    assert f"{path} is complete: the same command goes on" in killed_in(where, arguments)
+    if where == "publishing":
+        assert (path.read_bytes() if options else path.exists()) == (older or False)
+    else:
+        assert {"settings", "run", "dtype", "plan"} <= set(json.loads(report.read_text())), "what is known then"
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "quantize_layer", None)
+        assert llama.main(arguments) == 0
     said, contents = capsys.readouterr().out, json.loads(report.read_text())
     assert "going on with what comes after it" in said and "exported" in said
-    assert contents["linears"] == rows and contents["perplexity"][0]["perplexity"] > 1
-    assert path.read_bytes() == written
-    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q-dense", "q.safetensors", "r.json"]
+    assert len(contents["linears"]) == 7 * LAYERS and contents["perplexity"][0]["perplexity"] > 1
+    assert contents["quantization_seconds"] > 0 and contents["bits_per_weight"] > 3
+    assert llama.main(command(tmp_path / "again.safetensors")) == 0
+    assert path.read_bytes() == (tmp_path / "again.safetensors").read_bytes() != older
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["again.safetensors", "q-dense", "q.safetensors", "r.json"]
+    assert llama.main(command(path, "--eval", test_text)) == 2, "nothing is left to go on with"
+
+
+@pytest.mark.parametrize(
+    "options, difference", [(["--percdamp", 0.2], "percdamp: 0.1, now 0.2"), (["--dtype", "bfloat16"], "dtype: float32, now bfloat16")]
+)
+def test_a_result_of_another_run_is_not_gone_on_with(command, killed_in, test_text, tmp_path, capsys, options, difference):
+    path = tmp_path / "q.safetensors"
+    killed_in("evaluation", command(path, "--eval", test_text))
+    assert llama.main(command(path, "--eval", test_text, *options)) == 2
+    assert difference in (error := capsys.readouterr().err) and "--fresh" in error
+    assert llama.main(command(path, "--fresh")) == 2, "the result is there"
+    assert "--overwrite" in capsys.readouterr().err
+    assert llama.main(command(path)) == 0, "no evaluation is left to do"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]
+
+
+def test_a_result_that_is_gone_is_missed(command, killed_in, test_text, tmp_path, capsys):
+    path = tmp_path / "q.safetensors"
+    killed_in("evaluation", command(path, "--eval", test_text))
+    path.unlink()
+    assert llama.main(command(path, "--eval", test_text)) == 2
+    assert "is gone" in (error := capsys.readouterr().err) and "--fresh" in error
+    assert llama.main(command(path, "--fresh")) == 0
+
+
+def test_exports_that_are_there_are_not_made_again(command, killed_in, tmp_path, monkeypatch, capsys):
+    path, real = tmp_path / "q.safetensors", llama.export.export
+    calls = []
+
+    def export(*args, **options):
+        calls.append(args[2])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **options)
+
+    monkeypatch.setattr(llama.export, "export", export)
+    arguments = command(path, "--export", "dense", f"dense:{tmp_path / 'other'}")
+    assert llama.main(arguments) == 130
     assert llama.main(arguments) == 0
     assert "q-dense is there" in capsys.readouterr().out
+    assert len(calls) == 3 and (tmp_path / "other").is_dir()
 
 
 def test_other_code_does_not_go_on(command, stopped_after, tmp_path, monkeypatch, capsys):

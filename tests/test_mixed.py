@@ -144,7 +144,7 @@ def test_damaged_exceptions_are_refused(tiny_model, text_file, tmp_path, value):
     ],
 )
 def test_patterns_that_mean_nothing_are_refused(tiny_model, text_file, tmp_path, capsys, monkeypatch, options, words):
-    monkeypatch.setattr(Checkpoint, "check_finite", lambda self: pytest.fail("work was begun"))
+    monkeypatch.setattr(Checkpoint, "check_finite", lambda *_: pytest.fail("work was begun"))
     (tmp_path / "x.txt").write_text("x" * 100)
     monkeypatch.chdir(tmp_path)
     assert quantize(tiny_model(), text_file, tmp_path / "q.safetensors", *options) == 2

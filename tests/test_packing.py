@@ -427,7 +427,9 @@ def write(save_path: Path | None, overwrite: bool = False, **finish) -> Checkpoi
     writer = ModelWriter(save_path, overwrite, 10_000)
     for part in PARTS:
         writer.add(part)
-    return writer.finish(SETTINGS, BASE, **finish)
+    checkpoint = writer.finish(SETTINGS, BASE, **finish)
+    writer.close()
+    return checkpoint
 
 
 def assert_holds_everything(checkpoint: Checkpoint) -> None:
@@ -511,6 +513,7 @@ def test_overwrite_replaces_the_result(name, tmp_path):
     writer = ModelWriter(tmp_path / name, False, 10_000)
     writer.add({"old.weight": torch.ones(3)})
     writer.finish(SETTINGS, BASE)
+    writer.close()
     assert_holds_everything(write(tmp_path / name, overwrite=True))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

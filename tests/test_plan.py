@@ -5,12 +5,14 @@ Peaks are of processes of their own, of which each plans and measures itself.
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, MixtralConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig
 
 import bench_scale
 import datautils
@@ -154,19 +156,38 @@ def test_the_benchmark_of_scale_measures(tmp_path):
 
 
 def test_the_disk_is_as_planned(tmp_path, tiny_model, text_file, monkeypatch):
-    """Free room that is needed: what lies there at the worst moment, and no more than a few kilobytes less than planned."""
-    sizes, folder, real = [], tmp_path / "q.safetensors.partial", llama.Journal.add
+    """Free room that is needed: what lies there at the worst moments, and no more than a few kilobytes less than planned."""
+    folder, layers, joining = tmp_path / "q.safetensors.partial", [], []
 
-    def add(self, *args, **options):
-        sizes.append(sum(file.stat().st_size for file in folder.iterdir()))
-        return real(self, *args, **options)
+    def measured(sizes, real):
+        def call(*args, **options):
+            sizes.append(sum(file.stat().st_size for file in folder.iterdir()))
+            return real(*args, **options)
 
-    monkeypatch.setattr(llama.Journal, "add", add)
+        return call
+
+    monkeypatch.setattr(llama.Journal, "add", measured(layers, llama.Journal.add))
+    monkeypatch.setattr(llama.packing.ModelWriter, "publish", measured(joining, llama.packing.ModelWriter.publish))
     command = [tiny_model(num_hidden_layers=4), text_file, *RECIPE, "--nsamples", "16", "--seqlen", "64", "--activations", "disk"]
     command += ["--eval", "none", "--save_path", tmp_path / "q.safetensors", "--report", tmp_path / "r.json"]
     assert llama.main([str(part) for part in command]) == 0
     disk, result = json.loads((tmp_path / "r.json").read_text())["plan"]["disk"], (tmp_path / "q.safetensors").stat().st_size
-    assert 0.6 * disk < max(sizes) < disk and disk == pytest.approx(max(max(sizes), 2 * result), rel=0.35)
+    assert 0.6 * disk < max(layers) < disk and disk == pytest.approx(max(max(layers), 2 * result), rel=0.35)
+    assert joining[0] == pytest.approx(2 * result, rel=0.05), "activations are gone when the parts are joined"
+
+
+def test_activations_give_their_room_back_before_the_result_is_made(tmp_path, tiny_model, text_file, monkeypatch):
+    """Not even open files that have no name any more."""
+    real, held = llama.packing.merge_files, []
+
+    def merge_files(*args, **options):
+        held.extend(os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink())
+        return real(*args, **options)
+
+    monkeypatch.setattr(llama.packing, "merge_files", merge_files)
+    command = [tiny_model(), text_file, *RECIPE, "--nsamples", "4", "--seqlen", "32", "--activations", "disk", "--eval", "none"]
+    assert llama.main([str(part) for part in [*command, "--save_path", tmp_path / "q.safetensors"]]) == 0
+    assert held and not [name for name in held if "live-" in name or "kept-" in name]
 
 
 # --- against shapes --------------------------------------------------------------------------------------------
@@ -199,6 +220,17 @@ def test_of_a_hubs_model_the_config_is_enough(offline, tmp_path):
     untied = planned(tmp_path / "untied/config.json", "--plan", "cpu", tmp_path=tmp_path)
     assert untied["read"] - tied["read"] >= 2 * SIZES["vocab_size"] * SIZES["hidden_size"], "a tied head is stored once"
     assert llama.main(["nobody/nothing", *RECIPE, "--plan", "cpu"]) == 2
+
+
+def test_of_a_hubs_model_no_more_weights_are_fetched(offline, tiny_model, tmp_path):
+    """Where one of two shards is at hand, the config is what counts."""
+    snapshot = tmp_path / "hub/models--someone--tiny/snapshots" / ("a" * 40)
+    AutoModelForCausalLM.from_pretrained(tiny_model()).save_pretrained(snapshot, max_shard_size="200KB")
+    (tmp_path / "hub/models--someone--tiny/refs").mkdir()
+    (tmp_path / "hub/models--someone--tiny/refs/main").write_text("a" * 40)
+    next(snapshot.glob("model-00002-*.safetensors")).unlink()
+    found = planned("someone/tiny", "--plan", "cpu", tmp_path=tmp_path)
+    assert found["disk"] == planned(snapshot / "config.json", "--plan", "cpu", tmp_path=tmp_path)["disk"]
 
 
 @pytest.mark.parametrize("hardware", plan.HARDWARE)
