@@ -614,6 +614,8 @@ def working(run: Run, made: bool, needed: float, fingerprint: dict) -> Iterator[
     try:
         kept_in = ranks.from_first(lambda: str(writer.folder)) if run.save_path else None
         journal = Journal(kept_in and Path(kept_in), fingerprint, ranks)
+        if made and journal.result is None:
+            raise InputError(f"another run has just finished {run.save_path}: nothing is left to do")
         yield writer, journal
         done = True
     except BaseException as error:

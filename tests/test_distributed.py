@@ -299,6 +299,16 @@ def test_another_number_of_ranks_goes_on(launch, command, alone, tmp_path, befor
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("q.")] == ["q.safetensors"]
 
 
+def test_ranks_go_on_with_what_comes_after_the_result(launch, command, two, test_text, tmp_path):
+    path = tmp_path / "q.safetensors"
+    hook = "import eval_quantized; eval_quantized.streamed_losses = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
+    assert launch(2, command(path, "--eval", test_text), hook)[0]["0"] == -signal.SIGKILL
+    codes, printed = launch(2, command(path, "--eval", test_text))
+    assert codes == {} and printed.count("is complete: going on with what comes after it") == 1 and "perplexity" in printed
+    assert path.read_bytes() == two[0].read_bytes()
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("q.")] == ["q.safetensors"]
+
+
 def test_sigterm_to_torchrun_ends_as_ctrl_c(launch, command, tmp_path):
     hook = "at_layer(2, 0, lambda: (os.kill(os.getppid(), signal.SIGTERM), time.sleep(20)))"
     codes, printed = launch(2, command(tmp_path / "q.safetensors"), hook)

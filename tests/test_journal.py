@@ -224,6 +224,21 @@ def test_a_result_of_another_run_is_not_gone_on_with(command, killed_in, test_te
     assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]
 
 
+def test_an_output_is_held_until_the_evaluation_is_done(command, test_text, tmp_path, monkeypatch, capsys):
+    path, real = tmp_path / "q.safetensors", llama.eval_quantized.streamed_losses
+
+    def streamed_losses(*args):
+        with monkeypatch.context() as patch:
+            patch.setattr(llama.eval_quantized, "streamed_losses", real)
+            assert llama.main(command(path, "--eval", test_text)) == 2
+        return real(*args)
+
+    monkeypatch.setattr(llama.eval_quantized, "streamed_losses", streamed_losses)
+    assert llama.main(command(path, "--eval", test_text)) == 0
+    assert "another run is working" in capsys.readouterr().err
+    assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]
+
+
 def test_a_result_that_is_gone_is_missed(command, killed_in, test_text, tmp_path, capsys):
     path = tmp_path / "q.safetensors"
     killed_in("evaluation", command(path, "--eval", test_text))
