@@ -204,7 +204,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="codes of 2 and 3 bits: dense, or one nibble each as the published reader wants",
     )
     add("--overwrite", action="store_true", help="replace what --save_path names")
-    add("--fresh", action="store_true", help="begin anew where an unfinished run with the same --save_path would be taken up")
+    add(
+        "--fresh",
+        action="store_true",
+        help="begin anew where an unfinished run with the same --save_path would be taken up (with --overwrite, if its result is complete)",
+    )
     add("--force", action="store_true", help="begin although the plan says that memory or disk are too small")
     add(
         "--plan",

@@ -18,6 +18,9 @@ from leanquant.errors import InputError
 from leanquant.packing import Checkpoint, part_name, sync_folder, write_synced
 from ranks import Ranks
 
+JOURNAL = "journal.jsonl"
+ON_THE_WAY = "on the way"  # what of a fingerprint is called so decides how a result is computed, and does not matter once it is there
+
 
 def files_of(checkpoint: Checkpoint) -> dict[str, list[int]]:
     """The stamp of each file of `checkpoint`, by name."""
@@ -30,13 +33,10 @@ def differences(old: dict, new: dict, prefix: str = "") -> list[str]:
     for name in dict.fromkeys((*old, *new)):
         before, now = old.get(name), new.get(name)
         if isinstance(before, dict) and isinstance(now, dict):
-            found += differences(before, now, f"{prefix}{name}.")
+            found += differences(before, now, prefix if name == ON_THE_WAY else f"{prefix}{name}.")
         elif before != now:
             found.append(f"{prefix}{name}: {before}, now {now}")
     return found
-
-
-JOURNAL = "journal.jsonl"
 
 
 def has_result(folder: Path) -> bool:
@@ -90,8 +90,13 @@ class Journal:
         """The lines that count, which are all that is left on the disk: the fingerprint and what is finished."""
         lines = _lines(self.path)
         usable = [line for line in lines[1:] if self._is_there(line)]
-        if usable and (changed := differences(lines[0], fingerprint)):
+        complete = bool(usable) and usable[-1].get("result") is not None
+        kept = {ON_THE_WAY: lines[0].get(ON_THE_WAY)} if complete else {}
+        if usable and (changed := differences(lines[0], fingerprint | kept)):
             what = "; ".join(changed[:4])
+            if complete:
+                remedy = "finish that one, or remove the folder: the result is complete, and eval_quantized.py measures it"
+                raise InputError(f"{self.folder} is of a run that differs ({what}), but for evaluation and exports finished: {remedy}")
             raise InputError(f"{self.folder} holds an unfinished run that differs ({what}): finish that one, or start over with --fresh")
         lines = lines[: lines.index(usable[-1]) + 1] if usable else [fingerprint]
         self._rewrite(lines)
@@ -154,10 +159,10 @@ class Journal:
     def add_result(self, report: dict) -> None:
         """The result is complete in the working folder, `report` what is known of it; parts and activations are of no use now. By the
         first rank alone."""
-        self.result = report
         if self.folder is not None:
             done = {"layers": self.layers, "parts": 0, "live": None, "batch_sizes": [0], "seconds": self.seconds, "rows": []}
             self._append(done | {"result": report})
+        self.result = report
 
     def _append(self, line: dict) -> None:
         with open(self.path, "a") as f:

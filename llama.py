@@ -40,7 +40,7 @@ import quant
 from activations import KINDS, Place
 from flags import Run, parse, quant_config, run_settings
 from hessian import Statistics
-from journal import Journal, Saver, files_of, has_result
+from journal import ON_THE_WAY, Journal, Saver, files_of, has_result
 from leanquant import export, packing
 from leanquant.errors import InputError
 from leanquant.foreign import open_checkpoint
@@ -434,7 +434,7 @@ def check_exports(model, run: Run, config: quant.QuantConfig, bits: dict[str, in
     """Can each format of --export hold what the run will make, and its folder be written? made: by an earlier run, which may have been
     killed after some of them. Raises InputError."""
     for name, out in run.export:
-        if not (made and out.exists()):
+        if not (made and is_exported(run, name, out)):
             export.check_output(out, run.overwrite, "--export")
         export.check_plan(name, model.model, model.folder, bits, config.groupsize, config.grid != "nonuniform", config.sym)
 
@@ -553,7 +553,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
         ranks.part()
         settings = {"method": "none", "base_model": run.model, "versions": versions()}
         if ranks.is_first:
-            evaluate_and_export(model, texts(run, tokenizer), run, report_of(model, run, settings), math.inf, None)
+            evaluate_and_export(model, texts(run, tokenizer), run, report_of(model, run, settings), math.inf)
 
 
 def texts(run: Run, tokenizer) -> list[eval_quantized.Windows]:
@@ -591,6 +591,8 @@ def quantize_command(model, tokenizer, run: Run, config: quant.QuantConfig) -> N
         if made:
             writer.publish()
             model.checkpoint = packing.Checkpoint.open(run.save_path)
+            if model.checkpoint.settings != json.loads(json.dumps(settings)):
+                raise InputError(f"{run.save_path} is not what this run has written: put it back, or start over with --fresh")
             print(f"{run.save_path} is complete: going on with what comes after it", flush=True)
         else:
             print_summary(journal.result, run)
@@ -608,19 +610,20 @@ def is_made(run: Run) -> bool:
 def working(run: Run, made: bool, needed: float, fingerprint: dict) -> Iterator[tuple]:
     """For the block: the writer, None but on the first rank, and the journal. If the block fails, what is finished is kept, and the
     error says how to go on. made, needed: is there a result, what room will be needed."""
-    ranks, journal, done = run.ranks, None, False
-    overwrite = run.overwrite or made
-    writer = packing.ModelWriter(run.save_path, overwrite, needed, resume=not run.fresh) if ranks.is_first else None
+    ranks, writer, journal, done = run.ranks, None, None, False
+    if ranks.is_first:
+        published = made and not packing.waits_there(packing.work_folder(run.save_path))
+        writer = packing.ModelWriter(run.save_path, run.overwrite, needed, resume=not run.fresh, published=published)
     try:
         kept_in = ranks.from_first(lambda: str(writer.folder)) if run.save_path else None
         journal = Journal(kept_in and Path(kept_in), fingerprint, ranks)
-        if made and journal.result is None:
-            raise InputError(f"another run has just finished {run.save_path}: nothing is left to do")
+        if made != (journal.result is not None):
+            raise InputError(f"another run has been at work on {run.save_path} until now: give the command again")
         yield writer, journal
         done = True
     except BaseException as error:
         if journal and run.save_path and journal.result:
-            error.add_note(f"{run.save_path} is complete: the same command goes on with what comes after it")
+            error.add_note("the result is complete: the same command goes on with what comes after it")
         elif journal and journal.layers:
             error.add_note(f"{journal.layers} finished layers are kept: the same command goes on after them")
         raise
@@ -667,44 +670,56 @@ def calibration_tokens(run: Run, tokenizer) -> torch.Tensor:
     return ids
 
 
-def evaluate_and_export(model, tests: list, run: Run, contents: dict, live: float, folder: Path | None, made: bool = False) -> None:
+def evaluate_and_export(model, tests: list, run: Run, contents: dict, live: float, folder: Path | None = None, made: bool = False) -> None:
     """What comes after the result: perplexities, the whole report, the folders of --export (made: but for those that are there).
 
-    live: bytes of a generation of the calibration text's activations. folder: where a text's may wait.
+    live: bytes of a generation of the calibration text's activations. folder: where a text's may wait (unset: among temporary files).
     """
     contents["perplexity"] = []
     for windows in tests:
         size = windows.ids.numel() * model.config.get_text_config().hidden_size * model.dtype.itemsize
-        place = Place(plan.evaluation_waits(run, size, live), run.device, folder)
-        losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source, place)
+        with tempfile.TemporaryDirectory(prefix="leanquant-", dir=folder) as waiting:
+            place = Place(plan.evaluation_waits(run, size, live), run.device, Path(waiting))
+            losses = eval_quantized.streamed_losses(model, windows.ids, run.batch_size, windows.source, place)
         result = eval_quantized.perplexity(windows, losses)
         contents["perplexity"].append(result._asdict())
         print(result, flush=True)
     contents["peak_host_bytes"] = peak_host_bytes()
     write_report(run, contents)
     for name, out in run.export:
-        if made and out.exists() and not run.overwrite:
+        if made and is_exported(run, name, out):
+            packing.ModelWriter(out, True, 0, published=True).close()  # what a kill at its very end has left
             print(f"{out} is there", flush=True)
             continue
         export.export(model.checkpoint, model.folder, name, out, run.overwrite, contents["perplexity"], run.command, flag="--export")
         print(f"exported {out}: {name}, every weight read back and compared", flush=True)
 
 
+def is_exported(run: Run, name: str, out: Path) -> bool:
+    """Is `out` the result in the format `name`?"""
+    with contextlib.suppress(InputError):
+        return packing.Checkpoint.open(out).settings == {**packing.Checkpoint.open(run.save_path).settings, "exported": name}
+    return False
+
+
 def fingerprint(settings: dict, model, run: Run) -> dict:
     """Everything that decides what a run writes, for its journal: a run that differs in any of it cannot go on with another's layers."""
     here = Path(__file__).parent
-    return {
-        **settings,
+    on_the_way = {
         "code": digest(*(file.read_bytes() for folder in (here, here / "leanquant") for file in sorted(folder.glob("*.[pc][yu]")))),
-        "dtype": str(model.dtype).removeprefix("torch."),
         "batch_size": run.batch_size,
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
         "kernels": os.environ.get("LEANQUANT_KERNELS") or "where they can run",
         "instructions of the CPU": torch.backends.cpu.get_cpu_capability(),
-        "config of the model": digest(model.config.to_json_string().encode()),
         "offload_threshold": run.offload_threshold,
         "hessian_device": run.hessian_device and run.hessian_device.type,
+    }
+    return {
+        **settings,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "config of the model": digest(model.config.to_json_string().encode()),
         "files of the model": files_of(model.checkpoint),
+        ON_THE_WAY: on_the_way,
     }
 
 

@@ -37,7 +37,9 @@ TORCH_DTYPES = {
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
 }
 # What a run keeps in its own folder while it works.
-WORK_FILE = re.compile(r"part-\d+\.safetensors|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin")
+WORK_FILE = re.compile(
+    r"part-\d+\.safetensors|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin|leanquant-\w+"
+)
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 CARD = "README.md"  # an exported folder also has this
@@ -525,7 +527,13 @@ def part_name(number: int) -> str:
 
 def work_folder(save_path: Path) -> Path:
     """Where the run works that writes `save_path`."""
+    save_path = save_path.absolute()
     return save_path.with_name(save_path.name + ".partial")
+
+
+def waits_there(folder: Path) -> bool:
+    """Does a result wait in the working folder `folder` to be published?"""
+    return any((folder / name).exists() for name in ("merged", "folder"))
 
 
 def sync_folder(folder: Path) -> None:
@@ -542,10 +550,19 @@ class ModelWriter:
 
     The parts wait in `<save_path>.partial`, which one run at a time may hold, until `close`; the result appears under its own
     name only when it is complete and synced. What a killed run left there is removed, unless `resume`: then `keep` says what of it
-    serves. Without a `save_path` the parts lie in a temporary folder. `flag` is what the user gave `save_path` with.
+    serves. Without a `save_path` the parts lie in a temporary folder. `flag` is what the user gave `save_path` with. `published`:
+    the result is there, and not to be written again.
     """
 
-    def __init__(self, save_path: Path | None, overwrite: bool, bytes_needed: int, resume: bool = False, flag: str = "--save_path"):
+    def __init__(
+        self,
+        save_path: Path | None,
+        overwrite: bool,
+        bytes_needed: int,
+        resume: bool = False,
+        flag: str = "--save_path",
+        published: bool = False,
+    ):
         self.save_path = save_path = save_path and save_path.absolute()
         self.parts: list[Path] = []
         self._temporary = self._lock = None
@@ -553,7 +570,8 @@ class ModelWriter:
             self._temporary = tempfile.TemporaryDirectory(prefix="leanquant-")
             self.folder = Path(self._temporary.name)
         else:
-            check_output(save_path, overwrite, flag)
+            if not published:
+                check_output(save_path, overwrite, flag)
             self.folder = work_folder(save_path)
             _make_folder(self.folder, flag)
             self._lock = _lock(self.folder, flag)
@@ -642,8 +660,12 @@ class ModelWriter:
         if self._temporary:
             self._temporary.cleanup()
             return
-        if not keep or [entry.name for entry in self.folder.iterdir()] == ["lock"]:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if not keep:
+            _empty(self.folder, keep=lambda entry: entry.name == "lock")
+        if [entry.name for entry in self.folder.iterdir()] == ["lock"]:
+            (self.folder / "lock").unlink()  # last, and held until then: nobody may come in while the rest goes
+            with contextlib.suppress(OSError):
+                self.folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -685,6 +707,10 @@ def _lock(folder: Path, flag: str) -> int:
         if isinstance(error, BlockingIOError):
             raise InputError(f"another run is working in {folder}: wait for it, or give another {flag}") from None
         raise InputError(f"{folder} cannot be locked ({error.strerror}): give a {flag} on another file system") from None
+    lock = folder / "lock"
+    if not lock.exists() or lock.stat().st_ino != os.fstat(descriptor).st_ino:  # a run that has just ended has removed it
+        os.close(descriptor)
+        raise InputError(f"another run was working in {folder} until now: give the command again")
     return descriptor
 
 

@@ -113,6 +113,11 @@ def test_activations_of_the_evaluation_wait_there_too(tiny_model, text_file, tes
     assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]
 
 
+def test_activations_of_the_unquantized_model_wait_on_the_disk_too(tiny_model, text_file, test_text):
+    options = ["--wbits", "16", "--nsamples", "2", "--seqlen", "32", "--eval", str(test_text), "--activations", "disk"]
+    assert llama.main([str(tiny_model()), str(text_file), *options]) == 0
+
+
 def test_a_text_that_takes_more_than_the_calibration_waits_on_the_disk(tiny_model, text_file, tmp_path, monkeypatch):
     places, real, test_text = [], Place.activations, tmp_path / "test.txt"
     monkeypatch.setattr(Place, "activations", lambda self, *args: places.append(self.kind) or real(self, *args))

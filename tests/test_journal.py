@@ -21,7 +21,7 @@ from activations import InMemory
 from conftest import make_text
 from journal import Journal, differences
 from leanquant.errors import InputError
-from leanquant.packing import ModelWriter
+from leanquant.packing import Checkpoint, ModelWriter
 from ranks import Ranks
 from test_cli import GRIDS, SEQUENTIAL, environment
 
@@ -192,7 +192,7 @@ def test_what_comes_after_the_result_is_gone_on_with(command, killed_in, test_te
         assert llama.main(command(path, "--percdamp", 0.2)) == 0
     older = path.read_bytes() if options else None
     arguments = command(path, "--eval", test_text, "--report", report, "--export", "dense", "--activations", "disk", *options)
-    assert f"{path} is complete: the same command goes on" in killed_in(where, arguments)
+    assert "the result is complete: the same command goes on" in killed_in(where, arguments)
     if where == "publishing":
         assert (path.read_bytes() if options else path.exists()) == (older or False)
     else:
@@ -217,7 +217,7 @@ def test_a_result_of_another_run_is_not_gone_on_with(command, killed_in, test_te
     path = tmp_path / "q.safetensors"
     killed_in("evaluation", command(path, "--eval", test_text))
     assert llama.main(command(path, "--eval", test_text, *options)) == 2
-    assert difference in (error := capsys.readouterr().err) and "--fresh" in error
+    assert difference in (error := capsys.readouterr().err) and "eval_quantized.py" in error
     assert llama.main(command(path, "--fresh")) == 2, "the result is there"
     assert "--overwrite" in capsys.readouterr().err
     assert llama.main(command(path)) == 0, "no evaluation is left to do"
@@ -237,6 +237,54 @@ def test_an_output_is_held_until_the_evaluation_is_done(command, test_text, tmp_
     assert llama.main(command(path, "--eval", test_text)) == 0
     assert "another run is working" in capsys.readouterr().err
     assert [entry.name for entry in tmp_path.iterdir()] == ["q.safetensors"]
+
+
+def test_how_a_result_was_computed_does_not_matter_to_what_comes_after_it(command, killed_in, test_text, tmp_path, monkeypatch, capsys):
+    path, real = tmp_path / "q.safetensors", llama.digest
+    killed_in("evaluation", command(path, "--eval", test_text))
+    monkeypatch.setattr(llama, "digest", lambda *parts: real(*parts, *[b"#"] * (len(parts) > 1)))  # other code
+    assert llama.main(command(path, "--eval", test_text, "--batch_size", 1)) == 0
+    assert "going on with what comes after it" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("where", ["publishing", "evaluation"])
+def test_another_result_in_its_place_is_left_alone(command, killed_in, test_text, tmp_path, capsys, where):
+    path = tmp_path / "q.safetensors"
+    assert llama.main(command(tmp_path / "other.safetensors", "--percdamp", 0.2)) == 0
+    killed_in(where, command(path, "--eval", test_text))
+    shutil.copy(tmp_path / "other.safetensors", path)
+    assert llama.main(command(path, "--eval", test_text)) == 2
+    assert ("exists" if where == "publishing" else "is not what this run has written") in capsys.readouterr().err
+    assert path.read_bytes() == (tmp_path / "other.safetensors").read_bytes()
+
+
+def test_a_result_that_appears_while_texts_are_read_is_left_alone(command, killed_in, test_text, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "q.safetensors"
+    killed_in("evaluation", command(path, "--eval", test_text))
+    written = path.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "is_made", lambda _: False)  # as a run saw it that began before
+        assert llama.main(command(path, "--eval", test_text, "--overwrite")) == 2
+    assert "give the command again" in capsys.readouterr().err and path.read_bytes() == written
+    assert llama.main(command(path, "--eval", test_text)) == 0
+
+
+def test_a_folder_that_was_added_to_is_gone_on_with(command, killed_in, test_text, tmp_path, capsys):
+    killed_in("evaluation", command(tmp_path / "m", "--eval", test_text))
+    (tmp_path / "m" / "README.md").write_text("mine")
+    assert llama.main(command(tmp_path / "m", "--eval", test_text)) == 0
+    assert (tmp_path / "m" / "README.md").read_text() == "mine"
+
+
+def test_an_older_export_is_not_taken_for_this_ones(command, killed_in, test_text, tmp_path, capsys):
+    path = tmp_path / "q.safetensors"
+    assert llama.main(command(path, "--percdamp", 0.2, "--export", "dense")) == 0
+    path.unlink()
+    killed_in("evaluation", command(path, "--eval", test_text))
+    assert llama.main(command(path, "--eval", test_text, "--export", "dense")) == 2
+    assert "q-dense exists" in capsys.readouterr().err
+    assert llama.main(command(path, "--eval", test_text, "--export", "dense", "--overwrite")) == 0
+    assert Checkpoint.open(tmp_path / "q-dense").settings["percdamp"] == 0.1
 
 
 def test_a_result_that_is_gone_is_missed(command, killed_in, test_text, tmp_path, capsys):
@@ -264,6 +312,7 @@ def test_exports_that_are_there_are_not_made_again(command, killed_in, tmp_path,
     assert llama.main(arguments) == 0
     assert "q-dense is there" in capsys.readouterr().out
     assert len(calls) == 3 and (tmp_path / "other").is_dir()
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["other", "q-dense", "q.safetensors"]
 
 
 def test_other_code_does_not_go_on(command, stopped_after, tmp_path, monkeypatch, capsys):

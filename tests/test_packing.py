@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from leanquant import packing
 from leanquant.errors import InputError
 from leanquant.packing import (
     Checkpoint,
@@ -597,6 +598,30 @@ def test_nothing_bears_the_name_of_the_result_before_it_is_complete(name, tmp_pa
     os.close(writer._lock)  # as the end of its process does
     assert_holds_everything(write(tmp_path / name))
     assert [path.name for path in tmp_path.iterdir()] == [name], "what the crash left is gone after the next run"
+
+
+def test_nobody_comes_in_while_a_run_clears_up(tmp_path, monkeypatch):
+    """Not before the last of its files is gone, and not with a lock that it has removed."""
+    writer, real, path, seen = ModelWriter(tmp_path / "m", False, 10), Path.unlink, tmp_path / "m.partial", []
+    writer.add(PARTS[0])
+
+    def unlink(file, *args, **options):
+        seen.append(file.name)
+        if file.name != "lock":
+            with pytest.raises(InputError, match="another run is working"):
+                packing._lock(path, "--save_path")
+        return real(file, *args, **options)
+
+    late = os.open(path / "lock", os.O_RDWR)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", unlink)
+        writer.close()
+    assert seen == ["part-00000.safetensors", "lock"] and not path.exists()
+    path.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", lambda *_: late)  # by a run that had opened it before
+        with pytest.raises(InputError, match="give the command again"):
+            packing._lock(path, "--save_path")
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m"])
