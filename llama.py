@@ -729,11 +729,11 @@ def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning{mine}: {message}\n"
     try:
         with contextlib.ExitStack() as stack:
+            stack.enter_context(terminated_as_interrupted())
             if not ranks.is_first:  # what all would print alike is printed once
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             ranks.from_first(lambda: bool(parse(argv)))  # which may print help or an error: once
             args = parse(argv)
-            stack.enter_context(terminated_as_interrupted())
             with torch.no_grad():
                 run_command(args, ranks)
     except InputError as error:
