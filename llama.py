@@ -396,7 +396,7 @@ def untouched_tensors(model, first: int) -> Iterator[dict[str, torch.Tensor]]:
             yield {name: model.checkpoint.get(name)}
 
 
-# --- the linears of the model ------------------------------------------------------------------------------------
+# --- the linears of the model ----------------------------------------------------------------------------------
 
 
 def example_layers(model, run: Run) -> set[int]:
@@ -532,7 +532,7 @@ def checked_plan(model, run: Run, config: quant.QuantConfig, bits: dict[str, int
     return replace(wanted, run=run, disk=make(run).disk)
 
 
-# --- the command -------------------------------------------------------------------------------------------------
+# --- the command -----------------------------------------------------------------------------------------------
 
 
 def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
@@ -653,7 +653,7 @@ def quantize_anew(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig,
 
     with phases("pack"):
         model.checkpoint = writer.finish(settings, model.folder, before_publishing=lambda: journal.add_result(measured()))
-    journal.result = measured()
+    journal.result = measured()  # with the time that publishing took
 
 
 def refuse_quantized(model, name: str) -> None:

@@ -660,11 +660,11 @@ class ModelWriter:
         if self._temporary:
             self._temporary.cleanup()
             return
-        if not keep:
-            _empty(self.folder, keep=lambda entry: entry.name == "lock")
-        if [entry.name for entry in self.folder.iterdir()] == ["lock"]:
-            (self.folder / "lock").unlink()  # last, and held until then: nobody may come in while the rest goes
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # what cannot be removed stays
+            if not keep:
+                _empty(self.folder, keep=lambda entry: entry.name == "lock")
+            if [entry.name for entry in self.folder.iterdir()] == ["lock"]:
+                (self.folder / "lock").unlink()  # last, and held until then: nobody may come in while the rest goes
                 self.folder.rmdir()
         if self._lock is not None:
             os.close(self._lock)
