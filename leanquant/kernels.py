@@ -57,6 +57,12 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
+@lru_cache
+def properties(device: torch.device):
+    """Of a GPU, as torch reports them: multi_processor_count, major and more."""
+    return torch.cuda.get_device_properties(device)
+
+
 def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, shared_bytes: int, *args: torch.Tensor | int | None) -> None:
     """Run `kernel` on torch's current stream of the tensors' GPU, or raise KernelError. None is a null pointer.
 

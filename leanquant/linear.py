@@ -35,7 +35,7 @@ class QuantizedLinear(nn.Linear):
         self.packed_bytes = packed.codes.shape[1]  # of a row: tells the layout of the stored codes
         for name, tensor in zip(("weight_codes", "quant_grid", "scale", "zero"), packed, strict=True):
             self.register_buffer(name, tensor)
-        self.tiles = self.planes = self.dense = None
+        self.tiles = self.levels = self.dense = None
         self.form, self.tiles_dtype = "packed", None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
@@ -65,7 +65,7 @@ class QuantizedLinear(nn.Linear):
         if form == "tiles" and self.can_be_tiled(dtype):
             packed = self.packed()
             if self._row_wise:
-                self._hold("planes", lut_gemm.level_planes(packed.levels(self.bits).squeeze(1).to(dtype)))
+                self._hold("levels", packed.levels(self.bits).squeeze(1).to(dtype))
             self._hold("tiles", lut_gemm.tile_codes(unpack_codes(packed.codes, self.bits, self.in_features), self.bits))
             self.weight_codes, self.tiles_dtype = None, dtype
         elif form == "dense":
@@ -77,7 +77,7 @@ class QuantizedLinear(nn.Linear):
     def release(self) -> None:
         """Back to packed codes alone."""
         self.weight_codes = self.packed().codes
-        for name in ("tiles", "planes", "dense"):
+        for name in ("tiles", "levels", "dense"):
             self._hold(name, None)
         self.form = "packed"
 
@@ -136,7 +136,7 @@ class QuantizedLinear(nn.Linear):
             if x.dtype != self.tiles_dtype:
                 self.prepare("tiles", x.dtype)  # once: the model was cast
             scale, zero = (None, None) if self._row_wise else (self.scale, self.zero)
-            return lut_gemm.lut_linear(x, self.tiles, self.planes, scale, zero, self.bias, self.bits, self.out_features)
+            return lut_gemm.lut_linear(x, self.tiles, self.levels, scale, zero, self.bias, self.bits, self.out_features)
         return self._by_pieces(x)
 
     def _by_pieces(self, x: torch.Tensor) -> torch.Tensor:

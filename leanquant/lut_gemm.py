@@ -14,20 +14,21 @@ from .packing import affine_levels
 
 CUDA_SOURCE = Path(__file__).with_name("lut_gemm.cu")
 TILE_ROWS, TILE_COLUMNS, THREADS, WARPS = 16, 64, 256, 8
+TILES_A_WARP = 4  # that a warp dequantizes
 FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces
-PIECE_BYTES = 2**25  # of rebuilt weights at a time: they stay in the GPU's cache
+PIECE_BYTES = 2**27  # of rebuilt weights at a time
 NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16"}
 
 
 class Tiles(NamedTuple):
     """A weight [O, I] as lut_gemm.cu reads it.
 
-    codes int32 [O/16, I/64, bits, 32], rounded up; planes uint8 [O, 2, K], the low and high bytes of each row's levels, or
-    scale float16 and zero uint8 [O, G], for groups of a multiple of 16 columns.
+    codes int32 [O/16, I/64, bits, 32], rounded up; levels [O, K] in the dtype of x, or scale float16 and zero uint8 [O, G], for
+    groups of a multiple of 16 columns.
     """
 
     codes: torch.Tensor
-    planes: torch.Tensor | None
+    levels: torch.Tensor | None
     scale: torch.Tensor | None
     zero: torch.Tensor | None
     bits: int
@@ -36,7 +37,7 @@ class Tiles(NamedTuple):
 
     @property
     def groups(self) -> int:
-        return 1 if self.planes is not None else self.scale.shape[1]
+        return 1 if self.levels is not None else self.scale.shape[1]
 
 
 def tile_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
@@ -48,9 +49,9 @@ def tile_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _tile(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    # row = 16 R + 8 half + g, column = 64 C + 16 t + 4 s + j -> word s of lane 4 g + t, nibble 4 half + j
-    nibbles = codes.view(len(codes) // 16, 2, 8, -1, 4, 4, 4).permute(0, 3, 5, 2, 4, 1, 6).flatten(5).flatten(3, 4).long()
-    steps = (nibbles << (4 * torch.arange(8, device=codes.device))).sum(4)  # [R, C, 4, 32]
+    # row = 16 R + 8 half + g, column = 64 C + 32 piece + 8 t + 4 i + j -> word 2 piece + i of lane 4 g + t, nibble 4 half + j
+    nibbles = codes.view(len(codes) // 16, 2, 8, -1, 2, 4, 2, 4).permute(0, 3, 4, 6, 2, 5, 1, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+    steps = (nibbles.long() << (4 * torch.arange(8, device=codes.device))).sum(4)  # [R, C, 4, 32]
     if bits == 2:
         steps = steps[:, :, ::2] | steps[:, :, 1::2] << 2
     elif bits == 3:
@@ -74,12 +75,7 @@ def _untile(tiles: torch.Tensor, bits: int) -> torch.Tensor:
         steps = torch.cat([steps & 0x77777777, last.unsqueeze(2)], 2)
     R, C = steps.shape[:2]
     nibbles = (steps.unsqueeze(4) >> (4 * torch.arange(8, device=tiles.device)) & 15).to(torch.uint8)
-    return nibbles.view(R, C, 4, 8, 4, 2, 4).permute(0, 5, 3, 1, 4, 2, 6).reshape(R * 16, C * 64)
-
-
-def level_planes(levels: torch.Tensor) -> torch.Tensor:
-    """16-bit levels [O, K] as bytes [O, 2, K]: the low ones, then the high ones."""
-    return levels.contiguous().view(torch.uint8).view(*levels.shape, 2).transpose(1, 2).contiguous()
+    return nibbles.view(R, C, 2, 2, 8, 4, 2, 4).permute(0, 6, 4, 1, 2, 5, 3, 7).reshape(R * 16, C * 64)
 
 
 # --- the operator ----------------------------------------------------------------------------------------------
@@ -88,22 +84,22 @@ def level_planes(levels: torch.Tensor) -> torch.Tensor:
 # Defined by schema: an empty operator made so takes 3.5 us a call on the host, one made by torch.library.custom_op 11.
 torch.library.define(
     "leanquant::lut_linear",
-    "(Tensor x, Tensor codes, Tensor? planes, Tensor? scale, Tensor? zero, Tensor? bias, int bits, int rows) -> Tensor",
+    "(Tensor x, Tensor codes, Tensor? levels, Tensor? scale, Tensor? zero, Tensor? bias, int bits, int rows) -> Tensor",
 )
 torch.library.define(
     "leanquant::lut_linear_backward",
-    "(Tensor grad, Tensor codes, Tensor? planes, Tensor? scale, Tensor? zero, int bits, int columns) -> Tensor",
+    "(Tensor grad, Tensor codes, Tensor? levels, Tensor? scale, Tensor? zero, int bits, int columns) -> Tensor",
 )
 
 
-def lut_linear(x: torch.Tensor, codes: torch.Tensor, planes, scale, zero, bias, bits: int, rows: int) -> torch.Tensor:
+def lut_linear(x: torch.Tensor, codes: torch.Tensor, levels, scale, zero, bias, bits: int, rows: int) -> torch.Tensor:
     """x [..., I] W^T + bias [O] for the weight of a `Tiles`; rows = O. float16 or bfloat16 in and out, summed in float32."""
-    return torch.ops.leanquant.lut_linear(x, codes, planes, scale, zero, bias, bits, rows)
+    return torch.ops.leanquant.lut_linear(x, codes, levels, scale, zero, bias, bits, rows)
 
 
 @torch.library.impl("leanquant::lut_linear", "CompositeExplicitAutograd")
-def _lut_linear(x, codes, planes, scale, zero, bias, bits, rows):
-    tiles = Tiles(codes, planes, scale, zero, bits, rows, x.shape[-1])
+def _lut_linear(x, codes, levels, scale, zero, bias, bits, rows):
+    tiles = Tiles(codes, levels, scale, zero, bits, rows, x.shape[-1])
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()  # the kernels read 16 bytes at a time
@@ -111,14 +107,14 @@ def _lut_linear(x, codes, planes, scale, zero, bias, bits, rows):
 
 
 @torch.library.register_fake("leanquant::lut_linear")
-def _(x, codes, planes, scale, zero, bias, bits, rows):
+def _(x, codes, levels, scale, zero, bias, bits, rows):
     return x.new_empty(*x.shape[:-1], rows)
 
 
 @torch.library.impl("leanquant::lut_linear_backward", "CompositeExplicitAutograd")
-def _lut_linear_backward(grad, codes, planes, scale, zero, bits, columns):
+def _lut_linear_backward(grad, codes, levels, scale, zero, bits, columns):
     """grad [..., O] W, by pieces of rows: what `lut_linear` hands back to x [..., I]; columns = I."""
-    tiles = Tiles(codes, planes, scale, zero, bits, grad.shape[-1], columns)
+    tiles = Tiles(codes, levels, scale, zero, bits, grad.shape[-1], columns)
     flat = grad.reshape(-1, grad.shape[-1])
     back = torch.zeros(len(flat), columns, dtype=torch.float32, device=grad.device)
     for first, rows in _pieces(tiles):
@@ -127,15 +123,15 @@ def _lut_linear_backward(grad, codes, planes, scale, zero, bits, columns):
 
 
 @torch.library.register_fake("leanquant::lut_linear_backward")
-def _(grad, codes, planes, scale, zero, bits, columns):
+def _(grad, codes, levels, scale, zero, bits, columns):
     return grad.new_empty(*grad.shape[:-1], columns)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    x, codes, planes, scale, zero, bias, bits, rows = inputs
-    present = [t for t in (codes, planes, scale, zero) if t is not None]
+    x, codes, levels, scale, zero, bias, bits, rows = inputs
+    present = [t for t in (codes, levels, scale, zero) if t is not None]
     ctx.save_for_backward(*present)
-    ctx.missing, ctx.bits, ctx.columns = [t is None for t in (codes, planes, scale, zero)], bits, x.shape[-1]
+    ctx.missing, ctx.bits, ctx.columns = [t is None for t in (codes, levels, scale, zero)], bits, x.shape[-1]
 
 
 def _backward(ctx, grad: torch.Tensor):
@@ -149,41 +145,77 @@ torch.library.register_autograd("leanquant::lut_linear", _backward, setup_contex
 
 
 def _multiply(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [N, I] -> [N, O] in torch, by pieces of rows."""
+    """x [N, I] -> [N, O], by pieces of rows that are rebuilt and multiplied."""
     y = x.new_empty(len(x), tiles.O)
     for first, rows in _pieces(tiles):
-        some_bias = None if bias is None else bias[first : first + rows]
-        y[:, first : first + rows] = torch.nn.functional.linear(x, dequantize(x, tiles, first, rows), some_bias)
+        out, W = y[:, first : first + rows], dequantize(x, tiles, first, rows).T
+        if bias is None:
+            torch.mm(x, W, out=out)
+        else:
+            torch.addmm(bias[first : first + rows], x, W, out=out)
     return y
 
 
 def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
-    """One launch for up to 64 tokens; beyond, weights are rebuilt by a kernel and multiplied by cuBLAS."""
-    N = len(x)
-    if N > FUSED_TOKENS:
+    """Up to 64 tokens are multiplied with codes and levels; for more, weights are rebuilt by a kernel and multiplied by cuBLAS."""
+    if len(x) > FUSED_TOKENS:
         return _multiply(x, tiles, bias)
-    tokens = next(t for t in (1, 2, 4, 8) if N <= 8 * t)
+    return _multiply_fused(x, tiles, bias, *_shares(len(x), tiles, x.device)) if len(x) else x.new_empty(0, tiles.O)
+
+
+def _shares(N: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
+    """(teams, warps, parts) for `_multiply_fused`: as measured to be best on an H200, by the rows of tiles a multiprocessor has.
+
+    Few rows: all warps of a block, and several blocks, share the columns. Many: small blocks, so that all are busy to the end.
+    """
+    if not _has_registers(device):
+        return 1, 8, 1
+    rows = tiles.codes.shape[0] / kernels.properties(device).multi_processor_count
+    if rows < 1 and N > 16:
+        return 1, 8, 4
+    if rows > 4:
+        return (4, 16, 1) if 8 < N <= 32 else (1, 4, 1)
+    return 1, 16 if N <= 32 and rows < (1.5 if tiles.bits == 4 and N <= 8 else 2.5) else 8, 1
+
+
+def _has_registers(device: torch.device) -> bool:
+    """For two rows of tiles a warp and 512 threads: see MOST_ROWS in lut_gemm.cu."""
+    return kernels.properties(device).major >= 8
+
+
+def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int, parts: int) -> torch.Tensor:
+    N, width = len(x), TILE_COLUMNS * tiles.codes.shape[1]
+    tokens, affine = next(t for t in (1, 2, 4, 8) if N <= 8 * t), tiles.levels is None
+    rows = 2 if tokens > 2 and not affine and _has_registers(x.device) else 1  # of tiles, a warp
+    missing = 8 * tokens - N if tokens > 1 else 0
+    if missing or width > tiles.I:
+        x = torch.nn.functional.pad(x, (0, width - tiles.I, 0, missing))
     y = x.new_empty(N, tiles.O)
-    if N:
-        arguments = (x, bias, y, tiles.O, tiles.I, tiles.groups, N)
-        parameters = (x.dtype, (x.dtype, None), x.dtype, int, int, int, int)
-        shared = 4 * 8 * tokens * TILE_ROWS * WARPS
-        _launch("lut_gemm", f"_{tokens}", tiles, x.dtype, (-(-tiles.O // TILE_ROWS), 1), shared, parameters, arguments)
+    partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
+    shared = 4 * 8 * tokens * TILE_ROWS * warps * rows
+    arguments = (x, bias, y, partial, tiles.O, tiles.I, tiles.groups, N, teams)
+    parameters = (x.dtype, (x.dtype, None), x.dtype, (torch.float32, None), *5 * [int])
+    blocks = (-(-tiles.codes.shape[0] // (teams * rows)), parts)
+    _launch("lut_gemm", f"_{tokens}", tiles, x.dtype, blocks, 32 * warps, shared, parameters, arguments)
+    if parts > 1:
+        parameters = (torch.float32, (x.dtype, None), x.dtype, int, int, int)
+        kernel = kernels.Kernel(CUDA_SOURCE, f"add_up_{NAMES[x.dtype]}", parameters)
+        kernels.launch(kernel, (-(-y.numel() // THREADS), 1), THREADS, 0, partial, bias, y, parts, N, tiles.O)
     return y
 
 
-def _launch(name: str, suffix: str, tiles: Tiles, dtype: torch.dtype, blocks: tuple, shared: int, parameters: tuple, arguments: tuple):
+def _launch(name: str, suffix: str, tiles: Tiles, dtype, blocks: tuple, threads: int, shared: int, parameters: tuple, arguments: tuple):
     expected = (-(-tiles.O // TILE_ROWS), -(-tiles.I // TILE_COLUMNS), tiles.bits, 32)
-    if tiles.codes.shape != expected or (tiles.planes is not None and tiles.planes.shape != (tiles.O, 2, 2**tiles.bits)):
+    if tiles.codes.shape != expected or (tiles.levels is not None and tiles.levels.shape != (tiles.O, 2**tiles.bits)):
         raise ValueError(f"{name}: tiles {tuple(tiles.codes.shape)} do not hold a weight [{tiles.O}, {tiles.I}] of {tiles.bits} bits")
-    if tiles.planes is None and (len(tiles.scale) != tiles.O or tiles.zero.shape != tiles.scale.shape or tiles.I % (16 * tiles.groups)):
+    if tiles.levels is None and (len(tiles.scale) != tiles.O or tiles.zero.shape != tiles.scale.shape or tiles.I % (16 * tiles.groups)):
         raise ValueError(f"{name}: scales {tuple(tiles.scale.shape)} do not fit a weight [{tiles.O}, {tiles.I}]: groups hold 16 n columns")
     kernel = kernels.Kernel(
         CUDA_SOURCE,
-        f"{name}_{tiles.bits}_{NAMES[dtype]}{suffix}",
-        (torch.int32, (torch.uint8, None), (torch.float16, None), (torch.uint8, None), *parameters),
+        f"{name}_{'affine' if tiles.levels is None else 'levels'}_{tiles.bits}_{NAMES[dtype]}{suffix}",
+        (torch.int32, (dtype, None), (torch.float16, None), (torch.uint8, None), *parameters),
     )
-    kernels.launch(kernel, blocks, THREADS, shared, tiles.codes, tiles.planes, tiles.scale, tiles.zero, *arguments)
+    kernels.launch(kernel, blocks, threads, shared, tiles.codes, tiles.levels, tiles.scale, tiles.zero, *arguments)
 
 
 def _pieces(tiles: Tiles):
@@ -200,17 +232,16 @@ def dequantize(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch
 
 def _dequantize_cuda(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch.Tensor:
     W = like.new_empty(rows, tiles.I)
-    blocks = (-(-rows // TILE_ROWS), -(-tiles.I // (TILE_COLUMNS * WARPS)))
+    blocks = (-(-rows // TILE_ROWS), -(-tiles.codes.shape[1] // (WARPS * TILES_A_WARP)))
     arguments = (W, tiles.O, tiles.I, tiles.groups, first, rows)
-    _launch("dequantize", "", tiles, like.dtype, blocks, 0, (like.dtype, *5 * [int]), arguments)
+    _launch("dequantize", "", tiles, like.dtype, blocks, THREADS, 0, (like.dtype, *5 * [int]), arguments)
     return W
 
 
 def _dequantize(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch.Tensor:
     codes = untile_codes(tiles.codes[first // TILE_ROWS : -(-(first + rows) // TILE_ROWS)], tiles.bits, rows, tiles.I).long()
     some = slice(first, first + rows)
-    if tiles.planes is not None:
-        levels = tiles.planes[some].transpose(1, 2).contiguous().view(like.dtype)  # [rows, K, 1]
-        return levels.squeeze(2).gather(1, codes)
+    if tiles.levels is not None:
+        return tiles.levels[some].to(like.dtype).gather(1, codes)
     levels = affine_levels(tiles.scale[some], tiles.zero[some], tiles.bits).to(like.dtype)  # [rows, G, K]
     return levels.gather(2, codes.view(rows, tiles.groups, -1)).view(rows, tiles.I)

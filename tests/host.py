@@ -10,6 +10,7 @@ import re
 import struct
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
@@ -94,6 +95,7 @@ def run_on(monkeypatch, built: ctypes.CDLL) -> list[tuple]:
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.delenv("LEANQUANT_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
+    monkeypatch.setattr(kernels, "properties", lambda device: SimpleNamespace(multi_processor_count=2, major=9))
     monkeypatch.setattr(kernels, "_compiled", lambda source, name, index: getattr(built, f"launch_{name}"))
     monkeypatch.setattr(kernels, "_call", call)
     return launches

@@ -25,7 +25,7 @@
 struct Index {
     int x, y;
 };
-static Index blockIdx, blockDim, threadIdx;
+static Index blockIdx, blockDim, gridDim, threadIdx;
 alignas(16) char shared_memory[232448];
 
 namespace host {
@@ -121,6 +121,7 @@ static void launch(void (*kernel)(A...), int blocks_x, int blocks_y, int threads
     ASAN_POISON_MEMORY_REGION(shared_memory + shared, sizeof shared_memory - shared);
 #endif
     blockDim.x = threads;
+    gridDim = {blocks_x, blocks_y};
     for (blockIdx.y = 0; blockIdx.y < blocks_y; ++blockIdx.y)
         for (blockIdx.x = 0; blockIdx.x < blocks_x; ++blockIdx.x) run_block(threads);
 #ifdef __SANITIZE_ADDRESS__
@@ -169,7 +170,9 @@ struct uint4 {
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static unsigned __float_as_uint(float x) { return as_bits(x); }
 static float __uint_as_float(unsigned bits) { return __int_as_float((int)bits); }
-static unsigned __byte_perm(unsigned low, unsigned high, unsigned selector) {
+static int min(int a, int b) { return a < b ? a : b; }
+static unsigned upper_half(unsigned x) { return x >> 16; }
+static unsigned permute(unsigned low, unsigned high, unsigned selector) {
     const unsigned long long bytes = (unsigned long long)high << 32 | low;
     unsigned result = 0;
     for (int i = 0; i < 4; ++i) result |= (unsigned)(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;

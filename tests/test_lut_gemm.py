@@ -3,6 +3,7 @@
 Without a GPU the same source runs on the host (tests/host.py); with one (`pytest -m gpu`) the kernels themselves.
 """
 
+import itertools
 import json
 import subprocess
 import sys
@@ -38,7 +39,7 @@ def make_tiles(O: int, I: int, groups: int, bits: int, dtype: torch.dtype, seed:
     tiled = lut_gemm.tile_codes(codes, bits)
     if not groups:
         levels = torch.randn(O, 2**bits, generator=generator).to(dtype)  # unsorted, as in the published files
-        return Tiles(tiled, lut_gemm.level_planes(levels), None, None, bits, O, I), levels.gather(1, codes.long())
+        return Tiles(tiled, levels, None, None, bits, O, I), levels.gather(1, codes.long())
     scale = (torch.rand(O, groups, generator=generator) + 0.1).half()
     zero = torch.randint(0, 2**bits, (O, groups), dtype=torch.uint8, generator=generator)
     levels = affine_levels(scale, zero, bits).to(dtype)
@@ -88,7 +89,10 @@ def test_kernels_on_the_host(built, monkeypatch, shape, bits, dtype):
     for N in TOKENS if I < 300 and O < 36 else (1, 8):
         x = draw(N, I, dtype=dtype)
         assert_like(lut_gemm._multiply_cuda(x, tiles, bias), x, W, bias)
-    assert {name for name, *_ in launches} >= {f"dequantize_{bits}_{lut_gemm.NAMES[dtype]}", f"lut_gemm_{bits}_{lut_gemm.NAMES[dtype]}_1"}
+    for split in ((1, 4, 2), (2, 4, 1), (4, 8, 3)):
+        assert_like(lut_gemm._multiply_fused(x, tiles, bias, *split), x, W, bias)
+    kind = f"{'affine' if groups else 'levels'}_{bits}_{lut_gemm.NAMES[dtype]}"
+    assert {name for name, *_ in launches} >= {f"dequantize_{kind}", f"lut_gemm_{kind}_1"}
 
 
 @pytest.fixture(scope="module")
@@ -109,11 +113,11 @@ def test_kernels_of_older_gpus_on_the_host(built_without_tensor_cores, monkeypat
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_hostile_levels_on_the_host(built, monkeypatch, bits):
-    """Denormals, zeros, the largest numbers, equal levels: every bit pattern comes through the byte planes."""
+    """Denormals, zeros, the largest numbers, equal levels: every bit pattern comes through the tables."""
     codes = torch.arange(20 * 64).view(20, 64).remainder(2**bits).to(torch.uint8)
     patterns = torch.tensor([0, 1, 0x3FF, 0x400, 0x8001, 0x7BFF, -0x401, -0x8000, 0x3C00, 0x00FF, 0x7F00, 0x0100, 5, 5, 5, -1025])
     levels = patterns[: 2**bits].to(torch.int16).view(torch.float16).expand(20, -1).contiguous()
-    tiles = Tiles(lut_gemm.tile_codes(codes, bits), lut_gemm.level_planes(levels), None, None, bits, 20, 64)
+    tiles = Tiles(lut_gemm.tile_codes(codes, bits), levels, None, None, bits, 20, 64)
     host.run_on(monkeypatch, built)
     W = lut_gemm.dequantize(levels, tiles, 0, 20)
     assert torch.equal(W.view(torch.int16), levels.gather(1, codes.long()).view(torch.int16))
@@ -122,13 +126,15 @@ def test_hostile_levels_on_the_host(built, monkeypatch, bits):
 def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
     """Every kernel once under AddressSanitizer and UBSan, on odd sizes, with buffers of exactly the tensors' sizes."""
     launches = host.run_on(monkeypatch, built)
-    for number, (bits, dtype) in enumerate((b, d) for b in (4, 3, 2) for d in DTYPES):
+    for bits, dtype, shape in itertools.product((4, 3, 2), DTYPES, ((17, 70, 0), (35, 192, 3))):
+        tiles, W = make_tiles(*shape, bits, dtype)
+        bias = draw(tiles.O, dtype=dtype)
         for N in (1, 11, 19, 33):
-            tiles, W = make_tiles(*SHAPES[2 + number % 4], bits, dtype)
-            lut_gemm._multiply_cuda(draw(N, tiles.I, dtype=dtype), tiles, draw(tiles.O, dtype=dtype) if N > 1 else None)
+            lut_gemm._multiply_cuda(draw(N, tiles.I, dtype=dtype), tiles, bias if N > 1 else None)
         lut_gemm.dequantize(W, tiles, 0, tiles.O)
-    tiles, W = make_tiles(35, 192, 3, 4, torch.float16)
-    lut_gemm._multiply_cuda(draw(2, 192, dtype=torch.float16), tiles, None)
+    for dtype in DTYPES:
+        tiles, _ = make_tiles(35, 192, 0, 4, dtype)
+        lut_gemm._multiply_fused(draw(2, 192, dtype=dtype), tiles, None, 1, 4, 2)
     names = host.kernel_names(CUDA_SOURCE)
     assert {name for name, *_ in launches} == set(names)
     program = host.executable(CUDA_SOURCE, names, tmp_path)
@@ -142,7 +148,7 @@ def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
 
 def operator_arguments(N: int = 3, dtype: torch.dtype = torch.float16) -> tuple:
     tiles, _ = make_tiles(37, 200, 0, 3, dtype)
-    return draw(2, N, 200, dtype=dtype), tiles.codes, tiles.planes, None, None, draw(37, dtype=dtype, seed=3), 3, 37
+    return draw(2, N, 200, dtype=dtype), tiles.codes, tiles.levels, None, None, draw(37, dtype=dtype, seed=3), 3, 37
 
 
 def test_operator_is_well_formed():
@@ -196,7 +202,7 @@ def test_tiles_that_do_not_fit_are_refused(built, monkeypatch):
     host.run_on(monkeypatch, built)
     tiles, _ = make_tiles(37, 200, 0, 4, torch.float16)
     x = draw(2, 200, dtype=torch.float16)
-    for wrong in (tiles._replace(O=60), tiles._replace(bits=3), tiles._replace(I=300), tiles._replace(planes=tiles.planes[:5])):
+    for wrong in (tiles._replace(O=60), tiles._replace(bits=3), tiles._replace(I=300), tiles._replace(levels=tiles.levels[:5])):
         with pytest.raises(ValueError, match="do not hold a weight"):
             lut_gemm._multiply_cuda(x, wrong, None)
     grouped, _ = make_tiles(35, 192, 3, 4, torch.float16)

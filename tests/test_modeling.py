@@ -261,8 +261,9 @@ def test_what_does_not_fit_the_gpu_stays_on_the_host():
             FIXTURES / "llama_base",
             FIXTURES / "llama_4bit.safetensors",
             torch_dtype=torch.float32,
-            max_memory={0: 100_000, "cpu": "1GB"},
+            max_memory={0: 240_000, "cpu": "1GB"},  # the embedding and one of the two layers
         )
+    assert {name: model.hf_device_map[name] for name in ("model.embed_tokens", "lm_head")} == {"model.embed_tokens": 0, "lm_head": "cpu"}
     found = logits(model, expected["test_ids"].cuda()).cpu()
     torch.testing.assert_close(found, expected["logits"], atol=1e-3, rtol=0)
 
