@@ -634,6 +634,7 @@ def working(run: Run, made: bool, needed: float, fingerprint: dict) -> Iterator[
 
 def quantize_anew(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, settings: dict, writer, journal: Journal) -> None:
     """Quantize `model`, going on after the layers that `journal` has; its checkpoint is the result then, and the journal has the report."""
+    modelutils.steady_memory()
     if writer and run.save_path:
         writer.keep(journal.parts)
     if journal.layers:

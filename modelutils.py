@@ -9,6 +9,7 @@ Legend: n sequences, T tokens a sequence, B sequences a batch, D hidden size.
 import contextlib
 import ctypes
 import difflib
+import functools
 import inspect
 import itertools
 import re
@@ -34,6 +35,9 @@ from leanquant.packing import Checkpoint
 
 HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
 NOT_HUB_FILES = ["original/*", "consolidated*"]
+# Parameters of glibc's mallopt, and their values in bytes.
+M_TRIM_THRESHOLD, KEPT_AT_THE_END = -1, 2**24
+M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**22
 
 
 def resolve_model(name_or_path: str, files: Sequence[str] = HUB_FILES) -> Path:
@@ -76,7 +80,23 @@ def check_seqlen(folder: Path, seqlen: int) -> None:
 def release_memory() -> None:
     """Hand freed memory back to the system: glibc keeps it in fragments, by which the peak would grow, and differ from run to run."""
     with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        _libc().malloc_trim(0)
+
+
+@functools.cache
+def _libc() -> ctypes.CDLL:
+    """Made once: each CDLL has a class of its own, which stays in the heap until all garbage is collected. One for each phase lay between
+    what was freed and cut it into ever smaller holes, and the peak grew with the layers."""
+    return ctypes.CDLL("libc.so.6")
+
+
+def steady_memory() -> None:
+    """Have glibc map each large block by itself, and give it back once it is free. Left alone it does so with the first layer's only:
+    blocks of their sizes come from the heap from then on, the holes they leave differ from layer to layer, and the worst is the peak.
+    What is free at the heap's end is kept up to a size, as glibc would do by itself, and `release_memory` gives it back."""
+    with contextlib.suppress(OSError, AttributeError):
+        _libc().mallopt(M_MMAP_THRESHOLD, LARGE_BLOCK)
+        _libc().mallopt(M_TRIM_THRESHOLD, KEPT_AT_THE_END)
 
 
 class _Stop(Exception):
@@ -177,6 +197,7 @@ class StreamedModel:
         except ValueError as error:
             raise InputError(f"{folder} is not a causal language model that transformers knows ({str(error).splitlines()[0]})") from None
         split_experts(self.model)
+        self._bare = dict(self.model.named_parameters(remove_duplicate=False))  # without values, to be put back in their place
         use_model_names(checkpoint, self.model)
         self.layers_name, self.layers = find_layers(self.model)
         self.embedding_name = _weight_name(self.model, self.model.get_input_embeddings())
@@ -275,10 +296,11 @@ class StreamedModel:
             module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
 
     def _empty(self, names: list[str]) -> None:
+        """Take the values away. New parameters without any would lie in the heap between what a layer frees, and cut it into holes."""
         for name in names:
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            module._parameters[leaf] = nn.Parameter(module._parameters[leaf].to("meta"), requires_grad=False)
+            module._parameters[leaf] = self._bare[name]
 
     @contextlib.contextmanager
     def layer(self, index: int, following: int | None = None) -> Iterator[nn.Module]:
