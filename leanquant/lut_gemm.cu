@@ -120,14 +120,19 @@ __device__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
 const int TILE_ROWS = 16, TILE_COLUMNS = 64, PIECE = 8, STEPS = 4;
 const int WARPS = 8;  // of a thread block that dequantizes
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-// Rows of tiles that a warp takes; tiles whose codes are under way, for up to 8 and up to 16 tokens. Products made by shuffles
-// leave no registers for more.
-const int MOST_ROWS = 1, FEW_AHEAD = 1, MORE_AHEAD = 1;
-#define BOUNDS(THREADS) __launch_bounds__(256, 1)
+const bool BY_SHUFFLES = true;  // products, of some type: they leave registers for less else
 #else
-const int MOST_ROWS = 2, FEW_AHEAD = 3, MORE_AHEAD = 2;
-#define BOUNDS(THREADS) __launch_bounds__(THREADS)
+const bool BY_SHUFFLES = false;
 #endif
+// Rows of tiles that a warp takes; tiles whose codes are under way, for up to 8 and up to 16 tokens.
+const int MOST_ROWS = BY_SHUFFLES ? 1 : 2, FEW_AHEAD = BY_SHUFFLES ? 1 : 3, MORE_AHEAD = BY_SHUFFLES ? 1 : 2;
+
+// Most threads of a block, so that registers suffice; and for which kernels the compiler is to aim at one block a multiprocessor,
+// because with its usual aim it keeps a few bytes in memory.
+constexpr __device__ int most_threads(int tokens, bool affine) {
+    return BY_SHUFFLES || affine || tokens == 8 ? 256 : tokens == 4 ? 384 : 512;
+}
+constexpr __device__ int least_blocks(bool affine) { return BY_SHUFFLES || affine ? 1 : 0; }
 
 // A weight matrix [O, I] in tiles. `levels` [O, K] in its dtype; or, where that is null, scale (float16) and zero [O, G].
 struct Weight {
@@ -305,14 +310,12 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
     const int members = warps / teams, parts = members * gridDim.y, each = (count + parts - 1) / parts;
     const int begin = min((blockIdx.y * members + warp / teams) * each, count), end = min(begin + each, count);
     const int block_row = blockIdx.x * teams * ROWS, first = block_row + warp % teams * ROWS;
-    const unsigned* rows[ROWS];
+    const unsigned* tiles = weight.tile_row(min(first, last), BITS);
+    const int next_row = first < last ? count * BITS * 32 : 0;  // words to the second row of tiles, if there is one
     Decoder<BITS, BF16, AFFINE> decoders[ROWS];
     float sums[ROWS][TOKENS][4] = {};
 #pragma unroll
-    for (int r = 0; r < ROWS; ++r) {
-        rows[r] = weight.tile_row(min(first + r, last), BITS);
-        decoders[r].start(weight, min(first + r, last));
-    }
+    for (int r = 0; r < ROWS; ++r) decoders[r].start(weight, min(first + r, last));
     struct Loaded {
         Words<BITS> words[ROWS];
         typename Decoder<BITS, BF16, AFFINE>::Group groups[ROWS][2];
@@ -321,7 +324,7 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
     auto load_codes = [&](int k, Loaded& loaded) {
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) {
-            loaded.words[r].load(rows[r], k);
+            loaded.words[r].load(tiles + r * next_row, k);
             decoders[r].ask(weight, column_of(k, 0), loaded.groups[r][0]);
             decoders[r].ask(weight, column_of(k, 1), loaded.groups[r][1]);
         }
@@ -360,11 +363,20 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
         });
     } else {
         const uint16* token = x + (long long)g * width + column_of(0, 0);
+        auto load_x = [&](int n, int k, int piece) {
+            return *(const uint4*)(token + 8 * n * width + k * TILE_COLUMNS + TILE_COLUMNS / 2 * piece);
+        };
+        const bool early = TOKENS == 8 || (TOKENS == 2 && !AFFINE);  // x is asked for one product early, where registers suffice
+        uint4 next;
+        if (early && begin < end) next = load_x(0, begin, 0);
         for_tiles<Loaded, TOKENS == 2 && !AFFINE ? MORE_AHEAD : 1>(begin, end, load_codes, [&](int k, const Loaded& loaded) {
             decode(loaded, [&](int piece, const unsigned(&a)[ROWS][2][4]) {
 #pragma unroll
-                for (int n = 0; n < TOKENS; ++n)
-                    multiply_rows(n, a, *(const uint4*)(token + 8 * n * width + k * TILE_COLUMNS + TILE_COLUMNS / 2 * piece));
+                for (int n = 0; n < TOKENS; ++n) {
+                    const uint4 b = early ? next : load_x(n, k, piece);
+                    if (early) next = n + 1 < TOKENS ? load_x(n + 1, k, piece) : load_x(0, min(k + piece, count - 1), 1 - piece);
+                    multiply_rows(n, a, b);
+                }
             });
         });
     }
@@ -445,25 +457,25 @@ __device__ void dequantize(const Weight& weight, uint16* out, int first_row, int
     });
 }
 
-// Most threads a block has, so that registers suffice: 64 tokens' sums take 64 of them.
-#define GEMM(NAME, BITS, BF16, AFFINE, TOKENS, ROWS, THREADS)                                                            \
-    extern "C" __global__ void BOUNDS(THREADS) lut_gemm_##NAME##_##TOKENS(                                  \
-        const unsigned* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,          \
-        const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N, int teams) {                        \
+#define GEMM(NAME, BITS, BF16, AFFINE, TOKENS, ROWS)                                                                     \
+    extern "C" __global__ void __launch_bounds__(most_threads(TOKENS, AFFINE), least_blocks(AFFINE))                   \
+        lut_gemm_##NAME##_##TOKENS(                                                                                    \
+            const unsigned* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,      \
+            const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N, int teams) {                    \
         lut_gemm<BITS, BF16, AFFINE, TOKENS, ROWS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N, teams); \
     }
 #define KERNELS(NAME, BITS, BF16, AFFINE, ROWS)                                                                         \
-    GEMM(NAME, BITS, BF16, AFFINE, 1, 1, 512) GEMM(NAME, BITS, BF16, AFFINE, 2, 1, 512)                                \
-    GEMM(NAME, BITS, BF16, AFFINE, 4, ROWS, 512) GEMM(NAME, BITS, BF16, AFFINE, 8, ROWS, 256)                          \
+    GEMM(NAME, BITS, BF16, AFFINE, 1, 1) GEMM(NAME, BITS, BF16, AFFINE, 2, 1) GEMM(NAME, BITS, BF16, AFFINE, 4, ROWS)  \
+    GEMM(NAME, BITS, BF16, AFFINE, 8, ROWS)                                                                            \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize_##NAME(                                        \
         const unsigned* tiles, const uint16* levels, const uint16* scale, const uint8* zero, uint16* out, int O, int I, int G, \
         int first_row, int rows) {                                                                                     \
         dequantize<BITS, BF16, AFFINE>({tiles, levels, scale, zero, O, I, G}, out, first_row, rows);                   \
     }
 #define WIDTHS(TYPE, BF16)                                                                                              \
-    KERNELS(levels_4_##TYPE, 4, BF16, false, MOST_ROWS)                                                                      \
-    KERNELS(levels_3_##TYPE, 3, BF16, false, MOST_ROWS)                                                                      \
-    KERNELS(levels_2_##TYPE, 2, BF16, false, MOST_ROWS)                                                                      \
+    KERNELS(levels_4_##TYPE, 4, BF16, false, MOST_ROWS)                                                                \
+    KERNELS(levels_3_##TYPE, 3, BF16, false, MOST_ROWS)                                                                \
+    KERNELS(levels_2_##TYPE, 2, BF16, false, MOST_ROWS)                                                                \
     KERNELS(affine_4_##TYPE, 4, BF16, true, 1)                                                                         \
     KERNELS(affine_3_##TYPE, 3, BF16, true, 1)                                                                         \
     KERNELS(affine_2_##TYPE, 2, BF16, true, 1)                                                                         \

@@ -168,14 +168,15 @@ def _shares(N: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
 
     Few rows: all warps of a block, and several blocks, share the columns. Many: small blocks, so that all are busy to the end.
     """
-    if not _has_registers(device):
+    if not _has_registers(device) or tiles.levels is None:
         return 1, 8, 1
     rows = tiles.codes.shape[0] / kernels.properties(device).multi_processor_count
+    most = 16 if N <= 16 else 12 if N <= 32 else 8  # registers suffice for no more
     if rows < 1 and N > 16:
         return 1, 8, 4
     if rows > 4:
-        return (4, 16, 1) if 8 < N <= 32 else (1, 4, 1)
-    return 1, 16 if N <= 32 and rows < (1.5 if tiles.bits == 4 and N <= 8 else 2.5) else 8, 1
+        return (4, most, 1) if 8 < N <= 32 else (1, 4, 1)
+    return 1, most if rows < (1.5 if tiles.bits == 4 and N <= 8 else 2.5) else 8, 1
 
 
 def _has_registers(device: torch.device) -> bool:

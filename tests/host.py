@@ -74,7 +74,7 @@ def executable(cuda: Path, names: list[str], folder: Path) -> Path:
 def kernel_names(cuda: Path) -> list[str]:
     """Of a CUDA file, as the compiler would list them: macros that make kernels are expanded."""
     made = subprocess.run(["g++", "-E", "-P", "-x", "c++", str(cuda)], check=True, capture_output=True, text=True).stdout
-    return re.findall(r'extern "C" __global__ void (?:__launch_bounds__\([^()]*(?:\([^()]*\))?[^()]*\)\s*)?(\w+)\(', made)
+    return re.findall(r'extern "C" __global__ void (?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(', made)
 
 
 def run_on(monkeypatch, built: ctypes.CDLL) -> list[tuple]:
