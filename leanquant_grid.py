@@ -169,7 +169,7 @@ def _best_borders(s: _Sorted, candidates: torch.Tensor, K: int) -> torch.Tensor:
     m1 = A.shape[1]
     # The table [rows, m+1, m+1] of gains is read K times: it should stay in the cache of a core. Its memory is
     # allocated once, because fresh pages cost more than the arithmetic.
-    rows = max(1, (2**18 if A.device.type == "cpu" else 2**27) // m1**2)
+    rows = max(1, (2**18 if A.device.type == "cpu" else 2**25) // m1**2)
     wide = torch.empty(2, min(rows, len(A)), m1, m1, dtype=torch.float64, device=A.device)
     narrow = torch.empty_like(wide, dtype=torch.float32)
     backward = torch.ones(m1, m1, dtype=torch.bool, device=A.device).tril(-1)
