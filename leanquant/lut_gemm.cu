@@ -299,10 +299,10 @@ __device__ void for_tiles(int begin, int end, Load load, Work work) {
         }
 }
 
-// y [N, O] = x W^T + bias for N <= 8 TOKENS; x [N, or 8 TOKENS if TOKENS > 1; whole tiles, zeros beyond I]. A warp takes ROWS rows of tiles, so that x is read
-// once for them; a thread block `teams` times as many. The warps of a team share the columns' tiles, and so do gridDim.y
-// blocks. Warps add up in shared memory, warps x ROWS x 8 TOKENS x 16 floats, blocks through partial [gridDim.y, N, O], which
-// add_up reads. With up to 8 tokens, lanes of those beyond N read the last one again.
+// y [N, O] = x W^T + bias for N <= 8 TOKENS. x has whole tiles of columns, zeros beyond I, and, for TOKENS > 1, 8 TOKENS rows; for
+// TOKENS = 1 it has N, and lanes of the others read the last one again. A warp takes ROWS rows of tiles, so that x is read once
+// for them; a thread block `teams` times as many. The warps of a team share the columns' tiles, and so do gridDim.y blocks. Warps
+// add up in shared memory, warps x ROWS x 8 TOKENS x 16 floats, blocks through partial [gridDim.y, N, O], which add_up reads.
 template <int BITS, bool BF16, bool AFFINE, int TOKENS, int ROWS>
 __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, float* partial, int N, int teams) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warps = blockDim.x / 32;
@@ -413,7 +413,7 @@ __device__ void add_up(const float* partial, const uint16* bias, uint16* y, int 
     y[at] = to_bits<BF16>(sum);
 }
 
-// A piece of a row of W at `column`, from the fragments of its two products; half: of row g or g + 8.
+// A piece of a row of W at `column`, from the fragments of its two steps; half: of row g or g + 8.
 __device__ void store(uint16* row, int column, int I, int half, const unsigned (&a)[2][4]) {
     if (column + PIECE <= I && I % PIECE == 0) {
         *(uint4*)(row + column) = make_uint4(a[0][half], a[0][half + 2], a[1][half], a[1][half + 2]);

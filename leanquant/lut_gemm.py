@@ -93,17 +93,24 @@ torch.library.define(
 
 
 def lut_linear(x: torch.Tensor, codes: torch.Tensor, levels, scale, zero, bias, bits: int, rows: int) -> torch.Tensor:
-    """x [..., I] W^T + bias [O] for the weight of a `Tiles`; rows = O. float16 or bfloat16 in and out, summed in float32."""
-    return torch.ops.leanquant.lut_linear(x, codes, levels, scale, zero, bias, bits, rows)
+    """x [..., I] W^T + bias [O] for the weight of a `Tiles`; rows = O. float16 or bfloat16 in and out, summed in float32.
+
+    A plain tensor without a gradient does not go through the operator, which costs more time on the host than the rest.
+    """
+    plain = type(x) is torch.Tensor and not (x.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_compiling()
+    multiply = _lut_linear if plain and not x.is_meta else torch.ops.leanquant.lut_linear
+    return multiply(x, codes, levels, scale, zero, bias, bits, rows)
 
 
-@torch.library.impl("leanquant::lut_linear", "CompositeExplicitAutograd")
 def _lut_linear(x, codes, levels, scale, zero, bias, bits, rows):
     tiles = Tiles(codes, levels, scale, zero, bits, rows, x.shape[-1])
     flat = x.reshape(-1, x.shape[-1]).contiguous()
     if flat.data_ptr() % 16:
         flat = flat.clone()  # the kernels read 16 bytes at a time
     return kernels.run(_multiply_cuda, _multiply, flat, tiles, bias).view(*x.shape[:-1], rows)
+
+
+torch.library.impl("leanquant::lut_linear", "CompositeExplicitAutograd", _lut_linear)
 
 
 @torch.library.register_fake("leanquant::lut_linear")
@@ -185,6 +192,7 @@ def _has_registers(device: torch.device) -> bool:
 
 
 def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int, parts: int) -> torch.Tensor:
+    """x [N, I] -> [N, O], N <= 64, by blocks of `warps` warps for `teams` rows of tiles each; `parts` blocks share the columns."""
     N, width = len(x), TILE_COLUMNS * tiles.codes.shape[1]
     tokens, affine = next(t for t in (1, 2, 4, 8) if N <= 8 * t), tiles.levels is None
     rows = 2 if tokens > 2 and not affine and _has_registers(x.device) else 1  # of tiles, a warp
