@@ -661,11 +661,12 @@ class ModelWriter:
             self._temporary.cleanup()
             return
         with contextlib.suppress(OSError):  # what cannot be removed stays
-            if not keep:
-                _empty(self.folder, keep=lambda entry: entry.name == "lock")
-            if [entry.name for entry in self.folder.iterdir()] == ["lock"]:
-                (self.folder / "lock").unlink()  # last, and held until then: nobody may come in while the rest goes
-                self.folder.rmdir()
+            if not keep or [entry.name for entry in self.folder.iterdir()] == ["lock"]:
+                gone = self.folder.with_name(self.save_path.name + ".finished")
+                if gone.exists() and _is_work_folder(gone):  # of a run that was killed here
+                    shutil.rmtree(gone)
+                os.rename(self.folder, gone)  # at once: a run is under way, or over
+                shutil.rmtree(gone)
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -720,9 +721,13 @@ def _empty(folder: Path, keep: Callable[[Path], bool]) -> None:
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
+def _is_work_folder(folder: Path) -> bool:
+    return folder.is_dir() and all(WORK_FILE.fullmatch(entry.name) for entry in folder.iterdir())
+
+
 def _make_folder(folder: Path, flag: str) -> None:
     """Make the folder of the parts, or take the one that a killed run left; anything else is not touched."""
-    if folder.exists() and not (folder.is_dir() and all(WORK_FILE.fullmatch(entry.name) for entry in folder.iterdir())):
+    if folder.exists() and not _is_work_folder(folder):
         raise InputError(f"{folder}, where this run would work, holds other things: move it or give another {flag}")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -600,28 +600,40 @@ def test_nothing_bears_the_name_of_the_result_before_it_is_complete(name, tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == [name], "what the crash left is gone after the next run"
 
 
-def test_nobody_comes_in_while_a_run_clears_up(tmp_path, monkeypatch):
-    """Not before the last of its files is gone, and not with a lock that it has removed."""
-    writer, real, path, seen = ModelWriter(tmp_path / "m", False, 10), Path.unlink, tmp_path / "m.partial", []
+def test_a_run_is_over_before_it_clears_up(tmp_path, monkeypatch):
+    """Whatever it is killed at, nothing says that it is under way; and nobody comes in with the lock that it held."""
+    writer, path = ModelWriter(tmp_path / "m", False, 10), tmp_path / "m.partial"
     writer.add(PARTS[0])
-
-    def unlink(file, *args, **options):
-        seen.append(file.name)
-        if file.name != "lock":
-            with pytest.raises(InputError, match="another run is working"):
-                packing._lock(path, "--save_path")
-        return real(file, *args, **options)
-
     late = os.open(path / "lock", os.O_RDWR)
+
+    def killed(folder, *args):
+        assert not path.exists()
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", unlink)
-        writer.close()
-    assert seen == ["part-00000.safetensors", "lock"] and not path.exists()
+        patch.setattr(shutil, "rmtree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            writer.close()
+    os.close(writer._lock)  # as the end of its process does
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.finished"]
     path.mkdir()
     with monkeypatch.context() as patch:
         patch.setattr(os, "open", lambda *_: late)  # by a run that had opened it before
         with pytest.raises(InputError, match="give the command again"):
             packing._lock(path, "--save_path")
+    assert_holds_everything(write(tmp_path / "m"))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"], "what the kill left is gone after the next run"
+
+
+def test_what_is_not_a_runs_is_not_cleared_up(tmp_path):
+    """Where it would have to, the working folder stays, and the next run uses it."""
+    (tmp_path / "m.finished").mkdir()
+    (tmp_path / "m.finished" / "thesis.txt").touch()
+    write(tmp_path / "m")
+    assert (tmp_path / "m.finished" / "thesis.txt").exists() and (tmp_path / "m.partial").exists()
+    (tmp_path / "m.finished" / "thesis.txt").unlink()
+    assert_holds_everything(write(tmp_path / "m", overwrite=True))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m"]
 
 
 @pytest.mark.parametrize("name", ["m.safetensors", "m"])
