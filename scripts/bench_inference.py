@@ -23,7 +23,7 @@ from torch import nn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from bench_quantize import LLAMA_3_8B, machine, ready, save  # noqa: E402
+from bench_quantize import LLAMA_3_8B, machine, milliseconds_by_events, ready, save  # noqa: E402
 from leanquant import lut_gemm  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
 from leanquant.packing import PackedLinear, packed_width, unpack_codes  # noqa: E402
@@ -74,12 +74,7 @@ def milliseconds(operations: list[Callable], device: torch.device, repeats: int 
     with torch.cuda.graph(graph):
         kept = [operation() for operation in operations]  # noqa: F841 - keeps outputs apart
     for _ in range(repeats + 3):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop) / len(operations))
+        times.append(milliseconds_by_events(graph.replay) / len(operations))
     return median(times[3:])
 
 
@@ -96,15 +91,7 @@ def copy_bandwidth(device: torch.device) -> float:
     target = torch.empty_like(source)
     if device.type == "cpu":
         return 2 * size / milliseconds([lambda: target.copy_(source)], device) / 1e9
-    times = []
-    for _ in range(10):
-        start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        target.copy_(source)
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return 2 * size / min(times) / 1e9
+    return 2 * size / min(milliseconds_by_events(lambda: target.copy_(source)) for _ in range(10)) / 1e9
 
 
 # --- products --------------------------------------------------------------------------------------------------

@@ -128,12 +128,7 @@ def milliseconds(operation: Callable, device: torch.device, budget: float = 3.0)
     times, began = [], None
     while began is None or len(times) < 3 or (len(times) < 20 and time.perf_counter() - began < budget):
         if device.type == "cuda":
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            operation()
-            stop.record()
-            stop.synchronize()
-            taken = start.elapsed_time(stop)
+            taken = milliseconds_by_events(operation)
         else:
             start = time.perf_counter()
             operation()
@@ -143,6 +138,16 @@ def milliseconds(operation: Callable, device: torch.device, budget: float = 3.0)
         else:
             times.append(taken)
     return median(times)
+
+
+def milliseconds_by_events(operation: Callable) -> float:
+    """Of one run on the current GPU."""
+    start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    operation()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
 
 
 def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
