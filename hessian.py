@@ -203,7 +203,7 @@ def _on_tensor_cores(X: torch.Tensor) -> bool:
 def _difference(theirs: torch.Tensor, ours: torch.Tensor) -> torch.Tensor:
     """theirs - ours, float32 [N, J], on the device of `ours`."""
     ours = ours.reshape(-1, ours.shape[-1])
-    return theirs.to(ours.device).float().view_as(ours) - ours
+    return theirs.to(ours.device, torch.float32, copy=True).view_as(ours).sub_(ours)
 
 
 def accumulate_hessian(H: torch.Tensor, X: torch.Tensor) -> None:

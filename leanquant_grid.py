@@ -26,6 +26,7 @@ MIN_SCALE = 2.0**-24
 # Differences of float64 prefix sums below this share of their total are rounding noise.
 NOISE = 1e-14
 KMEANS_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}  # of a chunk of rows in k-means, at about 60 bytes each
+SEARCH_BYTES = {"cpu": 2**22, "cuda": 2**30}  # of a chunk of rows in the search for scales: a CPU's tables stay in a core's cache
 
 
 def sensitivity(diagonal: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -91,7 +92,7 @@ def local_kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, seed: int =
     """
     K = 2**bits
     is_uniform = start == "uniform" or (start == "published" and K <= 8)
-    chunk = max(1, (2**18 if W.device.type == "cpu" else 2**24) // W.shape[1])  # k-means++ takes about 200 bytes an element
+    chunk = max(1, (2**18 if W.device.type == "cpu" else 2**23) // W.shape[1])  # k-means++ takes about 200 bytes an element
     generator = torch.Generator(W.device).manual_seed(seed)
     levels = []
     for rows, a_rows in _row_chunks(W, a, chunk):
@@ -277,7 +278,7 @@ def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int =
         raise ValueError(f"partitions must be even and at least 2, not {partitions}")
     tables = 0 if kernels.on_gpu(W) else 40 * 2**bits * (partitions if exhaustive else 264)
     per_row = 60 * W.shape[1] + tables
-    chunk = max(1, (2**22 if W.device.type == "cpu" else 2**30) // per_row)  # a CPU: tables that stay in a core's cache
+    chunk = max(1, SEARCH_BYTES["cpu" if W.device.type == "cpu" else "cuda"] // per_row)
     found = [_affine_rows(rows, a_rows, 2**bits, partitions, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)]
     return Affine(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 

@@ -25,7 +25,7 @@ from datautils import CORPORA
 from hessian import PANEL, at_a_time, statistics_size, sums_outputs
 from leanquant.linear import free_host_bytes
 from leanquant.packing import packed_width
-from leanquant_grid import KMEANS_ELEMENTS
+from leanquant_grid import KMEANS_ELEMENTS, SEARCH_BYTES
 
 FLOAT = 4  # Hessians, and weights while they are solved
 # Solving holds so many matrices of the size of the rows that are solved (quant.py): to make the target, weights, shift and a reordering
@@ -295,7 +295,6 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
     """
     d, on_gpu, shift = dtype.itemsize, hardware != "cpu", config.shift > 0
     where = "cuda" if on_gpu else "cpu"
-    forward = _forward_bytes(layer, shapes, run, dtype, on_gpu)
     replaced = packed = 0
     all_packed = sum(sum(group.rows) * group.columns * group.bits / 8 for group in layer.groups if group.bits < 16)
     together = [list(layer.groups)]
@@ -314,17 +313,15 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "finished linears": (0, waiting, 0)}
             held = sum(all_statistics[number:])
             if number == 0:
-                seen = run.batch_size * run.seqlen * (group.columns + shapes.hidden) * d * (1 + shift)
-                wide = run.batch_size * run.seqlen * group.columns * FLOAT * (2 if shift else 1) * (d < FLOAT or shift)
-                panel = FLOAT * PANEL * group.columns * on_gpu
-                yield weights | {"forward pass": (forward + seen + wide + panel, 0, 0)} | _placed("Hessians", held, side)
+                batch = _batch_bytes(stage, layer, shapes, run, config, dtype, on_gpu)
+                yield weights | {"forward pass": (batch, 0, 0)} | _placed("Hessians", held, side)
             yield weights | _placed("Hessians", held + 3 * FLOAT * PANEL * group.columns, side)  # with panels of the factorization
             rows = quant.row_pieces(sum(group.rows), group.columns)[0].stop
             matrix = FLOAT * rows * group.columns
             done = sum(group.rows) * group.columns * 2  # codes, and once more where pieces are joined
             basis = (6 if on_gpu else 2 * FLOAT) * quant.FIT_ELEMENTS[where] * (config.refine > 0)  # of the fit of levels
             basis = min(basis, 3 * FLOAT * unknowns_of(group, config) * matrix / FLOAT)
-            chunk = 60 * min(KMEANS_ELEMENTS[where], rows * group.columns)
+            chunk = min(60 * KMEANS_ELEMENTS[where] if config.grid == "nonuniform" else SEARCH_BYTES[where], 60 * rows * group.columns)
             for moment, copies, more in (
                 ("target", TARGET_COPIES * shift, done),
                 ("grid", 1, chunk + done),
@@ -336,7 +333,7 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             replaced += sum(group.rows) * group.columns
             packed += sum(group.rows) * group.columns * group.bits / 8
     weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "finished linears": (0, packed, 0)}
-    yield weights | {"forward pass": (forward, 0, 0)}
+    yield weights | {"forward pass": (_forward_bytes(layer, shapes, run, dtype, on_gpu), 0, 0)}
 
 
 def _placed(name: str, size: float, side: int) -> dict:
@@ -348,12 +345,39 @@ def _statistics(group: LayerGroup, config) -> float:
     return FLOAT * statistics_size(sum(group.rows), group.columns, config.shift > 0, config.residual and group.residual)
 
 
+def _batch_bytes(stage: list[LayerGroup], layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool) -> float:
+    """What a batch takes at most on its way to the groups of a stage and into their statistics.
+
+    The second stream passes while what the groups read of the first waits. Then there are both streams' inputs, for one group after the
+    other their difference in float32, and beside it what that becomes: on a GPU a factor of 16 bits, where S is summed outputs.
+    """
+    tokens, d, shift = run.batch_size * run.seqlen, dtype.itemsize, config.shift > 0
+    seen = tokens * d * (shapes.hidden + sum(group.columns * group.share for group in stage)) + _copied_bytes(shapes, run, d, on_gpu)
+    most = 0.0
+    for group in stage:
+        its_tokens, I, O = tokens * group.share, group.columns, sum(group.rows)
+        residual, half = config.residual and group.residual, on_gpu and d < FLOAT
+        difference, rounded = shift * FLOAT * its_tokens * I, shift * d * its_tokens * I * half
+        taken = difference + rounded
+        if shift and sums_outputs(O, I, residual):
+            taken = max(taken, (rounded or difference) + FLOAT * its_tokens * O * (1 + (residual or len(group.rows) > 1)))
+        taken += FLOAT * PANEL * I if on_gpu else FLOAT * its_tokens * I * (d < FLOAT)  # a product, or the inputs in float32
+        most = max(most, taken)
+    return max(_forward_bytes(layer, shapes, run, dtype, on_gpu) + shift * seen, (1 + shift) * seen + most)
+
+
+def _copied_bytes(shapes: Shapes, run, d: int, on_gpu: bool) -> float:
+    """What lies on a GPU of activations that wait elsewhere: of a stream two batches, with what its finished children gave."""
+    return 2 * 2 * run.batch_size * run.seqlen * shapes.hidden * d * (on_gpu and run.activations != "device")
+
+
 def _forward_bytes(layer: Layer, shapes: Shapes, run, dtype: torch.dtype, on_gpu: bool) -> float:
-    """What a batch takes on its way through a layer: three tensors of its widest linear, six of the hidden size; on CPUs without
-    units for 16 bits also the widest linear in float32."""
+    """What a batch takes on its way through a layer: three tensors of its widest linear and three of the hidden size, or in attention
+    nine of its; on CPUs without units for 16 bits also the widest linear in float32."""
     tokens = run.batch_size * run.seqlen
     widest = max(max(group.columns, max(group.rows)) for group in layer.groups)
-    taken = tokens * dtype.itemsize * (3 * widest + 6 * shapes.hidden)
+    taken = tokens * dtype.itemsize * max(3 * widest + 3 * shapes.hidden, 9 * max(shapes.hidden, shapes.attention))
+    taken += _copied_bytes(shapes, run, dtype.itemsize, on_gpu)
     if not on_gpu and dtype.itemsize == 2:
         taken += FLOAT * max(max(group.rows) * group.columns for group in layer.groups) + FLOAT * tokens * widest
     return taken

@@ -22,6 +22,7 @@ import modelutils
 import plan
 from conftest import SIZES, make_text, write_model
 from leanquant.packing import Checkpoint
+from live_tensors import LiveTensors, compute_as_a_gpu_does
 from ranks import Ranks
 from test_cli import environment
 
@@ -81,6 +82,29 @@ def test_host_peak_is_as_planned(tmp_path, sizes, nsamples, seqlen, options):
     contents = json.loads(report.read_text())
     assert contents["plan"]["host_peak_bytes"] == pytest.approx(contents["peak_host_bytes_quantizing"], rel=0.15)
     assert contents["plan"]["host_peak_bytes"] == pytest.approx(sum(contents["plan"]["host"].values()))
+
+
+AFFINE = ["--grid", "affine", "--grid_partitions", "8"]  # the fastest to learn
+# What dominates on a device: intermediate size, number of tokens a sequence, and the settings.
+ON_A_DEVICE = {
+    "both streams": (1024, 1024, ["--recipe", "published", "--shift", "1", *AFFINE]),
+    "one stream": (1024, 1024, ["--recipe", "published", *AFFINE]),
+    "refinement": (1024, 64, ["--recipe", "best"]),
+    "groups": (1024, 64, ["--recipe", "best", "--groupsize", "64", *AFFINE]),
+}
+
+
+@pytest.mark.parametrize("intermediate, seqlen, options", ON_A_DEVICE.values(), ids=ON_A_DEVICE)
+def test_device_peak_is_as_planned(tmp_path, monkeypatch, tiny_model, text_file, intermediate, seqlen, options):
+    """Of the same functions on a CPU, by the tensors that live, as far as they would on a device."""
+    compute_as_a_gpu_does(monkeypatch)
+    model = tiny_model(hidden_size=256, intermediate_size=intermediate, max_position_embeddings=1024)
+    command = [model, text_file, *RECIPE, *options, "--nsamples", "4", "--batch_size", "4", "--seqlen", seqlen, "--dtype", "float16", "--eval", "none"]
+    command += ["--activations", "device", "--n_layers", "1", "--save_path", tmp_path / "q.safetensors"]
+    with LiveTensors() as live:
+        assert llama.main([str(part) for part in command]) == 0
+    device = planned(*command[:2], *command[2 + len(RECIPE) :], "--overwrite", "--plan", "4090", tmp_path=tmp_path)["device"]
+    assert sum(device.values()) - device["CUDA"] == pytest.approx(live.peak, rel=0.15)
 
 
 def test_host_peak_of_an_evaluation_is_as_planned(tmp_path, tiny_model, text_file, test_text):
