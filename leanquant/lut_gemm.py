@@ -17,6 +17,7 @@ TILE_ROWS, TILE_COLUMNS, THREADS, WARPS = 16, 64, 256, 8
 TILES_A_WARP = 4  # that a warp dequantizes
 FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
+INDICES = 2**24  # codes that torch turns into indices at a time, at 8 bytes each
 NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16"}
 
 
@@ -44,7 +45,7 @@ def tile_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """Codes uint8 [O, I] in the layout of lut_gemm.cu: int32 [O/16, I/64, bits, 32], rounded up, padded with zeros."""
     O, I = codes.shape
     codes = torch.nn.functional.pad(codes, (0, -I % TILE_COLUMNS, 0, -O % TILE_ROWS))
-    pieces = codes.split(max(TILE_ROWS, 2**24 // codes.shape[1] // TILE_ROWS * TILE_ROWS))  # 8 bytes a code while it works
+    pieces = codes.split(max(TILE_ROWS, INDICES // codes.shape[1] // TILE_ROWS * TILE_ROWS))
     return torch.cat([_tile(piece, bits) for piece in pieces])
 
 
@@ -62,7 +63,7 @@ def _tile(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 def untile_codes(tiles: torch.Tensor, bits: int, O: int, I: int) -> torch.Tensor:
     """Invert `tile_codes`: uint8 [O, I]."""
-    pieces = tiles.split(max(1, 2**24 // (tiles[0].numel() * 32 // bits)))
+    pieces = tiles.split(max(1, INDICES // (tiles[0].numel() * 32 // bits)))
     return torch.cat([_untile(piece, bits) for piece in pieces])[:O, :I].contiguous()
 
 
@@ -248,9 +249,17 @@ def _dequantize_cuda(like: torch.Tensor, tiles: Tiles, first: int, rows: int) ->
 
 
 def _dequantize(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch.Tensor:
-    codes = untile_codes(tiles.codes[first // TILE_ROWS : -(-(first + rows) // TILE_ROWS)], tiles.bits, rows, tiles.I).long()
-    some = slice(first, first + rows)
+    W = like.new_empty(rows, tiles.I)
+    for part in W.split(max(TILE_ROWS, INDICES // tiles.I // TILE_ROWS * TILE_ROWS)):
+        part.copy_(_dequantized_rows(like.dtype, tiles, slice(first, first + len(part))))
+        first += len(part)
+    return W
+
+
+def _dequantized_rows(dtype: torch.dtype, tiles: Tiles, rows: slice) -> torch.Tensor:
+    codes = tiles.codes[rows.start // TILE_ROWS : -(-rows.stop // TILE_ROWS)]
+    codes = untile_codes(codes, tiles.bits, rows.stop - rows.start, tiles.I).long()
     if tiles.levels is not None:
-        return tiles.levels[some].to(like.dtype).gather(1, codes)
-    levels = affine_levels(tiles.scale[some], tiles.zero[some], tiles.bits).to(like.dtype)  # [rows, G, K]
-    return levels.gather(2, codes.view(rows, tiles.groups, -1)).view(rows, tiles.I)
+        return tiles.levels[rows].to(dtype).gather(1, codes)
+    levels = affine_levels(tiles.scale[rows], tiles.zero[rows], tiles.bits).to(dtype)  # [R, G, K]
+    return levels.gather(2, codes.view(len(codes), tiles.groups, -1)).view(len(codes), tiles.I)

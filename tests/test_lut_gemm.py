@@ -188,8 +188,9 @@ def test_nan_and_infinity_come_through(built, monkeypatch, dtype):
         assert y[1].isnan().all() and y[0].isfinite().all()
 
 
-def test_no_tokens_and_many_tokens(monkeypatch):
-    monkeypatch.setattr(lut_gemm, "PIECE_BYTES", 2 * 16 * 200)  # several pieces
+@pytest.mark.parametrize("limit, size", [("PIECE_BYTES", 2 * 16 * 200), ("INDICES", 16 * 200)])
+def test_no_tokens_and_many_tokens(monkeypatch, limit, size):
+    monkeypatch.setattr(lut_gemm, limit, size)  # several pieces
     tiles, W = make_tiles(50, 200, 0, 4, torch.float16)
     for N in (0, 1, 100):
         x = draw(N, 200, dtype=torch.float16)

@@ -99,8 +99,8 @@ def test_device_peak_is_as_planned(tmp_path, monkeypatch, tiny_model, text_file,
     """Of the same functions on a CPU, by the tensors that live, as far as they would on a device."""
     compute_as_a_gpu_does(monkeypatch)
     model = tiny_model(hidden_size=256, intermediate_size=intermediate, max_position_embeddings=1024)
-    command = [model, text_file, *RECIPE, *options, "--nsamples", "4", "--batch_size", "4", "--seqlen", seqlen, "--dtype", "float16", "--eval", "none"]
-    command += ["--activations", "device", "--n_layers", "1", "--save_path", tmp_path / "q.safetensors"]
+    command = [model, text_file, *RECIPE, *options, "--nsamples", "4", "--batch_size", "4", "--seqlen", seqlen, "--n_layers", "1"]
+    command += ["--dtype", "float16", "--activations", "device", "--eval", "none", "--save_path", tmp_path / "q.safetensors"]
     with LiveTensors() as live:
         assert llama.main([str(part) for part in command]) == 0
     device = planned(*command[:2], *command[2 + len(RECIPE) :], "--overwrite", "--plan", "4090", tmp_path=tmp_path)["device"]
