@@ -344,7 +344,7 @@ def times_whole(A: torch.Tensor, M: torch.Tensor) -> torch.Tensor:
     A, total = A.bfloat16(), 0
     for _ in range(3):
         part = M.bfloat16()
-        total, M = total + torch.mm(A, part, out_dtype=torch.float32), M - part
+        total, M = _product(A, part).add_(total), M - part
     return total
 
 

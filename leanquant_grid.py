@@ -25,8 +25,11 @@ CUDA_SOURCE = Path(__file__).with_name("fused_kernel.cu")
 MIN_SCALE = 2.0**-24
 # Differences of float64 prefix sums below this share of their total are rounding noise.
 NOISE = 1e-14
-KMEANS_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}  # of a chunk of rows in k-means, at about 60 bytes each
-SEARCH_BYTES = {"cpu": 2**22, "cuda": 2**30}  # of a chunk of rows in the search for scales: a CPU's tables stay in a core's cache
+# Elements of a chunk of rows: in k-means, at about 60 bytes each; of its tables, at 24; in the published k-means, at about 200.
+KMEANS_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+TABLE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
+LOCAL_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+SEARCH_BYTES = {"cpu": 2**22, "cuda": 2**30}  # of a chunk of rows, or of tables, in the search for scales: what a CPU's caches hold
 
 
 def sensitivity(diagonal: torch.Tensor, exponent: float) -> torch.Tensor:
@@ -51,14 +54,20 @@ def kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, bins: int = 128) 
     Constant rows and rows with fewer than K distinct values get repeated levels.
     """
     K, bins = 2**bits, min(bins, W.shape[1])
-    chunk = max(1, KMEANS_ELEMENTS["cpu" if W.device.type == "cpu" else "cuda"] // W.shape[1])
+    chunk = max(1, KMEANS_ELEMENTS[_kind(W)] // W.shape[1])
     return torch.cat([_kmeans_rows(rows, a_rows, K, bins) for rows, a_rows in _row_chunks(W, a, chunk)])
 
 
+def _kind(tensor: torch.Tensor) -> str:
+    return "cpu" if tensor.device.type == "cpu" else "cuda"
+
+
 def _row_chunks(W: torch.Tensor, a: torch.Tensor, chunk: int):
-    a = a.expand_as(W)
+    """`chunk` rows of `W` [O, n] at a time, with what `a`, [n] or [P, n], holds for each: row r has number r % P."""
+    a = a.view(-1, a.shape[-1])
     for start in range(0, len(W), chunk):
-        yield W[start : start + chunk].float(), a[start : start + chunk]
+        rows = W[start : start + chunk].float()
+        yield rows, a.expand_as(rows) if len(a) == 1 else a[torch.arange(start, start + len(rows), device=a.device) % len(a)]
 
 
 class _Sorted(NamedTuple):
@@ -92,7 +101,7 @@ def local_kmeans_levels(W: torch.Tensor, a: torch.Tensor, bits: int, seed: int =
     """
     K = 2**bits
     is_uniform = start == "uniform" or (start == "published" and K <= 8)
-    chunk = max(1, (2**18 if W.device.type == "cpu" else 2**23) // W.shape[1])  # k-means++ takes about 200 bytes an element
+    chunk = max(1, LOCAL_ELEMENTS[_kind(W)] // W.shape[1])
     generator = torch.Generator(W.device).manual_seed(seed)
     levels = []
     for rows, a_rows in _row_chunks(W, a, chunk):
@@ -170,7 +179,7 @@ def _best_borders(s: _Sorted, candidates: torch.Tensor, K: int) -> torch.Tensor:
     m1 = A.shape[1]
     # The table [rows, m+1, m+1] of gains is read K times: it should stay in the cache of a core. Its memory is
     # allocated once, because fresh pages cost more than the arithmetic.
-    rows = max(1, (2**18 if A.device.type == "cpu" else 2**25) // m1**2)
+    rows = max(1, TABLE_ELEMENTS[_kind(A)] // m1**2)
     wide = torch.empty(2, min(rows, len(A)), m1, m1, dtype=torch.float64, device=A.device)
     narrow = torch.empty_like(wide, dtype=torch.float32)
     backward = torch.ones(m1, m1, dtype=torch.bool, device=A.device).tril(-1)
@@ -266,7 +275,8 @@ def minmax_affine(W: torch.Tensor, bits: int, sym: bool = False) -> Affine:
 
 
 def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int = 2048, exhaustive: bool = False) -> Affine:
-    """The (scale, zero) of least sum_i a_i (w_i - q(w_i))^2 for each row of `W` [O, n]; `a` [n] or [O, n] > 0.
+    """The (scale, zero) of least sum_i a_i (w_i - q(w_i))^2 for each row of `W` [O, n]; `a` [n] or [P, n] > 0, of which row r has
+    number r % P.
 
     Candidates (paper, section 3.2.2): the row's range, widened to include 0, loses t_min R/T at its low end and
     t_max R/T at its high end, 0 <= t_min, t_max < T/2 with T = `partitions`; scale S = fp16(rest / (K-1)), zero
@@ -276,9 +286,7 @@ def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int =
     """
     if partitions < 2 or partitions % 2:
         raise ValueError(f"partitions must be even and at least 2, not {partitions}")
-    tables = 0 if kernels.on_gpu(W) else 40 * 2**bits * (partitions if exhaustive else 264)
-    per_row = 60 * W.shape[1] + tables
-    chunk = max(1, SEARCH_BYTES["cpu" if W.device.type == "cpu" else "cuda"] // per_row)
+    chunk = max(1, SEARCH_BYTES[_kind(W)] // (60 * W.shape[1]))
     found = [_affine_rows(rows, a_rows, 2**bits, partitions, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)]
     return Affine(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
@@ -304,6 +312,17 @@ def _search_affine_cuda(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
 
 def _search_affine(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
     """The best (scale, zero) [R] for rows of ascending points `w` [R, n] with prefix sums `A`, `B` [R, n+1]; see `affine_search`."""
+    rows = max(1, SEARCH_BYTES[_kind(w)] // _table_bytes(K, T, exhaustive))
+    found = [_search_affine_rows(*part, K, T, exhaustive) for part in zip(w.split(rows), A.split(rows), B.split(rows), strict=True)]
+    return Affine(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+
+
+def _table_bytes(K: int, T: int, exhaustive: bool) -> int:
+    """Of a row's candidates, about."""
+    return 40 * K * (T if exhaustive else 264)
+
+
+def _search_affine_rows(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
     low, high = w[:, :1].double().clamp(max=0), w[:, -1:].double().clamp(min=0)
     t = torch.arange(T - 1, device=w.device).expand(len(w), -1)
     if not exhaustive:
@@ -374,13 +393,13 @@ def _reachable_zeros(S, low, high, t: torch.Tensor, K: int, T: int) -> torch.Ten
 
 
 def symmetric_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int = 2048, exhaustive: bool = False) -> Affine:
-    """`affine_search` with the zero fixed at K/2, for readers that know no other: `W` [O, n], `a` [n] or [O, n] > 0.
+    """`affine_search` with the zero fixed at K/2, for readers that know no other: `W` [O, n], `a` as there.
 
     Candidates: scale S = fp16(max |w| / (K/2 - 1) (1 - t/T)), 0 <= t < T = `partitions`, levels -S K/2 .. S (K/2 - 1).
     `exhaustive` judges them all; otherwise coarse to fine as there. Ties go to the smallest t.
     """
     K, T = 2**bits, partitions
-    chunk = max(1, (2**22 if W.device.type == "cpu" else 2**28) // (60 * W.shape[1] + 40 * K * (T if exhaustive else 264)))
+    chunk = max(1, SEARCH_BYTES[_kind(W)] // (60 * W.shape[1] + _table_bytes(K, T, exhaustive)))
     scale = torch.cat([_symmetric_rows(rows, a_rows, K, T, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)])
     return Affine(scale, torch.full_like(scale, K // 2, dtype=torch.uint8))
 

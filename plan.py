@@ -25,7 +25,7 @@ from datautils import CORPORA
 from hessian import PANEL, at_a_time, statistics_size, sums_outputs
 from leanquant.linear import free_host_bytes
 from leanquant.packing import packed_width
-from leanquant_grid import KMEANS_ELEMENTS, SEARCH_BYTES
+from leanquant_grid import KMEANS_ELEMENTS, LOCAL_ELEMENTS, SEARCH_BYTES, TABLE_ELEMENTS
 
 FLOAT = 4  # Hessians, and weights while they are solved
 # Solving holds so many matrices of the size of the rows that are solved (quant.py): to make the target, weights, shift and a reordering
@@ -154,7 +154,9 @@ def shapes_of(model, run, config, bits: dict[str, int]) -> Shapes:
         linears = {name: tuple(module.weight.shape) for name, module in model.linears(index).items()}
         key = tuple((name, shape, bits.get(prefix + name, 16)) for name, shape in linears.items())
         if key not in groups:
-            groups[key] = tuple(_groups(model, index, linears, bits))
+            found = list(_groups(model, index, linears, bits))
+            order = list(dict.fromkeys(group.stage for group in found))  # all experts' first linears are called before their last
+            groups[key] = tuple(sorted(found, key=lambda group: order.index(group.stage)))
         held = [prefix + name for name, _ in model.layers[index].named_parameters()]
         stored = sum(sizes.tensor_bytes(name) for name in sizes.shapes if name.startswith(prefix))
         layers.append(Layer(sum(model.model.get_parameter(name).numel() for name in held), stored, groups[key]))
@@ -297,11 +299,7 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
     where = "cuda" if on_gpu else "cpu"
     replaced = packed = 0
     all_packed = sum(sum(group.rows) * group.columns * group.bits / 8 for group in layer.groups if group.bits < 16)
-    together = [list(layer.groups)]
-    if run.true_sequential:
-        stages = itertools.groupby(layer.groups, lambda group: group.stage)
-        together = [part for _, stage in stages for part in at_a_time(list(stage), lambda group: _statistics(group, config) // FLOAT)]
-    for stage in together:
+    for stage in _parts(layer, run, config):
         stage = [group for group in stage if group.bits < 16]
         all_statistics = [_statistics(group, config) for group in stage]
         for number, group in enumerate(stage):
@@ -319,12 +317,12 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             rows = quant.row_pieces(sum(group.rows), group.columns)[0].stop
             matrix = FLOAT * rows * group.columns
             done = sum(group.rows) * group.columns * 2  # codes, and once more where pieces are joined
-            basis = (6 if on_gpu else 2 * FLOAT) * quant.FIT_ELEMENTS[where] * (config.refine > 0)  # of the fit of levels
-            basis = min(basis, 3 * FLOAT * unknowns_of(group, config) * matrix / FLOAT)
-            chunk = min(60 * KMEANS_ELEMENTS[where] if config.grid == "nonuniform" else SEARCH_BYTES[where], 60 * rows * group.columns)
+            # the fit of levels: B, on a GPU in 16 bits too, and its products with a panel of H, there two at a time
+            basis = min(quant.FIT_ELEMENTS[where], unknowns_of(group, config) * rows * group.columns) * (config.refine > 0)
+            basis *= (6 if on_gpu else FLOAT) + FLOAT * (1 + on_gpu) * min(1, PANEL / group.columns)
             for moment, copies, more in (
                 ("target", TARGET_COPIES * shift, done),
-                ("grid", 1, chunk + done),
+                ("grid", 1, _grid_bytes(rows, group.columns, config, where) + done),
                 ("solver", REFINE_COPIES if config.refine else SOLVE_COPIES, done + basis),
             ):
                 panel = 2 * FLOAT * PANEL * group.columns  # of the factor or of H, and what it is made of
@@ -334,6 +332,26 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             packed += sum(group.rows) * group.columns * group.bits / 8
     weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "finished linears": (0, packed, 0)}
     yield weights | {"forward pass": (_forward_bytes(layer, shapes, run, dtype, on_gpu), 0, 0)}
+
+
+def _parts(layer: Layer, run, config) -> list[list[LayerGroup]]:
+    """Groups whose statistics are summed in one pass (llama.stages)."""
+    if not run.true_sequential:
+        return [list(layer.groups)]
+    stages = itertools.groupby(layer.groups, lambda group: group.stage)
+    return [part for _, stage in stages for part in at_a_time(list(stage), lambda group: _statistics(group, config) // FLOAT)]
+
+
+def _grid_bytes(rows: int, columns: int, config, where: str) -> float:
+    """What learning the grids of so many rows takes besides the weights (leanquant_grid.py)."""
+    size = rows * columns
+    if config.grid == "nonuniform" and config.kmeans != "exact":
+        return 200 * min(LOCAL_ELEMENTS[where], size)
+    if config.grid == "nonuniform":
+        chunk = min(KMEANS_ELEMENTS[where], size)
+        tables = min(TABLE_ELEMENTS[where], chunk // columns * (min(config.kmeans_bins, columns) + 1) ** 2)
+        return max(60 * chunk, 28 * chunk + 24 * tables)
+    return min(SEARCH_BYTES[where], 60 * size) * (config.grid == "affine")
 
 
 def _placed(name: str, size: float, side: int) -> dict:
@@ -372,14 +390,18 @@ def _copied_bytes(shapes: Shapes, run, d: int, on_gpu: bool) -> float:
 
 
 def _forward_bytes(layer: Layer, shapes: Shapes, run, dtype: torch.dtype, on_gpu: bool) -> float:
-    """What a batch takes on its way through a layer: three tensors of its widest linear and three of the hidden size, or in attention
-    nine of its; on CPUs without units for 16 bits also the widest linear in float32."""
+    """What a batch takes on its way through a layer: what a stage reads, of all experts, twice the widest that one of its linears reads or
+    gives, and three tensors of the hidden size, or in attention nine of its; on CPUs without units for 16 bits also the widest linear
+    in float32."""
     tokens = run.batch_size * run.seqlen
-    widest = max(max(group.columns, max(group.rows)) for group in layer.groups)
-    taken = tokens * dtype.itemsize * max(3 * widest + 3 * shapes.hidden, 9 * max(shapes.hidden, shapes.attention))
+    stages = [list(stage) for _, stage in itertools.groupby(layer.groups, lambda group: group.stage)]
+    width = max(sum(g.columns * g.share for g in stage) + 2 * max(max(g.columns, *g.rows) * g.share for g in stage) for stage in stages)
+    taken = tokens * dtype.itemsize * max(width + 3 * shapes.hidden, 9 * max(shapes.hidden, shapes.attention))
     taken += _copied_bytes(shapes, run, dtype.itemsize, on_gpu)
     if not on_gpu and dtype.itemsize == 2:
-        taken += FLOAT * max(max(group.rows) * group.columns for group in layer.groups) + FLOAT * tokens * widest
+        taken += FLOAT * max(
+            max(group.rows) * group.columns + tokens * group.share * max(group.columns, *group.rows) for group in layer.groups
+        )
     return taken
 
 
@@ -410,7 +432,8 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
     phases = {name: Phase() for name in names}
     for layer in shapes.layers:
         phases["load"].link += layer.stored + sum(FLOAT * sum(g.rows) * g.columns for g in layer.groups)
-        passes = _passes(layer, run.true_sequential)
+        parts = _parts(layer, run, config)
+        passes = _passes(parts)
         for group, times in zip(layer.groups, passes, strict=True):
             O, I = sum(group.rows), group.columns
             phases["forward"].operations += (1 + shift) * times * 2 * group.share * tokens * O * I
@@ -420,7 +443,7 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
                     _add_far(phases, O, I, group, run, config)
         attention = 2 * tokens * run.seqlen * shapes.attention  # half of all pairs, scores and values, 2 operations each
         phases["forward"].operations += (1 + shift) * max(passes, default=1) * attention
-        moved = (1 + shift) * tokens * shapes.hidden * d * (len(layer.groups) + 2)
+        moved = (1 + shift) * tokens * shapes.hidden * d * (len(parts) + 2)
         phases["forward"].link += moved if on_gpu and run.activations != "device" else 0
     if on_gpu:
         for name in ("forward", "hessian") if d == 2 else ():
@@ -500,17 +523,17 @@ def _add_far(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, run, c
         phases["factorization"].on_host += I**3 * 2 / 3
 
 
-def _passes(layer: Layer, true_sequential: bool) -> list[int]:
-    """How often each group's linears are run for all tokens: a pass goes as far as the group that it is made for, and skips children
-    of the layer that are finished (modelutils.StreamedModel.inputs); one more moves the activations on."""
-    groups, finished = layer.groups, set()
+def _passes(parts: list[list[LayerGroup]]) -> list[int]:
+    """How often each group's linears are run for all tokens: a pass goes as far as the last group of the part that it is made for, and
+    skips children of the layer that are finished (modelutils.StreamedModel.inputs); one more moves the activations on."""
+    groups, finished, first = [group for part in parts for group in part], set(), 0
     times = [0] * len(groups)
-    stages = range(len(groups)) if true_sequential else [len(groups) - 1]
-    for wanted in stages:
-        for number in range(wanted):
+    for part in parts:
+        wanted = [number for number, group in enumerate(part, first) if group.bits < 16]
+        for number in range(max(wanted, default=0)):
             times[number] += groups[number].child not in finished
-        if true_sequential:
-            finished |= {group.child for group in groups[:wanted]} - {group.child for group in groups[wanted:]}
+        finished |= {group.child for group in groups[:first]} - {group.child for group in groups[first:]}
+        first += len(part)
     return [count + (group.child not in finished) for count, group in zip(times, groups, strict=True)]
 
 

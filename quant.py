@@ -136,9 +136,8 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
     if config.grid == "minmax":
         found = minmax_affine(groups, config.bits, config.sym)
     else:
-        a = a.view(1, -1, size).expand(O, -1, -1).reshape(-1, size)
         search = symmetric_search if config.sym else affine_search
-        found = search(groups, a, config.bits, config.grid_partitions, config.exhaustive)
+        found = search(groups, a.view(-1, size), config.bits, config.grid_partitions, config.exhaustive)
     affine = Affine(*(t.view(O, -1) for t in found))
     return Grid(affine_levels(affine.scale, affine.zero, config.bits), affine)
 

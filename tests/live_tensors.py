@@ -1,6 +1,7 @@
 """Bytes of the tensors that live during a run on a CPU: what a GPU would hold, of which there is none to measure it on."""
 
 import weakref
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -43,16 +44,17 @@ class LiveTensors(TorchDispatchMode):
 
 
 def compute_as_a_gpu_does(monkeypatch) -> None:
-    """Leave out what only a CPU needs, factors in float32 and blocks for what is kept. Chunks are a CPU's, for the plan too: those of a GPU
-    would hold a small model whole."""
+    """Leave out what only a CPU needs, factors in float32 and blocks for what is kept, and take a GPU's chunks. Not in the search for
+    scales, of which a kernel makes no tables: there the plan takes a CPU's."""
 
     def product(A, B):
         with torch.utils._python_dispatch._disable_current_modes():
             return torch.mm(A.float(), B.float())
 
-    monkeypatch.setattr(hessian, "_on_tensor_cores", lambda X: X.dtype == torch.float16)
+    monkeypatch.setattr(hessian, "kernels", SimpleNamespace(on_gpu=lambda tensor: True))
     monkeypatch.setattr(hessian, "_product", product)
     monkeypatch.setattr(activations, "BLOCK_BYTES", 0)
     monkeypatch.setattr(modelutils._WideLinear, "forward", torch.nn.Linear.forward)
-    for sizes in (quant.FIT_ELEMENTS, leanquant_grid.KMEANS_ELEMENTS, leanquant_grid.SEARCH_BYTES):
-        monkeypatch.setitem(sizes, "cuda", sizes["cpu"])
+    for sizes in (quant.FIT_ELEMENTS, leanquant_grid.KMEANS_ELEMENTS, leanquant_grid.TABLE_ELEMENTS, leanquant_grid.LOCAL_ELEMENTS):
+        monkeypatch.setitem(sizes, "cpu", sizes["cuda"])
+    monkeypatch.setitem(leanquant_grid.SEARCH_BYTES, "cuda", leanquant_grid.SEARCH_BYTES["cpu"])

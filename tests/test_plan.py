@@ -46,6 +46,7 @@ def planned(*arguments, tmp_path) -> dict:
 
 # --- against what is measured ----------------------------------------------------------------------------------
 
+AFFINE = ["--grid", "affine", "--grid_partitions", "8"]  # the fastest to learn
 # What dominates: sizes of the model, of the calibration text, and the settings.
 MEASURED = {
     "activations": ({"hidden_size": 512, "intermediate_size": 768, "num_attention_heads": 8}, 48, 512, []),
@@ -62,7 +63,7 @@ MEASURED = {
         256,
         ["--recipe", "best", "--grid", "affine", "--groupsize", "64", "--grid_partitions", "64"],
     ),
-    "experts": ({"hidden_size": 256, "intermediate_size": 2048, "num_local_experts": 8}, 2, 256, ["--recipe", "best"]),
+    "experts": ({"hidden_size": 256, "intermediate_size": 1536, "num_local_experts": 16}, 2, 256, ["--refine", "0", *AFFINE]),
     "text": ({}, 2, 256, ["--nearest"]),
     "weights and Hessians": ({"hidden_size": 1024, "intermediate_size": 4096}, 2, 256, ["--nearest"]),
     "embeddings": ({"hidden_size": 256, "vocab_size": 200_000}, 2, 256, ["--nearest"]),
@@ -84,21 +85,22 @@ def test_host_peak_is_as_planned(tmp_path, sizes, nsamples, seqlen, options):
     assert contents["plan"]["host_peak_bytes"] == pytest.approx(sum(contents["plan"]["host"].values()))
 
 
-AFFINE = ["--grid", "affine", "--grid_partitions", "8"]  # the fastest to learn
-# What dominates on a device: intermediate size, number of tokens a sequence, and the settings.
+# What dominates on a device: sizes of the model, tokens a sequence, and the settings.
 ON_A_DEVICE = {
-    "both streams": (1024, 1024, ["--recipe", "published", "--shift", "1", *AFFINE]),
-    "one stream": (1024, 1024, ["--recipe", "published", *AFFINE]),
-    "refinement": (1024, 64, ["--recipe", "best"]),
-    "groups": (1024, 64, ["--recipe", "best", "--groupsize", "64", *AFFINE]),
+    "both streams": ({"intermediate_size": 1024}, 1024, ["--recipe", "published", "--shift", "1", *AFFINE]),
+    "one stream": ({"intermediate_size": 1024}, 1024, ["--recipe", "published", *AFFINE]),
+    "k-means": ({"intermediate_size": 1024}, 64, ["--recipe", "best"]),
+    "refinement": ({"intermediate_size": 1024}, 64, ["--recipe", "best", "--groupsize", "64", *AFFINE]),
+    "experts": ({"intermediate_size": 768, "num_local_experts": 8}, 64, ["--recipe", "published", "--shift", "1", *AFFINE]),
 }
 
 
-@pytest.mark.parametrize("intermediate, seqlen, options", ON_A_DEVICE.values(), ids=ON_A_DEVICE)
-def test_device_peak_is_as_planned(tmp_path, monkeypatch, tiny_model, text_file, intermediate, seqlen, options):
+@pytest.mark.parametrize("sizes, seqlen, options", ON_A_DEVICE.values(), ids=ON_A_DEVICE)
+def test_device_peak_is_as_planned(tmp_path, monkeypatch, text_file, sizes, seqlen, options):
     """Of the same functions on a CPU, by the tensors that live, as far as they would on a device."""
     compute_as_a_gpu_does(monkeypatch)
-    model = tiny_model(hidden_size=256, intermediate_size=intermediate, max_position_embeddings=1024)
+    kind = MixtralConfig if "num_local_experts" in sizes else LlamaConfig
+    model = write_model(kind(**(SIZES | {"hidden_size": 256, "max_position_embeddings": 1024} | sizes)), tmp_path / "model", "float16")
     command = [model, text_file, *RECIPE, *options, "--nsamples", "4", "--batch_size", "4", "--seqlen", seqlen, "--n_layers", "1"]
     command += ["--dtype", "float16", "--activations", "device", "--eval", "none", "--save_path", tmp_path / "q.safetensors"]
     with LiveTensors() as live:
@@ -276,10 +278,10 @@ def test_groups_without_weights_are_those_that_are_watched(tiny_model):
 
 def test_passes_are_those_that_are_run():
     """As tests/test_modelutils.py counts them: twice what lies before in the same child, never what is finished."""
-    group = lambda child: plan.LayerGroup((8,), 8, child, 4)  # noqa: E731
-    layer = plan.Layer(0, 0, tuple(map(group, ["attention", "attention", "mlp", "mlp"])))
-    assert plan._passes(layer, True) == [2, 1, 2, 1]
-    assert plan._passes(layer, False) == [2, 2, 2, 1]
+    attention, mlp = (plan.LayerGroup((8,), 8, child, 4) for child in ("attention", "mlp"))
+    assert plan._passes([[attention], [attention], [mlp], [mlp]]) == [2, 1, 2, 1]
+    assert plan._passes([[attention, attention, mlp, mlp]]) == [2, 2, 2, 1]
+    assert plan._passes([[attention], [attention], [mlp, mlp, mlp], [mlp, mlp, mlp]]) == [2, 1, 3, 3, 2, 2, 2, 1]
 
 
 # --- who may begin ---------------------------------------------------------------------------------------------
