@@ -546,7 +546,8 @@ class StreamedModel:
     def shared_inputs(self, index: int) -> list[list[str]]:
         """`groups` without weights: the linears of layer `index` in call order, those that read the same input together.
 
-        Two tokens pass the layer as shapes only. What cannot be followed so, as experts cannot, is grouped by module and width.
+        Two tokens pass the layer as shapes only. What cannot be followed so, as experts cannot, is grouped by module and width, all
+        experts' first linears before any of their last.
         """
         linears, seen = self.linears(index), []
 
@@ -568,7 +569,9 @@ class StreamedModel:
         found = [names for _, names in seen]
         left = [name for name in linears if not any(name in names for names in found)]
         alike = itertools.groupby(left, lambda name: (name.rpartition(".")[0], linears[name].in_features))
-        return found + [list(names) for _, names in alike]
+        experts = self.experts(index)
+        order = list(dict.fromkeys(experts.get(name, name) for name in left))
+        return found + sorted((list(names) for _, names in alike), key=lambda names: order.index(experts.get(names[0], names[0])))
 
     def _call_of_two_tokens(self, index: int):
         """What layer `index` is called with, on the meta device."""

@@ -154,9 +154,7 @@ def shapes_of(model, run, config, bits: dict[str, int]) -> Shapes:
         linears = {name: tuple(module.weight.shape) for name, module in model.linears(index).items()}
         key = tuple((name, shape, bits.get(prefix + name, 16)) for name, shape in linears.items())
         if key not in groups:
-            found = list(_groups(model, index, linears, bits))
-            order = list(dict.fromkeys(group.stage for group in found))  # all experts' first linears are called before their last
-            groups[key] = tuple(sorted(found, key=lambda group: order.index(group.stage)))
+            groups[key] = tuple(_groups(model, index, linears, bits))
         held = [prefix + name for name, _ in model.layers[index].named_parameters()]
         stored = sum(sizes.tensor_bytes(name) for name in sizes.shapes if name.startswith(prefix))
         layers.append(Layer(sum(model.model.get_parameter(name).numel() for name in held), stored, groups[key]))
@@ -338,8 +336,12 @@ def _parts(layer: Layer, run, config) -> list[list[LayerGroup]]:
     """Groups whose statistics are summed in one pass (llama.stages)."""
     if not run.true_sequential:
         return [list(layer.groups)]
-    stages = itertools.groupby(layer.groups, lambda group: group.stage)
-    return [part for _, stage in stages for part in at_a_time(list(stage), lambda group: _statistics(group, config) // FLOAT)]
+    return [part for stage in _stages(layer) for part in at_a_time(stage, lambda group: _statistics(group, config) // FLOAT)]
+
+
+def _stages(layer: Layer) -> list[list[LayerGroup]]:
+    """Groups together that do not depend on one another."""
+    return [list(stage) for _, stage in itertools.groupby(layer.groups, lambda group: group.stage)]
 
 
 def _grid_bytes(rows: int, columns: int, config, where: str) -> float:
@@ -394,8 +396,8 @@ def _forward_bytes(layer: Layer, shapes: Shapes, run, dtype: torch.dtype, on_gpu
     gives, and three tensors of the hidden size, or in attention nine of its; on CPUs without units for 16 bits also the widest linear
     in float32."""
     tokens = run.batch_size * run.seqlen
-    stages = [list(stage) for _, stage in itertools.groupby(layer.groups, lambda group: group.stage)]
-    width = max(sum(g.columns * g.share for g in stage) + 2 * max(max(g.columns, *g.rows) * g.share for g in stage) for stage in stages)
+    widest = lambda stage: max(max(g.columns, *g.rows) * g.share for g in stage)  # noqa: E731
+    width = max(sum(g.columns * g.share for g in stage) + 2 * widest(stage) for stage in _stages(layer))
     taken = tokens * dtype.itemsize * max(width + 3 * shapes.hidden, 9 * max(shapes.hidden, shapes.attention))
     taken += _copied_bytes(shapes, run, dtype.itemsize, on_gpu)
     if not on_gpu and dtype.itemsize == 2:
