@@ -36,9 +36,10 @@ TORCH_DTYPES = {
     **{"BF16": torch.bfloat16, "F16": torch.float16, "U16": torch.uint16, "I16": torch.int16, "U8": torch.uint8, "I8": torch.int8},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "BOOL": torch.bool},
 }
-# What a run keeps in its own folder while it works.
+# What a run keeps in its own folder while it works. (.tmp and letters: a part before safetensors gives it its name.)
 WORK_FILE = re.compile(
-    r"part-\d+\.safetensors|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin|leanquant-\w+"
+    r"part-\d+\.safetensors|\.tmp\w+|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin"
+    r"|leanquant-\w+"
 )
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")

@@ -21,7 +21,7 @@ from activations import InMemory
 from conftest import make_text
 from journal import Journal, differences
 from leanquant.errors import InputError
-from leanquant.packing import Checkpoint, ModelWriter
+from leanquant.packing import Checkpoint, ModelWriter, part_name
 from ranks import Ranks
 from test_cli import GRIDS, SEQUENTIAL, environment
 
@@ -167,6 +167,27 @@ def test_25_random_kills_change_no_byte(command, tmp_path):
     server.stdin.close()
     server.wait()
     assert resumed >= 12, resumed  # else the moments were no test
+
+
+DIES_IN_A_PART = """
+import resource, signal, sys
+import llama
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+llama.main(sys.argv[2:])
+"""
+
+
+def test_a_kill_within_a_part_is_gone_on_from(command, whole, tmp_path):
+    """The system kills the process in the middle of the first part, which safetensors writes under a name of its own."""
+    path = tmp_path / "q.safetensors"
+    dying = [sys.executable, "-c", DIES_IN_A_PART, str(len(whole[0]) // (6 * LAYERS)), *command(path)]  # less than a part
+    assert subprocess.run(dying, env=environment(), capture_output=True).returncode == -signal.SIGXFSZ
+    left = {entry.name for entry in Path(f"{path}.partial").iterdir()} - {"journal.jsonl", "lock"}
+    assert len(left) == 1 and left != {part_name(0)}, left
+    assert llama.main(command(path)) == 0
+    assert path.read_bytes() == whole[0]
+    assert [entry.name for entry in tmp_path.iterdir()] == [path.name]
 
 
 @pytest.fixture
