@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
 from typing import NamedTuple
@@ -51,13 +52,23 @@ def run(job: Job, p: Protocol, work: Path, with_tasks: bool, keep: bool) -> None
     if with_tasks and done.get("task_command") != evaluate and job.bits != 16 and not file.is_file():
         done = {}  # the model is needed again
     if done.get("command") != quantize:
-        done = {"command": quantize, "date": date.today().isoformat(), "report": without_details(call(quantize, report))}
+        done = {"command": quantize, "date": date.today().isoformat(), "machine": machine()}
+        done |= {"report": without_details(call(quantize, report))}
         write(store, done)
     if with_tasks and done.get("task_command") != evaluate:
         done |= {"task_command": evaluate, "tasks": call(evaluate, output)["rows"]}
         write(store, done)
     if not keep:
         file.unlink(missing_ok=True)
+
+
+def machine() -> str:
+    """What a run's times are of."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of its threads a run"
 
 
 def without_details(report: dict) -> dict:
@@ -350,6 +361,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, help="folder for reproduction.md and its pictures (unset: docs for the demo, else --work)")
     add("--keep", action="store_true", help="keep the quantized models")
+    add("--lanes", type=int, default=1, help="runs at a time, each with its share of the CPU's threads (times are of runs beside others)")
     add("--render", action="store_true", help="run nothing: only render what is there, as every call does at its end")
     add("--dry-run", action="store_true", help="only print the commands")
     return parser.parse_args(argv)
@@ -379,12 +391,19 @@ def main(argv: list[str] | None = None) -> int:
     if not args.render:
         if args.model == "demo":
             prepare_demo()
-        for number, (job, with_tasks) in enumerate(jobs, 1):
+        if args.lanes > 1:
+            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.lanes))
+
+        def attempt(numbered) -> str | None:
+            number, (job, with_tasks) = numbered
             print(f"\n{number}/{len(jobs)}: {job.method}, {job.bits} bits", flush=True)
             try:
                 run(job, p, work, with_tasks, args.keep)
             except Failed:
-                failed.append(p.name(job))
+                return p.name(job)
+
+        with ThreadPoolExecutor(args.lanes) as lanes:
+            failed += filter(None, lanes.map(attempt, enumerate(jobs, 1)))
         if "kernels" in names:
             try:
                 run_kernels(work)
@@ -415,7 +434,9 @@ def prepare_demo() -> None:
     cut_text(make_texts(FULL.folder)[1], FULL)
 
 
-def conditions(p: Protocol) -> str:
+def conditions(p: Protocol, work: Path) -> str:
+    machines = dict.fromkeys(stored(store).get("machine") for store in sorted(work.glob("*.json")))
+    machines = [machine for machine in machines if machine]
     flags = f" (`{' '.join(p.task_flags)}`)" if p.task_flags else ""
     return (
         f"Calibration: `{' '.join(p.calibration)}`. Perplexity in windows of {p.seqlen} tokens. Tasks: {', '.join(p.tasks)}{flags}. "
@@ -426,6 +447,7 @@ def conditions(p: Protocol) -> str:
             for wanted, used in zip(GROUPS, p.groups, strict=True)
             if wanted != used
         )
+        + (f" Times are of {' or '.join(machines)}." if machines else "")
     )
 
 
@@ -434,7 +456,7 @@ def render(model: str, p: Protocol, work: Path, out: Path) -> Path:
     (out / "reproduction").mkdir(parents=True, exist_ok=True)
     title = "SmolLM2-135M-Instruct" if model == "demo" else model
     command = f"python scripts/reproduce.py --table all --model {model}"
-    sections = [f"# {title}: the paper's tables\n\n`{command}`, rendered {date.today()}.\n\n{conditions(p)}"]
+    sections = [f"# {title}: the paper's tables\n\n`{command}`, rendered {date.today()}.\n\n{conditions(p, work)}"]
     for name, table in TABLES.items():
         if not any((work / f"{file}.json").is_file() for file in [p.name(job) for job in table.jobs] or [name]):
             continue

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shlex
+import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -117,6 +120,23 @@ def test_tables_are_made_and_what_is_done_is_not_done_again(project, tmp_path):
     assert again.startswith("# tiny") and all(f"reproduction/{name}.png" in again for name in ("matrix", "cost", "loss", "exponent"))
     assert reproduce_in(tmp_path, "--render").count("## ") == 4 and len(project) == 19
     assert "A note." in again
+
+
+def test_runs_in_lanes_are_the_same(project, tmp_path, monkeypatch):
+    """Two at a time; llama.py runs in this process, so one after the other behind a lock."""
+    alone = reproduce_in(tmp_path, "--table", "loss")
+    calls, lock, real = list(project), threading.Lock(), reproduce.run_program
+
+    def run(command):
+        assert os.environ["OMP_NUM_THREADS"] == str(max(1, os.cpu_count() // 2))
+        with lock:
+            return real(command)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(reproduce, "run_program", run)
+    shutil.rmtree(tmp_path / "work")
+    assert reproduce_in(tmp_path, "--table", "loss", "--lanes", "2") == alone
+    assert "Times are of a CPU with" in alone and sorted(project[len(calls) :]) == sorted(calls)
 
 
 def test_a_run_is_made_again_for_what_it_lacks_or_if_its_command_changed(project, tmp_path):
