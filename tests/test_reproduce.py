@@ -135,7 +135,8 @@ def test_runs_in_lanes_are_the_same(project, tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(reproduce, "run_program", run)
     shutil.rmtree(tmp_path / "work")
-    assert reproduce_in(tmp_path, "--table", "loss", "--lanes", "2") == alone
+    again = reproduce_in(tmp_path, "--table", "loss", "--lanes", "2")
+    assert again.split("## Losses")[1] == alone.split("## Losses")[1]  # of costs there may be other ones
     assert "Times are of a CPU with" in alone and sorted(project[len(calls) :]) == sorted(calls)
 
 
