@@ -143,7 +143,7 @@ def protocol(model: str) -> Protocol:
         calibration = ("c4-new", "--nsamples", "128", "--seqlen", "2048", *COMMON)
         return Protocol(model, calibration, ("wikitext2", "c4-new"), 2048, ZERO_SHOT)
     calibration = ("demo/calibration.txt", "--nsamples", "32", "--seqlen", "512", "--dtype", "bfloat16", *COMMON)
-    flags = ("--include_path", "scripts/tasks", "--limit", "500", "--use_bf16")
+    flags = ("--include_path", "scripts/tasks", "--limit", "250")
     tasks = ("demo_words", "demo_continuations")
     # 128 does not divide this model's 576 inputs; 192 does, and groups have to be whole.
     return Protocol("demo/SmolLM2-135M-Instruct", calibration, ("demo/heldout-16384.txt",), 512, tasks, flags, groups=(192, 64))
