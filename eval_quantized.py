@@ -20,6 +20,7 @@ import random
 import sys
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
@@ -246,6 +247,8 @@ def run_tasks(model, tokenizer, tasks: Tasks, args: argparse.Namespace) -> dict:
     settings = {"num_fewshot": args.num_fewshot, "limit": args.limit, "log_samples": args.compare, **lm_eval_seeds(args.seed)}
     try:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.eval_batch_size or automatic)
+        for kind in () if sys.stderr.isatty() else ("loglikelihood", "loglikelihood_rolling", "generate_until"):
+            setattr(lm, kind, partial(getattr(lm, kind), disable_tqdm=True))  # thousands of steps of a bar, in a log
         with contextlib.redirect_stdout(sys.stderr):  # it chats
             return simple_evaluate(lm, tasks=tasks.objects, task_manager=tasks.manager, bootstrap_iters=1000, **settings)
     except Exception as error:  # a task's own code, too many shots, memory

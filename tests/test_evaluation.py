@@ -6,6 +6,7 @@ lm-eval is the real library; its tasks here need no network. What the command re
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,14 @@ def test_tasks_give_what_the_models_own_logits_say(tiny_model, quantized, tokeni
     assert row["stderr"] == pytest.approx(eval_quantized.standard_error([float(r) for r in right]), rel=1e-6)
     assert found["tasks"]["n-samples"]["mine_a"]["effective"] == 13
     assert found["bits"] == [2]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_log_has_no_bar_of_the_requests(tiny_model, task_folder, tmp_path, monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    base = ["--base_model_name_or_path", tiny_model(), "--include_path", task_folder]
+    evaluate(tmp_path / "e.json", *base, "--tasks", "mine_a", "--device", "cpu")
+    assert ("Running loglikelihood requests" in capsys.readouterr().err) == terminal
 
 
 def test_groups_and_tags_are_one_row(tiny_model, task_folder, tmp_path, capsys):
