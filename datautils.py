@@ -147,7 +147,7 @@ def _cached(make: Callable[..., torch.Tensor], source: str, tokenizer, *settings
     with contextlib.suppress(OSError, SafetensorError, KeyError):
         return load_file(file)["windows"]
     windows = make(source, tokenizer, *settings)
-    with contextlib.suppress(OSError):  # no place for a cache: it is only for speed
+    with contextlib.suppress(OSError, SafetensorError):  # no place for a cache: it is only for speed
         file.parent.mkdir(parents=True, exist_ok=True)
         partial_file = file.with_suffix(f".{os.getpid()}.partial")
         save_file({"windows": windows}, partial_file)

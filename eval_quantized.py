@@ -31,11 +31,11 @@ from tqdm import tqdm
 import datautils
 import modelutils
 from leanquant import LeanQuantModelForCausalLM
-from leanquant.errors import InputError
+from leanquant.errors import InputError, disk_trouble
 from leanquant.foreign import METHODS, open_checkpoint
 from leanquant.linear import free_host_bytes
 from leanquant.modeling import parse_device
-from leanquant.packing import CODES, Checkpoint
+from leanquant.packing import CODES, Checkpoint, write_json
 
 # --- perplexity ------------------------------------------------------------------------------------------------
 
@@ -596,15 +596,15 @@ def run(args: argparse.Namespace) -> None:
     print(describe(model, dtype), flush=True)
     found = original = None
     for found in evaluate(model, tokenizer, dtype, windows, tasks, args):
+        if found.results:
+            print(f"\n{as_table(found.rows(tasks, None))}", flush=True)
         write_results(args, model, dtype, tasks, found, None)  # what is measured is not lost to what comes after
-    if tasks:
-        print(f"\n{as_table(found.rows(tasks, None))}", flush=True)
     if args.compare:
         base = Model.open(args.base_model_name_or_path, None, None)
         print(f"\n{describe(base, dtype)}", flush=True)
         *_, original = evaluate(base, tokenizer, dtype, windows, tasks, args)
+        print(f"\n{as_table(found.rows(tasks, original))}", flush=True)
         write_results(args, model, dtype, tasks, found, original)
-        print(f"\n{as_table(found.rows(tasks, original))}")
 
 
 def describe(model: Model, dtype: torch.dtype) -> str:
@@ -636,7 +636,7 @@ def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, f
             "perplexity": [text._asdict() for text in original.perplexities],
             "tasks": without_samples(original.results),
         }
-    args.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
+    write_json(args.output, report)
 
 
 def without_samples(results: dict) -> dict:
@@ -650,6 +650,16 @@ def main(argv: list[str] | None = None) -> int:
         run(parse(argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not modelutils.is_out_of_memory(error):
+            raise
+        print(f"error: out of memory ({_one_line(error)}): give a smaller --eval_batch_size or --seqlen", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if (what := disk_trouble(error)) is None:
+            raise
+        print(f"error: {what}; what was measured is printed above", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: what was measured before is in --output, if that was given", file=sys.stderr)

@@ -9,7 +9,6 @@ Under torchrun several processes share the work (ranks.py).
 
 import argparse
 import contextlib
-import errno
 import itertools
 import json
 import math
@@ -42,13 +41,10 @@ from flags import Run, parse, quant_config, run_settings
 from hessian import Statistics
 from journal import ON_THE_WAY, Journal, Saver, files_of, has_result
 from leanquant import export, packing
-from leanquant.errors import InputError
+from leanquant.errors import InputError, disk_trouble
 from leanquant.foreign import open_checkpoint
 from ranks import Ending, RankLost, Ranks
 from report import digest, example_row, peak_host_bytes, peak_memory, print_summary, settings_of, versions, write_report
-
-# A disk that is full, over its quota, at its largest file; one that fails, or is gone read-only.
-NO_ROOM, BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG), (errno.EIO, errno.EROFS)
 
 
 class Phases:
@@ -459,7 +455,7 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
     wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits, text)
     print(plan.as_text(wanted, hardware))
     if run.report:
-        run.report.write_text(json.dumps({"plan": wanted.as_dict(), "run": vars(wanted.run)}, indent=2, default=str) + "\n")
+        packing.write_json(run.report, {"plan": wanted.as_dict(), "run": vars(wanted.run)})
     if missing := plan.lacks(wanted, limits):
         print("\n".join([*(f"does not fit: {part}" for part in missing), plan.advice(make, wanted.run, limits, shapes)]))
     else:
@@ -745,10 +741,8 @@ def main(argv: list[str] | None = None) -> int:
         what = "give a smaller --batch_size or --offload_threshold, --activations host or disk, or more memory (--plan shows what fits)"
         return ranks.leave(Ending(2, f"out of memory ({str(error).splitlines()[0]}): {what}", True), kept(error))
     except OSError as error:
-        if error.errno not in NO_ROOM + BROKEN:
+        if (what := disk_trouble(error)) is None:
             raise
-        what, remedy = ("written", "make room") if error.errno in NO_ROOM else ("used", "see what is wrong with its disk")
-        what = f"{error.filename or 'a file'} cannot be {what} ({error.strerror}): {remedy}"
         return ranks.leave(Ending(2, what, True), kept(error))
     except KeyboardInterrupt as error:
         return ranks.leave(Ending(130, "interrupted"), kept(error) or ": nothing was finished yet")

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import json
 import platform
 import resource
 from dataclasses import asdict
@@ -81,7 +80,7 @@ def write_report(run: Run, contents: dict) -> None:
             "peak_host_bytes": peak_host_bytes(),
             **device,
         }
-        run.report.write_text(json.dumps(contents | {"machine": machine}, indent=2, default=str) + "\n")
+        packing.write_json(run.report, contents | {"machine": machine})
 
 
 def print_summary(contents: dict, run: Run) -> None:

@@ -776,6 +776,23 @@ def write_synced(file: Path, contents: bytes) -> None:
         os.fsync(f.fileno())
 
 
+def write_json(file: Path, contents: dict) -> None:
+    """Whole or not at all: on a disk that is full, `file` keeps what it had."""
+    text = json.dumps(contents, indent=2, default=str) + "\n"
+    if file.exists() and not file.is_file():  # /dev/stdout
+        file.write_text(text)
+        return
+    file = file.resolve()
+    partial = file.with_name(file.name + ".partial")
+    try:
+        write_synced(partial, text.encode())
+        partial.replace(file)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        error.filename = error.filename or str(file)
+        raise
+
+
 def _replace_folder(new: Path, target: Path) -> None:
     """Move `new` to `target`; an older `target` goes only after the new one is in place."""
     if not target.exists():

@@ -19,6 +19,7 @@ from datetime import date
 from pathlib import Path
 from typing import NamedTuple
 
+from demo_data import write_text
 from paper import BITS, GROUPS, PUBLISHED, TABLES, Job, Protocol, Table, protocol
 from plot import COLORS, losses_by_layer
 
@@ -104,9 +105,7 @@ def run_program(command: list[str]) -> int:
 
 def write(store: Path, contents: dict) -> None:
     store.parent.mkdir(parents=True, exist_ok=True)
-    partial = store.with_name(store.name + ".partial")
-    partial.write_text(json.dumps(contents) + "\n")
-    partial.rename(store)
+    write_text(store, json.dumps(contents) + "\n")
 
 
 def run_kernels(work: Path) -> None:

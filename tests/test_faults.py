@@ -2,17 +2,21 @@
 
 import errno
 import gc
+import json
 import os
 import shutil
 import subprocess
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
 
+import eval_quantized
+import export as export_cli
 import llama
 import modelutils
-from leanquant.packing import Checkpoint
+from leanquant.packing import Checkpoint, ModelWriter
 from test_journal import LAYERS, SETTINGS, Stopped, command, stopped_after, whole, words  # noqa: F401
 
 # --- memory of the device --------------------------------------------------------------------------------------
@@ -130,11 +134,7 @@ def test_a_full_disk_loses_nothing(command, whole, small_disk, monkeypatch, caps
 
     def quantize_layer(model, index, *rest):
         if index == 3:
-            filler.touch()
-            with suppress(OSError), open(filler, "ab", buffering=0) as file:
-                while True:
-                    file.write(bytes(4096))
-            os.truncate(filler, max(0, filler.stat().st_size - left))
+            fill(small_disk, left)
         return real(model, index, *rest)
 
     with monkeypatch.context() as patch:
@@ -151,6 +151,62 @@ def test_a_full_disk_loses_nothing(command, whole, small_disk, monkeypatch, caps
     assert llama.main(command(path, "--activations", kind)) == 0
     assert path.read_bytes() == whole[0]
     assert done[0] >= 1 and done[-1] == LAYERS - 1
+
+
+def fill(folder: Path, left: int = 0) -> None:
+    """Leave only so many bytes of the file system that `folder` is."""
+    with suppress(OSError), open(folder / "filler", "wb", buffering=0) as file:
+        while True:
+            file.write(bytes(4096))
+    os.truncate(folder / "filler", max(0, (folder / "filler").stat().st_size - left))
+
+
+def test_a_full_disk_is_only_no_cache(command, small_disk, tmp_path, monkeypatch):  # noqa: F811
+    fill(small_disk)
+    monkeypatch.setenv("LEANQUANT_CACHE", str(small_disk))
+    assert llama.main(command(tmp_path / "q.safetensors")) == 0
+    assert [file.name for file in small_disk.iterdir()] == ["filler"]
+
+
+def test_what_was_measured_outlives_a_full_disk(tiny_model, test_text, small_disk, capsys):
+    """The numbers are on the screen, and the file of the evaluation before is what it was."""
+    output = small_disk / "e.json"
+    arguments = words("--base_model_name_or_path", tiny_model(), "--perplexity", test_text, "--seqlen", 32, "--output", output)
+    assert eval_quantized.main(arguments) == 0
+    before = output.read_bytes()
+    fill(small_disk)
+    capsys.readouterr()
+    assert eval_quantized.main([*arguments, "--seed", "1"]) == 2
+    said = capsys.readouterr()
+    assert "perplexity" in said.out and f"{output} cannot be written (No space left on device): make room" in said.err
+    assert output.read_bytes() == before and {file.name for file in small_disk.iterdir()} == {"e.json", "filler"}
+
+
+def test_a_report_that_has_no_room_leaves_the_one_before(command, small_disk, tmp_path, capsys):  # noqa: F811
+    report = small_disk / "r.json"
+    report.write_text("before")
+    fill(small_disk)
+    assert llama.main(command(tmp_path / "q.safetensors", "--report", report)) == 2
+    assert f"{report} cannot be written" in (said := capsys.readouterr().err) and "the same command goes on" in said
+    assert report.read_text() == "before"
+    (small_disk / "filler").unlink()
+    assert llama.main(command(tmp_path / "q.safetensors", "--report", report)) == 0
+    assert json.loads(report.read_text())["linears"]
+
+
+def test_an_export_that_has_no_room_says_so(command, tiny_model, small_disk, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Whether that is seen before, or room is gone while it writes. Nothing is left."""
+    assert llama.main(command(tmp_path / "q.safetensors")) == 0
+    fill(small_disk, left=2**16)
+    model = tiny_model(num_hidden_layers=LAYERS)
+    arguments = words(tmp_path / "q.safetensors", "--base", model, "--to", "dense", "--out", small_disk / "e")
+    capsys.readouterr()
+    assert export_cli.main(arguments) == 2
+    assert "GB free and the run needs" in capsys.readouterr().err
+    monkeypatch.setattr(ModelWriter, "_check_room", lambda *_: None)
+    assert export_cli.main(arguments) == 2
+    assert "cannot be written (No space left on device): make room" in capsys.readouterr().err
+    assert [file.name for file in small_disk.iterdir()] == ["filler"]
 
 
 def test_a_disk_that_fails_is_named(command, whole, tmp_path, monkeypatch, capsys):  # noqa: F811
