@@ -8,6 +8,7 @@ called as a user would call them. One JSON a run lies in --work, and a run that 
 """
 
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -20,8 +21,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from demo_data import write_text
-from paper import BITS, GROUPS, PUBLISHED, TABLES, Job, Protocol, Table, protocol
-from plot import COLORS, losses_by_layer
+from paper import BITS, GROUPS, PUBLISHED, PUBLISHED_COSTS, TABLES, Job, Protocol, Table, protocol
+from plot import COLORS, losses_by_layer, new_figure, save
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -80,7 +81,10 @@ def without_details(report: dict) -> dict:
 
 
 def stored(store: Path) -> dict:
-    return json.loads(store.read_text()) if store.is_file() else {}
+    """What a run has left; nothing, so that it is made again, if that cannot be read."""
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return json.loads(store.read_text())
+    return {}
 
 
 class Failed(Exception):
@@ -116,7 +120,8 @@ def run_kernels(work: Path) -> None:
     script = "bench_quantize.py" if torch.cuda.is_available() else "bench_grid.py"
     command = [f"scripts/{script}", "--out", from_root(work / "bench.json.partial")]
     if stored(store).get("command") != command:
-        write(store, {"command": command, "date": date.today().isoformat(), "report": call(command, work / "bench.json.partial")})
+        done = {"command": command, "date": date.today().isoformat(), "machine": machine()}
+        write(store, done | {"report": call(command, work / "bench.json.partial")})
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
@@ -143,14 +148,11 @@ def plain(value: float, digits: int) -> str:
 
 def cells(job: Job, done: dict, columns: tuple[str, ...], model: str, p: Protocol) -> dict[str, Cell]:
     """Column heading -> cell of one run, which may be missing."""
-    report, found = done.get("report", {}), {}
+    report, found, short = done.get("report", {}), {}, model.rstrip("/").rpartition("/")[2]
     if "perplexity" in columns:
         rows = {Path(row["source"]).name: row for row in report.get("perplexity", [])}
         for text in map(lambda source: Path(source).name, p.texts):
-            row, known = (
-                rows.get(text, {}),
-                PUBLISHED.get((model.rstrip("/").rpartition("/")[2], text), {}).get(job.bits, {}).get(job.method),
-            )
+            row, known = rows.get(text, {}), PUBLISHED.get((short, text), {}).get(job.bits, {}).get(job.method)
             found[f"perplexity, {text}"] = Cell(row.get("perplexity"), row.get("stderr"), known)
     if "tasks" in columns:
         for row in done.get("tasks", []):
@@ -158,10 +160,11 @@ def cells(job: Job, done: dict, columns: tuple[str, ...], model: str, p: Protoco
     if "loss" in columns:
         losses = [row["loss"] for row in report.get("linears", []) if row["loss"] is not None]
         found["sum of losses"] = Cell(sum(losses) if losses else None, digits=1)
+    seconds, peak = PUBLISHED_COSTS.get(short, {}).get(job.bits, {}).get(job.method, (None, None))
     if "time" in columns:
-        found["seconds"] = Cell(report.get("quantization_seconds"), digits=1)
+        found["seconds"] = Cell(report.get("quantization_seconds"), published=seconds, digits=1)
     if "memory" in columns:
-        found["peak host, GB"] = Cell(scaled(report.get("peak_host_bytes_quantizing")))
+        found["peak host, GB"] = Cell(scaled(report.get("peak_host_bytes_quantizing")), published=peak)
         found["peak device, GB"] = Cell(scaled(report.get("peak_device_bytes_quantizing")))
         found["hours of grid search"] = Cell(scaled(report.get("phase_seconds", {}).get("grid"), 3600), digits=3)
     if "size" in columns:
@@ -174,12 +177,15 @@ def scaled(value: float | None, unit: float = 1e9) -> float | None:
 
 
 def as_markdown(table: Table, model: str, p: Protocol, work: Path) -> str:
+    """The table, empty if nothing of it was measured yet."""
     rows = {job: cells(job, stored(work / f"{p.name(job)}.json"), table.columns, model, p) for job in table.jobs}
     headings = [
         heading
         for heading in dict.fromkeys(h for row in rows.values() for h in row)
-        if any(str(row.get(heading, "")) for row in rows.values())
+        if any(heading in row and row[heading].value is not None for row in rows.values())
     ]
+    if not headings:
+        return ""
     lines = [f"| bits | method | {' | '.join(headings)} |", f"|---|---|{'---|' * len(headings)}"]
     best = {(job.bits, heading): best_of(table, rows, job.bits, heading) for job in table.jobs for heading in headings}
     for job, row in rows.items():
@@ -188,6 +194,16 @@ def as_markdown(table: Table, model: str, p: Protocol, work: Path) -> str:
     for bits, method, text, value in literature(table, model, p):
         texts = [str(Cell(None, published=value)) if heading == f"perplexity, {text}" else "" for heading in headings]
         lines.append(f"| {bits} | {method} | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def layers_markdown(table: Table, p: Protocol, work: Path) -> str:
+    """Loss of each layer, a column a run."""
+    found = {job: losses_by_layer(store["report"]) for job in table.jobs if (store := stored(work / f"{p.name(job)}.json"))}
+    headings = [f"{job.bits} bits, {job.method}" for job in found]
+    lines = [f"| decoder layer | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
+    for layer in sorted({layer for losses in found.values() for layer in losses}):
+        lines.append(f"| {layer} | {' | '.join(plain(losses[layer], 2) if layer in losses else '' for losses in found.values())} |")
     return "\n".join(lines)
 
 
@@ -243,30 +259,30 @@ def kernel_rows(work: Path) -> list[tuple[str, str, float]]:
 
 
 def kernel_markdown(work: Path) -> str:
-    rows = kernel_rows(work)
+    rows, done = kernel_rows(work), stored(work / "kernels.json")
     brute = {what: cost for what, how, cost in rows if how.startswith("brute")}
     lines = ["| what | how | ms | times faster than brute force |", "|---|---|---|---|"]
-    return "\n".join(lines + [f"| {what} | {how} | {cost:.2f} | {brute[what] / cost:.0f} |" for what, how, cost in rows])
+    lines += [f"| {what} | {how} | {cost:.2f} | {brute[what] / cost:.0f} |" for what, how, cost in rows]
+    where = f"On {done['machine']}. " if "machine" in done else ""
+    what = "Rows are of SmolLM2-135M." if "results" in done.get("report", {}) else "Weights are random."
+    return "\n".join([*lines, "", where + what])
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
 
 
-def plot(name: str, table: Table, model: str, p: Protocol, work: Path, out: Path) -> bool:
-    """Write the table's picture. Returns whether there was anything to draw."""
-    from plot import new_figure, save
-
+def plot(name: str, table: Table, model: str, p: Protocol, work: Path, out: Path) -> None:
+    """Write the table's picture."""
     if not table.jobs:
-        figure = plot_kernels(new_figure, work)
+        figure = plot_kernels(work)
     else:
         draw = plot_layers if name == "loss" else plot_exponents if "exponent" in name else plot_bars
         done = {job: stored(work / f"{p.name(job)}.json") for job in table.jobs}
-        figure = draw(new_figure, table, {job: contents for job, contents in done.items() if contents}, model, p)
+        figure = draw(table, {job: contents for job, contents in done.items() if contents}, model, p)
     save(figure, out)
-    return True
 
 
-def plot_kernels(new_figure, work: Path):
+def plot_kernels(work: Path):
     """Milliseconds, a bar each."""
     rows = kernel_rows(work)
     figure, axes = new_figure(1, 1, figsize=(7, 1.2 + 0.27 * len(rows)))
@@ -277,7 +293,7 @@ def plot_kernels(new_figure, work: Path):
     return figure
 
 
-def plot_layers(new_figure, table: Table, done: dict, model: str, p: Protocol):
+def plot_layers(table: Table, done: dict, model: str, p: Protocol):
     """Loss of each layer, summed over its linears, by grid; a panel a width."""
     widths = [bits for bits in BITS if any(job.bits == bits for job in done)]
     figure, axes = new_figure(1, len(widths), figsize=(4.5 * len(widths), 3.8))
@@ -292,7 +308,7 @@ def plot_layers(new_figure, table: Table, done: dict, model: str, p: Protocol):
     return figure
 
 
-def plot_exponents(new_figure, table: Table, done: dict, model: str, p: Protocol):
+def plot_exponents(table: Table, done: dict, model: str, p: Protocol):
     """Perplexity against the exponent, a line a reading, a panel a width."""
     widths = [bits for bits in BITS if any(job.bits == bits for job in done)]
     figure, axes = new_figure(1, len(widths), figsize=(4.2 * len(widths), 3.6))
@@ -314,7 +330,7 @@ def plot_exponents(new_figure, table: Table, done: dict, model: str, p: Protocol
     return figure
 
 
-def plot_bars(new_figure, table: Table, done: dict, model: str, p: Protocol):
+def plot_bars(table: Table, done: dict, model: str, p: Protocol):
     """The table's columns side by side, a bar a run with its standard error, published values as crosses."""
     rows = {job: cells(job, contents, table.columns, model, p) for job, contents in done.items()}
     headings = [
@@ -338,10 +354,13 @@ def plot_bars(new_figure, table: Table, done: dict, model: str, p: Protocol):
             axis.set_xlim(0.9 * min(values))
         axis.set_title(heading, fontsize=8)
         axis.set_yticks([])
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.5, -0.5)  # the same rows in all panels, whichever of them have a value
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3, axis="x")
     axes[0][0].set_yticks(range(len(rows)), [f"{job.bits} bits, {shown(job, p)}" for job in rows], fontsize=7)
+    crosses = [mark for axis in axes[0] for mark in axis.get_legend_handles_labels()[0]]
+    if crosses:
+        figure.legend(crosses[:1], ["published"], loc="outside lower center")
     return figure
 
 
@@ -360,7 +379,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--out", type=Path, help="folder for reproduction.md and its pictures (unset: docs for the demo, else --work)")
     add("--keep", action="store_true", help="keep the quantized models")
-    add("--lanes", type=int, default=1, help="runs at a time, each with its share of the CPU's threads (times are of runs beside others)")
+    add(
+        "--lanes",
+        type=int,
+        choices=range(1, 65),
+        metavar="N",
+        default=1,
+        help="runs at a time, each with its share of the CPU's threads (times are of runs beside others)",
+    )
     add("--render", action="store_true", help="run nothing: only render what is there, as every call does at its end")
     add("--dry-run", action="store_true", help="only print the commands")
     return parser.parse_args(argv)
@@ -378,40 +404,73 @@ def main(argv: list[str] | None = None) -> int:
     )
     work = (args.work or default).absolute()
     out = args.out or (ROOT / "docs" if args.model == "demo" else work)
-    jobs = wanted(names, p)
     if args.dry_run:
-        for job, with_tasks in jobs:
-            print("python " + " ".join(quantize_command(job, p, work / f"{p.name(job)}.safetensors", work / "report.json.partial")))
-            if with_tasks:
-                print("python " + " ".join(task_command(job, p, work / f"{p.name(job)}.safetensors", work / "tasks.json.partial")))
+        for command in commands(names, p, work):
+            print(command)
         return 0
-    work.mkdir(parents=True, exist_ok=True)
-    failed: list[str] = []
-    if not args.render:
-        if args.model == "demo":
-            prepare_demo()
-        if args.lanes > 1:
-            os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.lanes))
-
-        def attempt(numbered) -> str | None:
-            number, (job, with_tasks) = numbered
-            print(f"\n{number}/{len(jobs)}: {job.method}, {job.bits} bits", flush=True)
-            try:
-                run(job, p, work, with_tasks, args.keep)
-            except Failed:
-                return p.name(job)
-
-        with ThreadPoolExecutor(args.lanes) as lanes:
-            failed += filter(None, lanes.map(attempt, enumerate(jobs, 1)))
-        if "kernels" in names:
-            try:
-                run_kernels(work)
-            except Failed:
-                failed.append("kernels")
-    print(render(args.model, p, work, out))
+    if trouble := refusal(args, is_folder, work, out):
+        print(f"error: {trouble}", file=sys.stderr)
+        return 2
+    failed = []
+    try:
+        if not args.render:
+            failed = run_all(args, names, p, work)
+        print(render(args.model, p, work, out))
+    except KeyboardInterrupt:
+        print("interrupted: what is done is kept, and the same command goes on", file=sys.stderr)
+        return 130
     if failed:
         print(f"error: {', '.join(failed)} failed: mend what is said above, then run this again (what is done is kept)", file=sys.stderr)
     return 1 if failed else 0
+
+
+def commands(names: list[str], p: Protocol, work: Path) -> list[str]:
+    """What would be run."""
+    found = []
+    for job, with_tasks in wanted(names, p):
+        found.append(quantize_command(job, p, work / f"{p.name(job)}.safetensors", work / "report.json.partial"))
+        if with_tasks:
+            found.append(task_command(job, p, work / f"{p.name(job)}.safetensors", work / "tasks.json.partial"))
+    return ["python " + " ".join(command) for command in found]
+
+
+def refusal(args: argparse.Namespace, is_folder: bool, work: Path, out: Path) -> str | None:
+    """What is wrong with the command line."""
+    if args.model != "demo" and not is_folder and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", args.model):
+        return f"{args.model} is no folder, and no name of the hub: give one of them, or demo"
+    for flag, folder in (("--work", work), ("--out", out)):
+        if folder.exists() and not folder.is_dir():
+            return f"{flag}: {folder} is a file: give a folder"
+    if args.render and not any(work.glob("*.json")):
+        return f"{work} holds no runs to render: leave out --render, or give their folder with --work"
+    return None
+
+
+def run_all(args: argparse.Namespace, names: list[str], p: Protocol, work: Path) -> list[str]:
+    """Make every run of the named tables that is not there. Returns the names of those that failed."""
+    work.mkdir(parents=True, exist_ok=True)
+    jobs = wanted(names, p)
+    if args.model == "demo":
+        prepare_demo()
+    if args.lanes > 1:
+        os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.lanes))
+
+    def attempt(numbered) -> str | None:
+        number, (job, with_tasks) = numbered
+        print(f"\n{number}/{len(jobs)}: {job.method}, {job.bits} bits", flush=True)
+        try:
+            run(job, p, work, with_tasks, args.keep)
+        except Failed:
+            return p.name(job)
+
+    with ThreadPoolExecutor(args.lanes) as lanes:
+        failed = [name for name in lanes.map(attempt, enumerate(jobs, 1)) if name]
+    if "kernels" in names:
+        try:
+            run_kernels(work)
+        except Failed:
+            failed.append("kernels")
+    return failed
 
 
 def wanted(names: list[str], p: Protocol) -> list[tuple[Job, bool]]:
@@ -434,7 +493,7 @@ def prepare_demo() -> None:
 
 
 def conditions(p: Protocol, work: Path) -> str:
-    machines = dict.fromkeys(stored(store).get("machine") for store in sorted(work.glob("*.json")))
+    machines = dict.fromkeys(stored(store).get("machine") for store in sorted(work.glob("*.json")) if store.name != "kernels.json")
     machines = [machine for machine in machines if machine]
     flags = f" (`{' '.join(p.task_flags)}`)" if p.task_flags else ""
     return (
@@ -460,8 +519,12 @@ def render(model: str, p: Protocol, work: Path, out: Path) -> Path:
         if not any((work / f"{file}.json").is_file() for file in [p.name(job) for job in table.jobs] or [name]):
             continue
         body = as_markdown(table, model, p, work) if table.jobs else kernel_markdown(work)
-        if plot(name, table, model, p, work, out / "reproduction" / f"{name}.png"):
-            body += f"\n\n![{table.title}](reproduction/{name}.png)"
+        if not body:
+            continue
+        plot(name, table, model, p, work, out / "reproduction" / f"{name}.png")
+        body += f"\n\n![{table.title}](reproduction/{name}.png)"
+        if name == "loss":
+            body += f"\n\n{layers_markdown(table, p, work)}"
         sections.append(f"## {table.title}\n\n{body}" + (f"\n\n{table.note}" if table.note else ""))
     path = out / "reproduction.md"
     path.write_text("\n\n".join(sections) + "\n")

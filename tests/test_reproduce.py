@@ -173,6 +173,60 @@ def test_published_values_stand_beside_ours(project, tmp_path, test_text, monkey
     assert text.count("(published 12.34)") == 1 and "| OmniQuant | (published 5.60) |" in text
 
 
+def test_a_table_of_which_nothing_is_measured_is_left_out(project, tmp_path):
+    """It shares its runs with one that is."""
+    reproduce.TABLES["zero-shot"] = paper.Table("Zero-shot", reproduce.TABLES["matrix"].jobs, ("tasks",))
+    text = reproduce_in(tmp_path, "--table", "cost")
+    assert "## Cost" in text and "Zero-shot" not in text
+    assert "## Zero-shot" in reproduce_in(tmp_path, "--table", "zero-shot")
+
+
+def test_losses_of_each_layer_are_written_out(project, tmp_path):
+    text = reproduce_in(tmp_path, "--table", "loss").split("## Losses")[1]
+    assert "| decoder layer | 3 bits, min-max grid | 3 bits, k-means, all weights alike | 3 bits, loss-aware grid |" in text
+    report = json.loads((tmp_path / "work" / "3bit-grid-minmax.json").read_text())["report"]
+    second = sum(row["loss"] for row in report["linears"] if row["layer"] == 1)
+    assert f"| 2 | {second:.2f} | " in text
+
+
+def test_all_panels_of_a_picture_have_the_same_rows(project, tmp_path):
+    reproduce_in(tmp_path, "--table", "cost")
+    p, table = reproduce.protocol("tiny"), reproduce.TABLES["matrix"]
+    done = {job: reproduce.stored(tmp_path / "work" / f"{p.name(job)}.json") for job in table.jobs}
+    figure = reproduce.plot_bars(table, done, "tiny", p)
+    assert {axis.get_ylim() for axis in figure.axes} == {(len(table.jobs) - 0.5, -0.5)} and len(figure.axes) > 1
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--model", "../nope"], "../nope is no folder, and no name of the hub"),
+        (["--model", "tiny", "--work", __file__], "is a file: give a folder"),
+        (["--model", "tiny", "--out", __file__], "is a file: give a folder"),
+        (["--model", "tiny", "--work", "nothing", "--render"], "holds no runs to render"),
+    ],
+)
+def test_what_reproduce_cannot_use_is_refused(project, capsys, options, says):
+    assert reproduce.main(options) == 2
+    assert says in capsys.readouterr().err and not project
+
+
+def test_a_damaged_store_is_made_again_and_an_interruption_keeps_the_rest(project, tmp_path, monkeypatch, capsys):
+    reproduce_in(tmp_path, "--table", "exponent")
+    count, run = len(project), reproduce.run_program
+    (tmp_path / "work" / "3bit-grid-nonuniform-exponent-3.json").write_text('{"command": [')
+
+    def interrupted(command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(reproduce, "run_program", interrupted)
+    assert reproduce.main(["--model", "tiny", "--work", str(tmp_path / "work"), "--table", "exponent"]) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(reproduce, "run_program", run)
+    reproduce_in(tmp_path, "--table", "exponent")
+    assert len(project) == count + 1
+
+
 @pytest.mark.parametrize(
     "report",
     [
