@@ -156,7 +156,11 @@ def _cached(make: Callable[..., torch.Tensor], source: str, tokenizer, *settings
 
 
 def _cache_file(make: Callable[..., torch.Tensor], source: str, tokenizer, *settings: int) -> Path:
-    text = repr(CORPORA[source]) if source in CORPORA else hashlib.sha256(Path(source).read_bytes()).hexdigest() + Path(source).suffix
+    if source in CORPORA:
+        here = Path(CORPORA[source].repository)  # a folder of that name would be read in the hub's place
+        text = repr((CORPORA[source], str(here.resolve()) if here.is_dir() else "the hub's"))
+    else:
+        text = hashlib.sha256(Path(source).read_bytes()).hexdigest() + Path(source).suffix
     key = hashlib.sha256(repr((CACHE_VERSION, make.__name__, text, _fingerprint(tokenizer), settings)).encode()).hexdigest()
     return cache_folder() / f"{key[:32]}.safetensors"
 

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import difflib
 import gc
+import hashlib
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ import torch
 from tqdm import tqdm
 
 import datautils
+import leanquant
 import modelutils
 from leanquant import LeanQuantModelForCausalLM
 from leanquant.errors import InputError, disk_trouble
@@ -59,7 +61,8 @@ class Perplexity(NamedTuple):
     """Perplexity of one text per token, with what it takes to compare it.
 
     stderr: standard error, from the spread of the windows' mean losses; None for a single window. stride: tokens by which
-    windows advance. tokens: covered by the windows, each counted once. windows_with_bos: how many begin with a BOS.
+    windows advance. tokens: covered by the windows, each counted once. windows_with_bos: how many begin with a BOS. digest: of
+    their token ids, which tells texts of one name apart.
     """
 
     source: str
@@ -70,6 +73,7 @@ class Perplexity(NamedTuple):
     windows: int
     tokens: int
     windows_with_bos: int
+    digest: str
     window_losses: list[float]
 
     def __str__(self) -> str:
@@ -96,6 +100,7 @@ def perplexity(windows: Windows, losses: torch.Tensor) -> Perplexity:
         windows=n,
         tokens=T + (n - 1) * windows.stride,
         windows_with_bos=windows.with_bos,
+        digest=hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()[:16],
         window_losses=[round(mean, 6) for mean in means.tolist()],
     )
 
@@ -176,11 +181,26 @@ def find_tasks(names: list[str], include_path: Path | None) -> Tasks:
 
     if include_path and not include_path.is_dir():
         raise InputError(f"--include_path: {include_path} is not a folder: give the one that holds your tasks' YAML files")
-    names = ",".join(names).split(",")
+    names = [name.strip() for name in ",".join(names).split(",") if name.strip()]
+    if not names:
+        raise InputError("--tasks names nothing: give names of tasks, or leave it out")
     if include_path:  # reading lm-eval's own thousands takes seconds: perhaps they are not needed
         with contextlib.suppress(InputError):
             return _find_tasks(names, TaskManager(include_path=str(include_path), include_defaults=False))
+        _check_yaml(include_path)
     return _find_tasks(names, TaskManager(include_path=str(include_path) if include_path else None))
+
+
+def _check_yaml(folder: Path) -> None:
+    """lm-eval leaves out what it cannot read. Raises InputError for the first such file."""
+    import yaml
+
+    for file in sorted(folder.rglob("*.yaml")):
+        try:
+            list(yaml.parse(file.read_text()))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            what = " ".join(str(error).split())
+            raise InputError(f"--include_path: {file} cannot be read ({what}): mend it, or move it away") from None
 
 
 def _find_tasks(names: list[str], manager) -> Tasks:
@@ -190,14 +210,16 @@ def _find_tasks(names: list[str], manager) -> Tasks:
         matches = manager.match_tasks([name])
         if not matches:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
-            raise InputError(f"unknown task {name}: " + (f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"))
+            hint = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"
+            raise InputError(f"unknown task {name}: {hint} (--include_path names the folder of your own)")
         loaded = {match: _load_task(manager, match) for match in matches}
         for match in sorted(matches, key=lambda match: -len(loaded[match]["tasks"])):  # a pattern meets groups and their members
             leaves = list(loaded[match]["tasks"])
             if repeated := taken.intersection(leaves):
                 if matches != [name]:
                     continue
-                raise InputError(f"--tasks names {min(repeated)} twice, once within a group: leave one of them out")
+                within = "" if names.count(min(repeated)) > 1 else ", once within a group"
+                raise InputError(f"--tasks names {min(repeated)} twice{within}: leave one of them out")
             taken.update(leaves)
             group = loaded[match]["groups"].get(match)
             found.leaves[match] = leaves
@@ -250,7 +272,8 @@ def run_tasks(model, tokenizer, tasks: Tasks, args: argparse.Namespace) -> dict:
         for kind in () if sys.stderr.isatty() else ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(lm, kind, partial(getattr(lm, kind), disable_tqdm=True))  # thousands of steps of a bar, in a log
         with contextlib.redirect_stdout(sys.stderr):  # it chats
-            return simple_evaluate(lm, tasks=tasks.objects, task_manager=tasks.manager, bootstrap_iters=1000, **settings)
+            found = simple_evaluate(lm, tasks=tasks.objects, task_manager=tasks.manager, bootstrap_iters=1000, **settings)
+        return found | {"seqlen": lm.max_length}
     except Exception as error:  # a task's own code, too many shots, memory
         hint = "look at --num_fewshot, --limit and --eval_batch_size, or run that task alone"
         raise InputError(f"lm-eval could not finish ({type(error).__name__}: {_one_line(error)}): {hint}") from error
@@ -446,12 +469,25 @@ class Model(NamedTuple):
 
     def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
         """Can it be held whole, with a fifth of the memory left over? Packed on a GPU, rebuilt in `dtype` on a CPU."""
-        weights = sum(map(self.checkpoint.weights_of, self.checkpoint.quantized))
+        if device.type == "cuda":
+            return self.bytes_held(dtype, rebuilt=False) < 0.8 * torch.cuda.mem_get_info(device)[0]
+        return self.bytes_held(dtype, rebuilt=True) < 0.8 * free_host_bytes()
+
+    def bytes_held(self, dtype: torch.dtype, rebuilt: bool) -> int:
         packed = sum(self.checkpoint.tensor_bytes(linear + CODES) for linear in self.checkpoint.quantized)
         plain = dtype.itemsize * (sum(map(math.prod, self.checkpoint.shapes.values())) - packed)
-        if device.type == "cuda":
-            return plain + packed < 0.8 * torch.cuda.mem_get_info(device)[0]
-        return plain + weights * dtype.itemsize < 0.8 * free_host_bytes()
+        return plain + (dtype.itemsize * sum(map(self.checkpoint.weights_of, self.checkpoint.quantized)) if rebuilt else packed)
+
+    def check_memory(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Raise InputError if not even packed weights fit this host, for tasks, which need the whole model. (What does not fit a GPU
+        waits on the host.)"""
+        needed, free = self.bytes_held(dtype, rebuilt=False), free_host_bytes()
+        free += torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+        if needed > free:
+            what = f"{self.quantized or self.base} takes {needed / 1e9:.2f} GB in memory and {free / 1e9:.2f} GB are free"
+            raise InputError(
+                f"{what}: --tasks need the whole model, --perplexity streams it; take fewer bits, a 16-bit --dtype or a larger machine"
+            )
 
     def load(self, dtype: torch.dtype, device: str) -> torch.nn.Module:
         """In memory; spread over the GPUs if `device` is auto."""
@@ -473,7 +509,10 @@ def evaluate(model: Model, tokenizer, dtype, windows: list[Windows], tasks: Task
     """What is measured on `model`, as far as it has come: with perplexities, then with the tasks too."""
     device = pick_device(args.device)
     sequences = args.eval_batch_size or default_batch_size(args.seqlen, device)
-    if tasks or model.foreign or model.fits(dtype, device):
+    whole = bool(model.foreign) or model.fits(dtype, device)
+    if tasks and not whole:
+        model.check_memory(dtype, device)
+    if whole or not windows:
         runner, losses = model.load(dtype, args.device), whole_losses
     else:
         runner, losses = modelutils.StreamedModel(model.folder, model.checkpoint, dtype, device), streamed_losses
@@ -483,6 +522,7 @@ def evaluate(model: Model, tokenizer, dtype, windows: list[Windows], tasks: Task
         print(perplexities[-1], flush=True)
     yield Evaluation(perplexities, {})
     if tasks:
+        runner = runner if losses is whole_losses else model.load(dtype, args.device)
         yield Evaluation(perplexities, run_tasks(runner, tokenizer, tasks, args))
     del runner
     gc.collect()
@@ -575,6 +615,12 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--stride is {args.stride}: give 1 to --seqlen, which is {args.seqlen}")
     if args.limit is not None and not 0 < args.limit < math.inf or args.num_fewshot is not None and args.num_fewshot < 0:
         raise InputError("--limit must be above 0, and --num_fewshot at least 0")
+    if args.limit is not None and args.limit >= 1 and args.limit != int(args.limit):
+        raise InputError(f"--limit {args.limit} is neither a number of items nor a share below 1")
+    if args.seed is not None and not 0 <= args.seed < 2**32:
+        raise InputError(f"--seed is {args.seed}: give 0 to 4294967295")
+    if args.use_bf16 and args.dtype not in ("auto", "bfloat16"):
+        raise InputError(f"--use_bf16 and --dtype {args.dtype} contradict each other: give one of them")
     if args.compare and not args.leanquant_path:
         raise InputError("--compare needs two models: give the quantized one with --leanquant_path")
     for source in args.perplexity:
@@ -624,9 +670,9 @@ def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, f
         "bits": model.bits,
         "settings": model.settings,
         "dtype": str(dtype).removeprefix("torch."),
-        "seed": args.seed,
-        "limit": args.limit,
-        "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval", "datasets", "tokenizers")},
+        **{name: getattr(args, name) for name in ("device", "eval_batch_size", "seed", "limit", "num_fewshot")},
+        "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval", "datasets", "tokenizers")}
+        | {"leanquant": leanquant.__version__},
         "rows": [row._asdict() for row in found.rows(tasks, original)],
         "perplexity": [text._asdict() for text in found.perplexities],
         "tasks": without_samples(found.results),
@@ -640,7 +686,8 @@ def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, f
 
 
 def without_samples(results: dict) -> dict:
-    return {name: results[name] for name in ("results", "versions", "n-shot", "n-samples", "higher_is_better") if name in results}
+    kept = ("results", "versions", "n-shot", "n-samples", "higher_is_better", "seqlen")
+    return {name: results[name] for name in kept if name in results}
 
 
 def main(argv: list[str] | None = None) -> int:

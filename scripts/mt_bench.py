@@ -64,8 +64,12 @@ def read_questions(path: Path | None) -> list[dict]:
             raise InputError(f"cannot get MT-Bench's questions from the hub ({_first_line(error)}): give --questions FILE") from None
     try:
         questions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        return [{"question_id": q["question_id"], "category": q["category"], "turns": list(q["turns"])} for q in questions]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        if not questions:
+            raise ValueError("it is empty")
+        if not all(isinstance(q["turns"], list) and q["turns"] and all(isinstance(turn, str) for turn in q["turns"]) for q in questions):
+            raise ValueError("turns that are no list of texts")
+        return [{"question_id": q["question_id"], "category": q["category"], "turns": q["turns"]} for q in questions]
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not FastChat's question.jsonl ({_first_line(error)}): get it again") from None
 
 
@@ -73,16 +77,20 @@ def _first_line(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def answered(path: Path) -> set[int]:
-    """Questions that the file holds answers to; an answer cut off by an interruption is dropped from it."""
+def answered(path: Path, model_id: str) -> set[int]:
+    """Questions that the file holds the model's answers to; an answer cut off by an interruption is dropped from it. Raises InputError
+    if it holds another's."""
     if not path.is_file():
         return set()
-    contents, found = path.read_bytes(), set()
+    contents = path.read_bytes()
     *lines, last = contents.split(b"\n")  # every answer ends its line: what follows the last end was cut off
     try:
-        found = {json.loads(line)["question_id"] for line in lines if line.strip()}
+        answers = [json.loads(line) for line in lines if line.strip()]
+        found, models = {one["question_id"] for one in answers}, {one["model_id"] for one in answers}
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} holds something else than answers: give another --answers") from None
+    if others := models - {model_id}:
+        raise InputError(f"{path} holds answers of {min(others)}: give another --answers, or that --model-id")
     if last:
         os.truncate(path, len(contents) - len(last))
     return found
@@ -107,9 +115,11 @@ def answer(model, tokenizer, question: dict, max_new_tokens: int) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.max_new_tokens < 1:
+        raise InputError(f"--max-new-tokens is {args.max_new_tokens}: give at least 1")
     path = args.answers or Path(f"{args.model_id}.jsonl")
     eval_quantized.check_json_path("--answers", path)
-    done = answered(path)
+    done = answered(path, args.model_id)
     questions = [question for question in read_questions(args.questions) if question["question_id"] not in done]
     if args.base is None and not Path(args.path).is_dir():
         raise InputError(f"{args.path} is no folder with config and tokenizer: name the unquantized model with --base")
@@ -140,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted: the answers that are there are kept, and the same command goes on", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -30,8 +30,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         reports = label_all([read_report(path) for path in args.reports])
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    if args.out and args.out.exists() and not args.out.is_dir():
+        print(f"error: --out: {args.out} is a file: give a folder", file=sys.stderr)
         return 2
     drawn = {"loss": plot_losses(reports), "time": plot_times(reports), "grid": plot_grids(reports), "pareto": plot_pareto(reports)}
     if not any(drawn.values()):
@@ -54,7 +57,9 @@ def read_report(path: Path) -> dict:
         report = report.get("report", report)
         report["run"]  # results of eval_quantized.py have settings too
         return report | {"label": label(report), "linears": report.get("linears", [])}
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError):
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror}): check its path") from None
+    except (KeyError, TypeError, AttributeError, ValueError):
         raise ValueError(f"{path} is not a report of llama.py: make one with --report FILE.json") from None
 
 
@@ -75,9 +80,10 @@ def label_all(reports: list[dict]) -> list[dict]:
     for report in reports:
         alike = [other["settings"] for other in reports if other["label"] == report["label"]]
         names = ("exponent", "sensitivity", "kmeans", "round_levels", "shift", "residual", "refine")
-        names += ("percdamp", "act_order", "nsamples", "seqlen", "seed")
+        names += ("percdamp", "act_order", "true_sequential", "n_layers", "calibration", "nsamples", "seqlen", "seed", "base_model")
         differing = [name for name in names if len({repr(settings.get(name)) for settings in alike}) > 1]
-        report["full_label"] = ", ".join([report["label"], *(f"{name} {report['settings'].get(name)}" for name in differing)])
+        values = [f"{name} {Path(str(report['settings'].get(name))).name}" for name in differing]  # of paths the last part
+        report["full_label"] = ", ".join([report["label"], *values])
     return [report | {"label": report["full_label"]} for report in reports]
 
 

@@ -368,3 +368,14 @@ def test_without_network_one_sentence_says_what_to_do(tmp_path, tokenizer, offli
     monkeypatch.chdir(tmp_path)
     message = both_refusals(source, tokenizer)
     assert datautils.CORPORA[source].repository in message and "network" in message and "local" in message
+
+
+def test_a_folder_in_the_hubs_place_is_not_the_hub(corpora, hub, tokenizer, tmp_path, monkeypatch, cache):
+    """Its windows are not taken for the hub's, nor for those of another folder."""
+    windows = datautils.evaluation_windows("wikitext2", tokenizer, 32)
+    assert torch.equal(datautils.evaluation_windows("wikitext2", tokenizer, 32), windows)
+    monkeypatch.setattr(datautils, "_hub_documents", lambda *_: pytest.fail("not from the cache"))
+    assert torch.equal(datautils.evaluation_windows("wikitext2", tokenizer, 32), windows)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(pytest.fail.Exception):
+        datautils.evaluation_windows("wikitext2", tokenizer, 32)

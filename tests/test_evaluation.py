@@ -321,11 +321,20 @@ def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantiz
     assert "hellaswag," in refusal(capsys, *base, "--tasks", "hellaswagg")
     assert re.search("unknown task mine_aa.*mine_a", refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_aa"))
     assert "not a folder" in refusal(capsys, *base, "--include_path", tmp_path / "none", "--tasks", "mine_a")
-    assert "twice" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_tag", "mine_a")
+    assert "twice, once within a group" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_tag", "mine_a")
+    assert "mine_a twice: leave" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_a, mine_a")
+    assert "--include_path names the folder" in refusal(capsys, *base, "--tasks", "mine_a")
+    assert "--tasks names nothing" in refusal(capsys, *base, "--tasks", " , ")
     assert "nothing to evaluate" in refusal(capsys, *base)
     assert "--compare" in refusal(capsys, "--base_model_name_or_path", tiny_model(), "--tasks", "mine_a", "--compare")
     assert "--limit" in refusal(capsys, *base, "--tasks", "mine_a", "--limit", 0)
     assert "--limit" in refusal(capsys, *base, "--tasks", "mine_a", "--limit", "nan")
+    assert "neither a number of items" in refusal(capsys, *base, "--tasks", "mine_a", "--limit", 1.5)
+    assert "--seed is -1" in refusal(capsys, *base, "--tasks", "mine_a", "--seed", -1)
+    assert "contradict" in refusal(capsys, *base, "--tasks", "mine_a", "--use_bf16", "--dtype", "float16")
+    (task_folder / "broken.yaml").write_text("task: mine_d\nmetric_list: [\n")
+    assert re.search("broken.yaml cannot be read .*line 3", refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_d"))
+    (task_folder / "broken.yaml").unlink()
     (task_folder / "unsafe.yaml").write_text(TASK.format(name="mine_c", count=3) + "unsafe_code: true\n")
     assert "runs code that the model writes" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_c")
     (task_folder / "items.py").write_text("raise RuntimeError('no data')")
@@ -333,6 +342,34 @@ def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantiz
     with pytest.raises(SystemExit):
         eval_quantized.parse([*map(str, base), "--eval_batch_size", "none"])
     assert eval_quantized.parse([*map(str, base), "--eval_batch_size", "auto"]).eval_batch_size is None
+
+
+def test_tasks_of_a_model_that_does_not_fit(tiny_model, quantized, test_text, task_folder, tmp_path, monkeypatch, capsys):
+    """Texts are streamed all the same; what no memory holds is refused before anything is loaded."""
+    base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized, "--device", "cpu", "--perplexity", test_text]
+    options = [*base, "--seqlen", 32, "--include_path", task_folder, "--tasks", "mine_a"]
+    whole = evaluate(tmp_path / "whole.json", *options)
+    streamed, real = [], eval_quantized.streamed_losses
+    monkeypatch.setattr(eval_quantized, "streamed_losses", lambda *args: streamed.append(1) or real(*args))
+    with monkeypatch.context() as patch:
+        patch.setattr(eval_quantized.Model, "fits", lambda *_: False)
+        apart = evaluate(tmp_path / "apart.json", *options)
+    assert streamed and apart["rows"][0]["value"] == pytest.approx(whole["rows"][0]["value"], rel=1e-5)
+    assert apart["rows"][1:] == whole["rows"][1:] and len(apart["rows"]) > 1
+    monkeypatch.setattr(eval_quantized, "free_host_bytes", lambda: 1000)
+    assert "--tasks need the whole model" in refusal(capsys, *options)
+    assert evaluate(tmp_path / "text.json", *base, "--seqlen", 32)["rows"] == apart["rows"][:1]
+
+
+def test_results_say_what_was_measured_how(tiny_model, quantized, test_text, task_folder, tmp_path):
+    base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized, "--device", "cpu"]
+    found = evaluate(tmp_path / "e.json", *base, "--include_path", task_folder, "--tasks", "mine_a", "--num_fewshot", 1, "--limit", 5)
+    assert (found["num_fewshot"], found["limit"], found["device"]) == (1, 5, "cpu") and found["versions"]["leanquant"]
+    assert found["tasks"]["seqlen"] > 0
+    texts = [
+        evaluate(tmp_path / "p.json", *base, "--perplexity", test_text, "--seqlen", length)["perplexity"][0] for length in (32, 32, 16)
+    ]
+    assert texts[0]["digest"] == texts[1]["digest"] != texts[2]["digest"]
 
 
 def test_models_of_other_software_are_left_to_transformers(tiny_model, test_text, tmp_path, capsys):

@@ -51,6 +51,13 @@ def test_settings_that_differ_tell_curves_apart(reports):
     assert labels[2:] == ["LeanQuant non-uniform, exponent 1.0, seed 5", "LeanQuant affine, groups of 16"]
 
 
+def test_models_and_texts_tell_curves_apart(reports):
+    read = [plot.read_report(reports / name) for name in ("n2.json", "n3.json")]
+    read[1]["settings"] = read[1]["settings"] | {"base_model": "/models/another", "calibration": "texts/other.txt", "n_layers": 1}
+    labels = [report["label"] for report in plot.label_all(read)]
+    assert labels[1] == "LeanQuant non-uniform, n_layers 1, calibration other.txt, base_model another" and labels[0] != labels[1]
+
+
 def test_curves_hold_the_reports_numbers(reports):
     read = [plot.read_report(reports / name) for name in ("n2.json", "n3.json", "a2.json", "a3.json", "original.json")]
     (axis,) = plot.plot_pareto(read).axes
@@ -86,9 +93,16 @@ def test_example_rows_are_those_of_the_file(reports, tiny_model, name):
             assert all(min(abs(w - outlier)) < 1e-6 for outlier in example["outlier_weights"])
 
 
+def test_a_file_is_no_folder_for_pictures(reports, tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert plot.main([str(reports / "n2.json"), "--out", str(tmp_path / "out")]) == 2
+    assert "is a file: give a folder" in capsys.readouterr().err
+
+
 def test_what_is_no_report_is_refused(tmp_path, capsys):
     for text in ("[1]", '{"settings": {"method": "none"}, "rows": []}'):
         (tmp_path / "other.json").write_text(text)
         assert plot.main([str(tmp_path / "other.json")]) == 2
         assert "is not a report" in capsys.readouterr().err
     assert plot.main([str(tmp_path / "missing.json")]) == 2
+    assert "missing.json cannot be read (No such file or directory): check its path" in capsys.readouterr().err
