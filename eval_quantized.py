@@ -33,7 +33,7 @@ import datautils
 import leanquant
 import modelutils
 from leanquant import LeanQuantModelForCausalLM
-from leanquant.errors import InputError, disk_trouble
+from leanquant.errors import InputError, exit_code
 from leanquant.foreign import METHODS, open_checkpoint
 from leanquant.linear import free_host_bytes
 from leanquant.modeling import parse_device
@@ -693,25 +693,17 @@ def without_samples(results: dict) -> dict:
 def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    return exit_code(lambda: run_in_memory(parse(argv)), "what was measured before is in --output, if that was given")
+
+
+def run_in_memory(args: argparse.Namespace) -> None:
+    """`run`, for which memory that is too small is bad input."""
     try:
-        run(parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        run(args)
     except RuntimeError as error:
         if not modelutils.is_out_of_memory(error):
             raise
-        print(f"error: out of memory ({_one_line(error)}): give a smaller --eval_batch_size or --seqlen", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if (what := disk_trouble(error)) is None:
-            raise
-        print(f"error: {what}; what was measured is printed above", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: what was measured before is in --output, if that was given", file=sys.stderr)
-        return 130
-    return 0
+        raise InputError(f"out of memory ({_one_line(error)}): give a smaller --eval_batch_size or --seqlen") from None
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""What is the user's to mend: bad input, and disks."""
+"""What is the user's to mend, bad input and disks, and how commands end with it."""
 
 import errno
+import sys
+from collections.abc import Callable
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # full, over the quota, a file as large as they may be
 BROKEN = (errno.EIO, errno.EROFS)  # a disk that fails, or is gone read-only
@@ -16,3 +18,20 @@ def disk_trouble(error: OSError) -> str | None:
         return None
     what, remedy = ("written", "make room") if error.errno in NO_ROOM else ("used", "see what is wrong with its disk")
     return f"{error.filename or 'a file'} cannot be {what} ({error.strerror}): {remedy}"
+
+
+def exit_code(command: Callable[[], None], interrupted: str) -> int:
+    """Of a program that does `command`: what is the user's to mend is printed as one sentence, as is `interrupted` after Ctrl-C."""
+    try:
+        command()
+        return 0
+    except InputError as error:
+        what = str(error)
+    except OSError as error:
+        if (what := disk_trouble(error)) is None:
+            raise
+    except KeyboardInterrupt:
+        print(f"interrupted: {interrupted}", file=sys.stderr)
+        return 130
+    print(f"error: {what}", file=sys.stderr)
+    return 2

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import modelutils  # noqa: E402
-from leanquant.errors import InputError, disk_trouble  # noqa: E402
+from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.export import FORMATS, export  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
 
@@ -63,20 +63,7 @@ def read_perplexity(report: Path | None) -> list[dict]:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    try:
-        run(parse(argv), "python scripts/export.py " + shlex.join(map(str, argv)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if (what := disk_trouble(error)) is None:
-            raise
-        print(f"error: {what}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: nothing was written", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(parse(argv), "python scripts/export.py " + shlex.join(map(str, argv))), "nothing was written")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import eval_quantized  # noqa: E402
 import modelutils  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
-from leanquant.errors import InputError  # noqa: E402
+from leanquant.errors import InputError, exit_code  # noqa: E402
 
 # FastChat's; other categories get DEFAULT_TEMPERATURE.
 TEMPERATURES = {
@@ -145,15 +145,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    try:
-        run(parse(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: the answers that are there are kept, and the same command goes on", file=sys.stderr)
-        return 130
-    return 0
+    return exit_code(lambda: run(parse(argv)), "the answers that are there are kept, and the same command goes on")
 
 
 if __name__ == "__main__":

@@ -361,6 +361,30 @@ def test_tasks_of_a_model_that_does_not_fit(tiny_model, quantized, test_text, ta
     assert evaluate(tmp_path / "text.json", *base, "--seqlen", 32)["rows"] == apart["rows"][:1]
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 11.00 GiB\nmore"),
+            2,
+            "11.00 GiB): give a smaller --eval_batch_size",
+        ),
+        (OSError(28, "No space left on device", "x.json"), 2, "x.json cannot be written (No space left on device): make room"),
+        (KeyboardInterrupt(), 130, "interrupted: what was measured before is in --output"),
+    ],
+)
+def test_an_evaluation_ends_with_a_sentence(tiny_model, monkeypatch, capsys, error, code, says):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(eval_quantized, "run", fail)
+    assert eval_quantized.main(["--base_model_name_or_path", "m", "--tasks", "t"]) == code
+    assert says in (said := capsys.readouterr().err) and len(said.splitlines()) == 1
+    monkeypatch.setattr(eval_quantized, "run", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        eval_quantized.main(["--base_model_name_or_path", "m", "--tasks", "t"])
+
+
 def test_results_say_what_was_measured_how(tiny_model, quantized, test_text, task_folder, tmp_path):
     base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized, "--device", "cpu"]
     found = evaluate(tmp_path / "e.json", *base, "--include_path", task_folder, "--tasks", "mine_a", "--num_fewshot", 1, "--limit", 5)
