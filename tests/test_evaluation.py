@@ -373,7 +373,7 @@ def test_tasks_of_a_model_that_does_not_fit(tiny_model, quantized, test_text, ta
         (KeyboardInterrupt(), 130, "interrupted: what was measured before is in --output"),
     ],
 )
-def test_an_evaluation_ends_with_a_sentence(tiny_model, monkeypatch, capsys, error, code, says):
+def test_an_evaluation_ends_with_a_sentence(monkeypatch, capsys, error, code, says):
     def fail(_):
         raise error
 
