@@ -1,11 +1,13 @@
 """python -m leanquant chat|generate|info: talk to a quantized model in the terminal, or ask what a file is."""
 
 import argparse
+import math
+import os
 import sys
 from collections import Counter
 from pathlib import Path
 
-from .errors import InputError
+from .errors import InputError, exit_code, printable
 from .foreign import open_checkpoint
 from .packing import GRID, SCALE, Checkpoint
 
@@ -26,24 +28,51 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             command.add_argument("prompt", help="text to continue")
         add = command.add_argument
         add("--base", help="hub name or folder of the unquantized model: needed for a single file, which has no config and tokenizer")
-        add("--max_new_tokens", type=int, default=512 if name == "chat" else 64, help="most tokens in an answer (default: %(default)s)")
-        add("--temperature", type=float, help="0 takes the likeliest token (unset: as the model's generation config says)")
+        add(
+            "--max_new_tokens",
+            type=at_least_one,
+            metavar="N",
+            default=512 if name == "chat" else 64,
+            help="most tokens in an answer (default: %(default)s)",
+        )
+        add(
+            "--temperature",
+            type=temperature,
+            metavar="T",
+            help="0 takes the likeliest token (unset: as the model's generation config says)",
+        )
         add("--device", help="cpu, cuda or cuda:1 (unset: the GPUs if there are any)")
         add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
         add("--dequantize", choices=["auto", "always", "never"], default="auto", help="keep rebuilt weights too (default: on a CPU)")
     return parser.parse_args(argv)
 
 
+def at_least_one(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of tokens: give at least 1")
+    return int(text)
+
+
+def temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a temperature: give 0 or more")
+    return value
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter
     try:
-        {"chat": chat, "generate": generate, "info": info}[args.command](args)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print()
-    return 0
+        return exit_code(lambda: {"chat": chat, "generate": generate, "info": info}[args.command](args), "nothing is lost")
+    except BrokenPipeError:  # whoever read has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 # --- info ------------------------------------------------------------------------------------------------------
@@ -51,13 +80,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def info(args: argparse.Namespace) -> None:
     for name, value in describe(open_checkpoint(args.path)).items():
-        text = "".join(c if c.isprintable() else "?" for c in str(value))  # it is the file's word: no escapes for the terminal
-        print(f"{name + ':':<14}{text}")
+        print(f"{name + ':':<14}{printable(str(value))}", flush=True)
 
 
 def describe(checkpoint: Checkpoint) -> dict:
     """What a quantized checkpoint is, from its header alone."""
-    checkpoint.check_bits(None, "it")
+    checkpoint.check_bits(None, next(iter(checkpoint.stamps), "it"))
     checkpoint.check_headers()
     settings, linears = checkpoint.settings, checkpoint.quantized
     bits = Counter(map(checkpoint.bits_of, linears))
@@ -94,22 +122,28 @@ def describe(checkpoint: Checkpoint) -> dict:
 # --- generation ------------------------------------------------------------------------------------------------
 
 
-def load(args: argparse.Namespace):
-    """The model and its tokenizer."""
+def load_tokenizer(args: argparse.Namespace):
     from transformers import AutoTokenizer
-
-    from .modeling import LeanQuantModelForCausalLM
 
     base = args.base or args.path
     if args.base is None and not Path(args.path).is_dir():
         Checkpoint.open(args.path)  # a file that is not there is the more useful thing to say
         raise InputError(f"{args.path} is a single file, without config and tokenizer: name the unquantized model with --base")
-    trust = {"trust_remote_code": args.trust_remote_code}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(base, **trust)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{base} has no usable tokenizer ({str(error).splitlines()[0]}): copy its tokenizer files there") from None
-    return LeanQuantModelForCausalLM.from_pretrained(base, args.path, device=args.device, dequantize=args.dequantize, **trust), tokenizer
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+    except Exception as error:  # files that lie fail in many ways
+        raise InputError(f"{base} has no usable tokenizer ({one_line(error)}): copy its tokenizer files there") from None
+
+
+def load(args: argparse.Namespace):
+    from .modeling import LeanQuantModelForCausalLM
+
+    options = {"device": args.device, "dequantize": args.dequantize, "trust_remote_code": args.trust_remote_code}
+    return LeanQuantModelForCausalLM.from_pretrained(args.base or args.path, args.path, **options)
+
+
+def one_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def sampling(temperature: float | None) -> dict:
@@ -123,38 +157,56 @@ def sampling(temperature: float | None) -> dict:
 
 
 def generate(args: argparse.Namespace) -> None:
-    model, tokenizer = load(args)
-    print(args.prompt, end="", flush=True)
-    answer(model, tokenizer, tokenizer(args.prompt, return_tensors="pt"), args)
+    tokenizer = load_tokenizer(args)
+    inputs = tokenizer(well_formed(args.prompt), return_tensors="pt")
+    if not inputs["input_ids"].numel():
+        raise InputError("the prompt is empty and the tokenizer begins with nothing of its own: give some text")
+    answer(load(args), tokenizer, inputs, args, skip_prompt=False)
 
 
 def chat(args: argparse.Namespace) -> None:
-    model, tokenizer = load(args)
+    tokenizer = load_tokenizer(args)
     if not tokenizer.chat_template:
         raise InputError("the model has no chat template: it is not made for conversation, use generate")
-    messages = []
-    print(f"{args.path}: type your message, an empty line ends")
-    while True:
-        try:
-            text = input("\n> ").strip()
-        except EOFError:
-            break
-        if not text:
-            break
+    model, messages = load(args), []
+    print(f"{args.path}: type your message, an empty line ends", flush=True)
+    while text := said():
         messages.append({"role": "user", "content": text})
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        messages.append({"role": "assistant", "content": answer(model, tokenizer, inputs, args)})
+        try:
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        except Exception as error:  # a template is a program
+            raise InputError(f"the model's chat template fails ({one_line(error)}): use generate, or mend the template") from None
+        try:
+            messages.append({"role": "assistant", "content": answer(model, tokenizer, inputs, args)})
+        except KeyboardInterrupt:
+            print("\n(interrupted: the message is taken back)", flush=True)
+            messages.pop()
 
 
-def answer(model, tokenizer, inputs, args: argparse.Namespace) -> str:
+def said() -> str:
+    """The user's next message, empty at the end."""
+    try:
+        return well_formed(input("\n> ")).strip()
+    except (EOFError, RuntimeError):  # the latter if there is no input at all
+        return ""
+
+
+def well_formed(text: str) -> str:
+    """Bytes that are no text, which Python keeps as lone surrogates, as question marks."""
+    return text.encode(errors="replace").decode()
+
+
+def answer(model, tokenizer, inputs, args: argparse.Namespace, skip_prompt: bool = True) -> str:
     """Stream the model's continuation of `inputs` to the terminal, and return it."""
     from transformers import TextStreamer
 
-    streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
     inputs = inputs.to(model.device)
-    out = model.generate(
-        **inputs, streamer=streamer, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.eos_token_id, **sampling(args.temperature)
-    )
+    settings = {"max_new_tokens": args.max_new_tokens, "num_beams": 1, "pad_token_id": tokenizer.eos_token_id}
+    try:
+        out = model.generate(**inputs, streamer=streamer, **settings, **sampling(args.temperature))
+    except ValueError as error:  # settings that contradict each other
+        raise InputError(f"the model cannot generate ({one_line(error)}): see its generation_config.json") from None
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -33,5 +33,10 @@ def exit_code(command: Callable[[], None], interrupted: str) -> int:
     except KeyboardInterrupt:
         print(f"interrupted: {interrupted}", file=sys.stderr)
         return 130
-    print(f"error: {what}", file=sys.stderr)
+    print(f"error: {printable(what)}", file=sys.stderr)
     return 2
+
+
+def printable(text: str) -> str:
+    """For a terminal: what a file says may hold escapes."""
+    return "".join(c if c.isprintable() else "?" for c in text)

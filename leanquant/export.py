@@ -66,6 +66,8 @@ def export(
 
     layout = layout_of(name, checkpoint.stored_dtype)
     check_output(out, overwrite, flag)
+    if out.resolve() in (base.resolve(), *(file.resolve().parent for file in checkpoint.stamps)):
+        raise InputError(f"{flag} is {out}, which holds the model that is to be exported: give another folder")
     sizes, model = survey(checkpoint, base)
     check_fits(layout, sizes, model)
     weights = sum(rows * columns for rows, columns in sizes.values())

@@ -17,6 +17,22 @@ from .packing import SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, 
 
 PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
 MIN_CAPABILITY = (7, 0)  # of a GPU, for the fused kernels
+READ_ONLY = "a quantized weight cannot be written to: call model.dequantize() first, for merging adapters too"
+
+
+class RebuiltWeight(torch.Tensor):
+    """The weight of a quantized linear, to look at: writing to it would change nothing, which those who merge adapters into a weight must
+    know. Raises InputError where it is written to; what is computed with it is an ordinary tensor."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name, data = func.__name__, torch.Tensor.data
+        in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") and name.endswith("__") or name == "__setitem__"
+        if isinstance(args[0], cls) and (func == data.__set__ or in_place and name not in ("__index__", "__int__", "__invert__")):
+            raise InputError(READ_ONLY)
+        with torch._C.DisableTorchFunctionSubclass():
+            found = func(*args, **(kwargs or {}))
+        return found.as_subclass(cls) if func in (data.__get__, torch.Tensor.detach) else found
 
 
 class QuantizedLinear(nn.Linear):
@@ -92,8 +108,17 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight [O, I], rebuilt: for those who look at a linear's weight. Writing to it changes nothing."""
-        return self.packed().dequantize(self.bits, self.in_features, self._levels.dtype)
+        """The weight [O, I], rebuilt: for those who look at a linear's weight."""
+        return self.packed().dequantize(self.bits, self.in_features, self._levels.dtype).as_subclass(RebuiltWeight)
+
+    @weight.setter
+    def weight(self, _) -> None:
+        raise InputError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise InputError(READ_ONLY)
+        super().register_parameter(name, param)
 
     @property
     def _levels(self) -> torch.Tensor:

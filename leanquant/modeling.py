@@ -21,6 +21,7 @@ from .plugin import mark_quantized
 
 DEQUANTIZE = ("auto", "always", "never")
 SPREAD = ("auto", "balanced", "sequential")
+HEAD_ROWS = 2**12  # compared at a time
 
 
 class LeanQuantModelForCausalLM:
@@ -32,21 +33,24 @@ class LeanQuantModelForCausalLM:
         base_model_name_or_path: str | Path,
         path: str | Path | None = None,
         bits: int | None = None,
-        torch_dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         device: str | torch.device | None = None,
         device_map: str | dict | None = "auto",
         max_memory: dict | None = None,
         dequantize: str = "auto",
         trust_remote_code: bool = False,
+        attn_implementation: str | None = None,
+        dtype: torch.dtype | str | None = None,
     ) -> nn.Module:
         """Load the quantized model at `path` (file or folder) for the architecture of `base_model_name_or_path`.
 
-        path: unset if the base is itself a folder of ours. bits: checked against the file if given. torch_dtype:
-        unset means the file's type on a GPU and float32 on a CPU. device: everything there; otherwise `device_map`
+        path: unset if the base is itself a folder of ours. bits: checked against the file if given. torch_dtype, or dtype:
+        unset and "auto" mean the file's type on a GPU and float32 on a CPU. device: everything there; otherwise `device_map`
         ("auto" or "balanced" spreads layers over the GPUs, within `max_memory`, "sequential" fills one after the other; what does
         not fit stays in the host's memory). dequantize: "always"
         keeps rebuilt weights too, "never" only codes; "auto" rebuilds on a CPU, where that is much faster, if they fit there.
-        trust_remote_code: run Python code that comes with the base model. Raises InputError (a ValueError) if the file is
+        trust_remote_code: run Python code that comes with the base model. attn_implementation: as transformers takes it. Raises
+        InputError (a ValueError) if the file is
         damaged, or does not fit the base model or `bits`.
         """
         if dequantize not in DEQUANTIZE:
@@ -55,17 +59,18 @@ class LeanQuantModelForCausalLM:
         checkpoint.check_bits(bits, path or base_model_name_or_path)
         checkpoint.check_plain_dtypes()
         config = read_config(base_model_name_or_path, trust_remote_code)
-        single = device if device is not None else device_map if not isinstance(device_map, dict) and device_map not in SPREAD else None
-        on_cpu = (
-            parse_device(single).type == "cpu" if single is not None else not torch.cuda.is_available() and not isinstance(device_map, dict)
-        )
-        dtype = torch_dtype or (torch.float32 if on_cpu else checkpoint.stored_dtype)
-        model = build_model(config, dtype, trust_remote_code)
+        check_depth(config, checkpoint)
+        device_map = _checked_map(device_map) if isinstance(device_map, dict) else device_map
+        single = _single(device, device_map)
+        on_cpu = _on_cpu(single, device_map)
+        dtype = parse_dtype(dtype or torch_dtype) or (torch.float32 if on_cpu else checkpoint.stored_dtype)
+        model = build_model(config, dtype, trust_remote_code, attn_implementation)
         replace_linears(model, checkpoint)
         check_names(model, checkpoint)
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
-        model.tie_weights()
+        if not has_own_head(model, checkpoint):
+            model.tie_weights()
         prepare_linears(model, dtype, dequantize)
         mark_quantized(model, checkpoint.settings or {"bits": checkpoint.bits_of(checkpoint.quantized[0])})
         if len(set(devices.values())) > 1:
@@ -86,11 +91,34 @@ def read_config(base: str | Path, trust_remote_code: bool):
     return config
 
 
-def build_model(config, dtype: torch.dtype, trust_remote_code: bool) -> nn.Module:
+def check_depth(config, checkpoint: Checkpoint) -> None:
+    """Raise InputError for a model of more layers than the file has tensors: only building it would take for ever."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(checkpoint.shapes):
+        raise InputError(f"config.json says {layers} layers and the file has {len(checkpoint.shapes)} tensors: is it the right base model?")
+
+
+def has_own_head(model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Does the file hold a head other than the embeddings, though the config calls them tied? The model is told so."""
+    names = {module: f"{name}.weight" for name, module in model.named_modules()}
+    head, embeddings = (names.get(module) for module in (model.get_output_embeddings(), model.get_input_embeddings()))
+    config = model.config.get_text_config()
+    if not config.tie_word_embeddings or head not in checkpoint or embeddings not in checkpoint or head == embeddings:
+        return False
+    rows = checkpoint.shapes[head][0]
+    pieces = [slice(start, min(start + HEAD_ROWS, rows)) for start in range(0, rows, HEAD_ROWS)]
+    if all(torch.equal(checkpoint.get(head, piece), checkpoint.get(embeddings, piece)) for piece in pieces):
+        return False
+    config.tie_word_embeddings = model.config.tie_word_embeddings = False
+    return True
+
+
+def build_model(config, dtype: torch.dtype, trust_remote_code: bool, attention: str | None = None) -> nn.Module:
     """The model of `config`, on the meta device."""
+    options = {} if attention is None else {"attn_implementation": attention}
     try:
         with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code).eval()
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options).eval()
     except Exception as error:
         raise InputError(f"no causal language model can be made of the base model's config.json ({_one_line(error)})") from None
 
@@ -99,27 +127,56 @@ def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"
 
 
+def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
+    """None for what is to be chosen. Raises InputError unless products can be made in it."""
+    if name is None or name == "auto":
+        return None
+    dtype = getattr(torch, name, None) if isinstance(name, str) else name
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        raise InputError(f"dtype is {name!r}: give float16, bfloat16, float32 or auto")
+    return dtype
+
+
 def parse_device(name) -> torch.device:
     """Raises InputError unless `name` is the CPU or a GPU that is there."""
     try:
-        device = torch.device(name)
-    except RuntimeError:
+        device = torch.device("cuda", name) if isinstance(name, int) else torch.device(name)
+    except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {name}: give auto, cpu, cuda or cuda:1")
+        raise InputError(f"unknown device {name!r}: give cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name}, but torch sees {torch.cuda.device_count()} CUDA devices: use cpu")
     return device
 
 
+def _checked_map(device_map: dict) -> dict:
+    """The devices by the names that accelerate knows: cpu, or the number of a GPU."""
+    if "disk" in device_map.values():
+        raise InputError("device_map names the disk, from which nothing can be run here: give devices, or cpu")
+    devices = {name: parse_device(where) for name, where in device_map.items()}
+    return {name: "cpu" if device.type == "cpu" else device.index or 0 for name, device in devices.items()}
+
+
+def _single(device, device_map):
+    """The one device for everything, None if there are several."""
+    if device is not None and device != "auto":
+        return device
+    return None if isinstance(device_map, dict) or device_map is None or device_map in SPREAD else device_map
+
+
+def _on_cpu(single, device_map) -> bool:
+    if single is not None:
+        return parse_device(single).type == "cpu"
+    return set(device_map.values()) == {"cpu"} if isinstance(device_map, dict) else not torch.cuda.is_available()
+
+
 def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) -> dict:
     """Module path -> device; {"": device} for a single one. Sizes are those of the packed model."""
+    if isinstance(device_map, dict) and single is None:
+        return device_map
     if single is not None or on_cpu:
         return {"": parse_device(single if single is not None else "cpu")}
-    if isinstance(device_map, dict):
-        if "disk" in device_map.values():
-            raise InputError("device_map names the disk, from which nothing can be run here: give devices, or cpu")
-        return device_map
     if device_map != "sequential":
         max_memory = get_balanced_memory(model, max_memory, no_split_module_classes=model._no_split_modules)  # leaves room for caches
     devices = infer_auto_device_map(model, max_memory, no_split_module_classes=model._no_split_modules, offload_buffers=True)
@@ -162,3 +219,5 @@ def _load_generation_config(model: nn.Module, base) -> None:
         model.generation_config = GenerationConfig.from_pretrained(base)
     except OSError:
         pass  # the base has none: the one made from the config stays
+    except Exception as error:
+        raise InputError(f"{base} has a generation_config.json that cannot be used ({_one_line(error)}): mend or remove it") from None

@@ -193,10 +193,10 @@ class Checkpoint:
         if not path.is_dir():
             raise InputError(f"{path} does not exist: give a .safetensors file or a model folder")
         index = path / "model.safetensors.index.json"
-        if index.is_file():
-            checkpoint = cls(_shards_of(index))
-        elif (path / "model.safetensors").is_file():
+        if (path / "model.safetensors").is_file():  # first, as transformers does: an index beside it is of an older model
             checkpoint = cls([path / "model.safetensors"])
+        elif index.is_file():
+            checkpoint = cls(_shards_of(index))
         elif len(only := [*path.glob("gptq_model-*.safetensors")]) == 1:  # AutoGPTQ's name
             checkpoint = cls(only)
         else:

@@ -595,3 +595,16 @@ def test_layouts_take_pieces_of_any_size(monkeypatch):
     pieces = LAYOUTS["gptq_v2"].encode(linear, plan(3))
     assert all(torch.equal(whole[name], pieces[name]) for name in whole)
     assert torch.equal(LAYOUTS["gptq_v2"].decode(whole, 3, 64, 96).codes, linear.codes)
+
+
+def test_an_export_does_not_take_the_place_of_its_own_model(tiny_model, text_file, tmp_path, monkeypatch, capsys):
+    """Even with --overwrite, by whatever name."""
+    quantize = ["--wbits", "4", "--nearest", "--nsamples", "2", "--seqlen", "32", "--eval", "none", "--save_path", str(tmp_path / "q")]
+    assert llama.main([str(tiny_model()), str(text_file), *quantize]) == 0
+    before = {file.name: file.read_bytes() for file in (tmp_path / "q").iterdir()}
+    (tmp_path / "link").symlink_to(tmp_path / "q")
+    monkeypatch.chdir(tmp_path / "q")
+    for out in (".", "../link", str(tmp_path / "q")):
+        assert export_cli.main([str(tmp_path / "q"), "--to", "dense", "--out", out, "--overwrite"]) == 2
+        assert "holds the model that is to be exported" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in (tmp_path / "q").iterdir()} == before

@@ -1,9 +1,14 @@
 """python -m leanquant: info without loading, generation and chat in the terminal."""
 
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 import llama
@@ -11,6 +16,7 @@ from leanquant import __main__ as cli
 from leanquant import packing
 
 FIXTURES = Path(__file__).with_name("fixtures")
+ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--nsamples", "2", "--seqlen", "32", "--eval", "none"]
 TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
 
@@ -102,3 +108,78 @@ def test_chat_needs_a_template(tiny_model, text_file, tmp_path, capsys):
 def test_info_refuses_what_is_not_quantized(path, message, capsys):
     assert cli.main(["info", path]) == 2
     assert message in capsys.readouterr().err
+
+
+def run(*words, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "leanquant", *map(str, words)], cwd=ROOT, capture_output=True, timeout=120, **options)
+
+
+def test_whoever_reads_may_stop_early(folder):
+    command = f"{sys.executable} -m leanquant info {folder} | true; exit ${{PIPESTATUS[0]}}"
+    ran = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True)
+    assert ran.returncode == 0 and not ran.stderr
+    ran = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m leanquant info {folder} > /dev/full"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert ran.returncode == 2 and ran.stderr.startswith("error: ") and len(ran.stderr.splitlines()) == 1
+
+
+def test_a_terminal_without_letters_or_input(folder):
+    short = ["--max_new_tokens", 3, "--temperature", 0]
+    ran = run("generate", folder, "Café", *short, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert ran.returncode == 0 and ran.stdout.startswith(b"Caf?")
+    assert run("generate", folder, b"the \xff".decode(errors="surrogateescape"), *short).returncode == 0
+    ran = run("chat", folder, *short, input=b"a \xff b\n")
+    assert ran.returncode == 0 and not ran.stderr
+
+
+@pytest.mark.parametrize(
+    "flags", [["--max_new_tokens", "0"], ["--max_new_tokens", "-3"], ["--temperature", "-1"], ["--temperature", "nan"]]
+)
+def test_numbers_out_of_range_are_refused_at_once(folder, flags, capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", str(folder), "the", *flags])
+    assert end.value.code == 2 and flags[1] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "says"),
+    [
+        ("generation_config.json", "[]", "generation_config.json that cannot be used"),
+        ("tokenizer.json", "[]", "has no usable tokenizer"),
+        ("tokenizer_config.json", "[]", "has no usable tokenizer"),
+        ("config.json", "[]", "has no usable"),
+        ("chat_template.jinja", "{% for %}", "chat template fails"),
+        ("chat_template.jinja", "{{ raise_exception('only users') }}", "chat template fails (only users)"),
+    ],
+)
+def test_files_of_the_model_that_cannot_be_used(folder, tmp_path, monkeypatch, capsys, file, contents, says):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    (copy / file).write_text(contents)
+    monkeypatch.setattr("builtins.input", lambda _: "hello")
+    command = ["chat", str(copy)] if "chat" in file else ["generate", str(copy), "the"]
+    assert cli.main([*command, "--max_new_tokens", "3"]) == 2
+    assert says in (said := capsys.readouterr().err) and "Traceback" not in said
+
+
+def test_escapes_in_names_do_not_reach_the_terminal(folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    save_file(tensors | {"evil\x1b]0;pwn\x07.weight_codes": torch.zeros(2, 2, dtype=torch.uint8)}, copy / "model.safetensors")
+    assert cli.main(["generate", str(copy), "the"]) == 2
+    assert "evil?]0;pwn?" in (said := capsys.readouterr().err) and "\x1b" not in said
+
+
+def test_an_answer_that_is_interrupted_does_not_end_the_chat(folder, capsys, monkeypatch):
+    typed, asked = iter(["hello", "and then", ""]), []
+
+    def answer(model, tokenizer, inputs, args):
+        asked.append(tokenizer.decode(inputs["input_ids"][0]))
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return "well"
+
+    monkeypatch.setattr("builtins.input", lambda _: next(typed))
+    monkeypatch.setattr(cli, "answer", answer)
+    assert cli.main(["chat", str(folder)]) == 0
+    assert len(asked) == 2 and "hello" not in asked[1] and "the message is taken back" in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """LeanQuantModelForCausalLM reads the published files exactly, and ours, packed or rebuilt; what it loads generates."""
 
+import json
+import re
 import subprocess
 import sys
 import warnings
@@ -277,3 +279,82 @@ def test_published_file_on_a_gpu(dequantize):
         FIXTURES / "llama_base", FIXTURES / "llama_4bit.safetensors", torch_dtype=torch.float32, device="cuda", dequantize=dequantize
     )
     torch.testing.assert_close(logits(model, expected["test_ids"].cuda()).cpu(), expected["logits"], atol=1e-3, rtol=0)
+
+
+@pytest.fixture
+def plain_folder(tiny_model, text_file, tmp_path) -> Path:
+    return quantized_file(tiny_model(), text_file, tmp_path / "q", "--wbits", "4", "--nearest")
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"torch_dtype": "float16"}, torch.float16),
+        ({"dtype": "bfloat16"}, torch.bfloat16),
+        ({"dtype": torch.float16}, torch.float16),
+        ({"torch_dtype": "auto"}, torch.float32),
+        ({"device_map": {"": "cpu"}}, torch.float32),
+        ({"device": "auto"}, torch.float32),
+        ({"attn_implementation": "eager"}, torch.float32),
+    ],
+)
+def test_dtypes_and_places_by_any_name(plain_folder, options, expected, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    model = LeanQuantModelForCausalLM.from_pretrained(plain_folder, **options)
+    assert model.dtype == expected and model.device.type == "cpu"
+    assert options.get("attn_implementation") in (None, model.config._attn_implementation)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"dtype": "float8"}, "dtype is 'float8': give"),
+        ({"torch_dtype": torch.int8}, "give float16, bfloat16, float32 or auto"),
+        ({"device_map": {"": "xyz"}}, "unknown device 'xyz'"),
+        ({"device_map": {"": "meta"}}, "unknown device"),
+        ({"device_map": {"": 99}}, "torch sees"),
+        ({"device_map": {"": "cuda:99"}}, "torch sees"),
+        ({"device_map": []}, "unknown device"),
+        ({"attn_implementation": "nonsense"}, "nonsense"),
+    ],
+)
+def test_dtypes_and_places_that_there_are_not(plain_folder, options, says):
+    with pytest.raises(InputError, match=re.escape(says)):
+        LeanQuantModelForCausalLM.from_pretrained(plain_folder, **options)
+
+
+def test_more_layers_than_tensors_are_refused_at_once(plain_folder):
+    config = plain_folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 200_000}))
+    with pytest.raises(InputError, match="config.json says 200000 layers"):
+        LeanQuantModelForCausalLM.from_pretrained(plain_folder)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_head_of_its_own_is_kept_though_the_config_ties_it(tiny_model, text_file, tmp_path, apart):
+    """As transformers does. A head that is stored and equal is tied."""
+    folder = quantized_file(tiny_model(tied=True), text_file, tmp_path / "q", "--wbits", "4", "--nearest")
+    tensors = load_file(folder / "model.safetensors")
+    metadata = {"leanquant": json.dumps(Checkpoint.open(folder).settings)}
+    head = tensors["model.embed_tokens.weight"] * (2 if apart else 1)
+    save_file(tensors | {"lm_head.weight": head.clone()}, folder / "model.safetensors", metadata=metadata)
+    model = LeanQuantModelForCausalLM.from_pretrained(folder)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is not apart
+    assert model.config.tie_word_embeddings is not apart and torch.equal(model.lm_head.weight, head.to(model.dtype))
+    ids = torch.arange(20).view(1, -1)
+    torch.testing.assert_close(logits(model, ids), logits(AutoModelForCausalLM.from_pretrained(folder), ids).float(), rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(LeanQuantModelForCausalLM.from_pretrained(tmp_path / "saved").lm_head.weight, model.lm_head.weight)
+
+
+def test_an_index_of_older_shards_is_not_read(plain_folder, tmp_path):
+    """Saving whole where shards lay leaves their index: what is newer counts, as it does for transformers."""
+    model = LeanQuantModelForCausalLM.from_pretrained(plain_folder)
+    model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+    assert (tmp_path / "saved" / "model.safetensors.index.json").is_file()
+    LeanQuantModelForCausalLM.from_pretrained(tmp_path / "saved")
+    index = (tmp_path / "saved" / "model.safetensors.index.json").read_text()
+    model.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved" / "model.safetensors.index.json").write_text(index)
+    ids = torch.arange(20).view(1, -1)
+    assert torch.equal(logits(LeanQuantModelForCausalLM.from_pretrained(tmp_path / "saved"), ids), logits(model, ids))

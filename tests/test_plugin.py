@@ -238,3 +238,46 @@ def test_load_state_dict_takes_effect_in_every_form(folder, form):
 def test_a_copy_is_equal(folder):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     torch.testing.assert_close(logits(copy.deepcopy(model)), logits(model), rtol=0, atol=0)
+
+
+def merged(model, adapters: str):
+    from peft import LoraConfig, get_peft_model
+
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights=adapters))
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter", "safe", "pissa", "olora"])
+def test_what_would_be_lost_in_a_quantized_weight_is_refused(folder, how):
+    """Adapters write into the weight when they are merged, and some when they begin."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with pytest.raises(ValueError, match="call model.dequantize"):
+        adapted = merged(model, how if how in ("pissa", "olora") else False)
+        adapted.merge_adapter() if how == "merge_adapter" else adapted.merge_and_unload(safe_merge=how == "safe")
+
+
+def test_adapters_are_merged_into_the_dequantized_model(folder):
+    model = AutoModelForCausalLM.from_pretrained(folder).dequantize()
+    adapted, ids = merged(model, False), torch.arange(12).view(1, -1)
+    with torch.no_grad():
+        expected = adapted(ids).logits
+        torch.testing.assert_close(adapted.merge_and_unload()(ids).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_weight_can_be_looked_at_and_not_written_to(folder):
+    linear = next(m for m in AutoModelForCausalLM.from_pretrained(folder).modules() if isinstance(m, QuantizedLinear))
+    weight, plain = linear.weight, linear.packed().dequantize(linear.bits, linear.in_features, linear.weight.dtype).float()
+    assert type(weight.float() @ weight.float().T) is torch.Tensor and torch.equal(weight.float(), plain)
+    assert torch.equal(torch.empty_like(plain).copy_(weight), plain) and weight.abs().max() > 0 and weight.dtype == linear.weight.data.dtype
+    for write in (
+        lambda w: w.data.add_(1),
+        lambda w: w.data.__iadd__(1),
+        lambda w: w.detach().mul_(2),
+        lambda w: w.__setitem__(0, 0),
+        lambda w: w.copy_(plain),
+        lambda w: setattr(w, "data", plain),
+        lambda w: setattr(linear, "weight", plain),
+        lambda w: setattr(linear, "weight", torch.nn.Parameter(plain)),
+    ):
+        with pytest.raises(ValueError, match="cannot be written to"):
+            write(linear.weight)
+    assert torch.equal(linear.weight.float(), plain)
