@@ -7,6 +7,7 @@ Which format holds what, and who reads it: README, Export. The work is leanquant
 
 import argparse
 import json
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -35,9 +36,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE.json",
         help="llama.py's --report or eval_quantized.py's --output: perplexities for the model card",
     )
-    add("--max_shard_size", type=float, default=5.0, metavar="GB", help="largest weights file (default: %(default)s)")
+    add("--max_shard_size", type=gigabytes, default=5.0, metavar="GB", help="largest weights file (default: %(default)s)")
     add("--overwrite", action="store_true", help="replace what --out names, if it was made here")
     return parser.parse_args(argv)
+
+
+def gigabytes(text: str) -> float:
+    size = float(text)
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size: give some GB")
+    return size
 
 
 def run(args: argparse.Namespace, command: str) -> None:
