@@ -186,9 +186,8 @@ def find_tasks(names: list[str], include_path: Path | None) -> Tasks:
         raise InputError("--tasks names nothing: give names of tasks, or leave it out")
     if include_path:  # reading lm-eval's own thousands takes seconds: perhaps they are not needed
         with contextlib.suppress(InputError):
-            return _find_tasks(names, TaskManager(include_path=str(include_path), include_defaults=False))
-        _check_yaml(include_path)
-    return _find_tasks(names, TaskManager(include_path=str(include_path) if include_path else None))
+            return _find_tasks(names, TaskManager(include_path=str(include_path), include_defaults=False), include_path)
+    return _find_tasks(names, TaskManager(include_path=str(include_path) if include_path else None), include_path)
 
 
 def _check_yaml(folder: Path) -> None:
@@ -197,18 +196,20 @@ def _check_yaml(folder: Path) -> None:
 
     for file in sorted(folder.rglob("*.yaml")):
         try:
-            list(yaml.parse(file.read_text()))
+            list(yaml.parse(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, yaml.YAMLError) as error:
             what = " ".join(str(error).split())
             raise InputError(f"--include_path: {file} cannot be read ({what}): mend it, or move it away") from None
 
 
-def _find_tasks(names: list[str], manager) -> Tasks:
+def _find_tasks(names: list[str], manager, include_path: Path | None) -> Tasks:
     found = Tasks({}, {}, [], manager)
     taken: set[str] = set()
     for name in names:
         matches = manager.match_tasks([name])
         if not matches:
+            if include_path:
+                _check_yaml(include_path)
             near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
             hint = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"
             raise InputError(f"unknown task {name}: {hint} (--include_path names the folder of your own)")
@@ -467,27 +468,24 @@ class Model(NamedTuple):
     def settings(self) -> dict:
         return {"method": self.foreign["quant_method"], **self.foreign} if self.foreign else self.checkpoint.settings
 
-    def fits(self, dtype: torch.dtype, device: torch.device) -> bool:
-        """Can it be held whole, with a fifth of the memory left over? Packed on a GPU, rebuilt in `dtype` on a CPU."""
-        if device.type == "cuda":
-            return self.bytes_held(dtype, rebuilt=False) < 0.8 * torch.cuda.mem_get_info(device)[0]
-        return self.bytes_held(dtype, rebuilt=True) < 0.8 * free_host_bytes()
+    def fits(self, dtype: torch.dtype, device: str) -> bool:
+        """Can it be held whole, with a fifth of the memory left over? Packed on GPUs, rebuilt in `dtype` on a CPU."""
+        on_gpus = free_gpu_bytes(device)
+        return self.bytes_held(dtype, rebuilt=not on_gpus) < 0.8 * (on_gpus or free_host_bytes())
 
     def bytes_held(self, dtype: torch.dtype, rebuilt: bool) -> int:
         packed = sum(self.checkpoint.tensor_bytes(linear + CODES) for linear in self.checkpoint.quantized)
         plain = dtype.itemsize * (sum(map(math.prod, self.checkpoint.shapes.values())) - packed)
         return plain + (dtype.itemsize * sum(map(self.checkpoint.weights_of, self.checkpoint.quantized)) if rebuilt else packed)
 
-    def check_memory(self, dtype: torch.dtype, device: torch.device) -> None:
-        """Raise InputError if not even packed weights fit this host, for tasks, which need the whole model. (What does not fit a GPU
-        waits on the host.)"""
-        needed, free = self.bytes_held(dtype, rebuilt=False), free_host_bytes()
-        free += torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
+    def check_memory(self, dtype: torch.dtype, device: str) -> None:
+        """Raise InputError if not even packed weights fit this machine, for tasks, which need the whole model. (What does not fit the
+        GPUs waits on the host.)"""
+        needed, free = self.bytes_held(dtype, rebuilt=False), free_host_bytes() + free_gpu_bytes(device)
         if needed > free:
             what = f"{self.quantized or self.base} takes {needed / 1e9:.2f} GB in memory and {free / 1e9:.2f} GB are free"
-            raise InputError(
-                f"{what}: --tasks need the whole model, --perplexity streams it; take fewer bits, a 16-bit --dtype or a larger machine"
-            )
+            remedy = "take fewer bits, a 16-bit --dtype or a larger machine"
+            raise InputError(f"{what}: --tasks need the whole model, --perplexity streams it; {remedy}")
 
     def load(self, dtype: torch.dtype, device: str) -> torch.nn.Module:
         """In memory; spread over the GPUs if `device` is auto."""
@@ -509,9 +507,9 @@ def evaluate(model: Model, tokenizer, dtype, windows: list[Windows], tasks: Task
     """What is measured on `model`, as far as it has come: with perplexities, then with the tasks too."""
     device = pick_device(args.device)
     sequences = args.eval_batch_size or default_batch_size(args.seqlen, device)
-    whole = bool(model.foreign) or model.fits(dtype, device)
+    whole = bool(model.foreign) or model.fits(dtype, args.device)
     if tasks and not whole:
-        model.check_memory(dtype, device)
+        model.check_memory(dtype, args.device)
     if whole or not windows:
         runner, losses = model.load(dtype, args.device), whole_losses
     else:
@@ -522,7 +520,9 @@ def evaluate(model: Model, tokenizer, dtype, windows: list[Windows], tasks: Task
         print(perplexities[-1], flush=True)
     yield Evaluation(perplexities, {})
     if tasks:
-        runner = runner if losses is whole_losses else model.load(dtype, args.device)
+        if losses is streamed_losses:
+            del runner
+            runner = model.load(dtype, args.device)
         yield Evaluation(perplexities, run_tasks(runner, tokenizer, tasks, args))
     del runner
     gc.collect()
@@ -538,6 +538,15 @@ def check_json_path(flag: str, path: Path | None) -> None:
     """Raise InputError unless results can be written later to the `path` that `flag` gave."""
     if path and (path.is_dir() or not path.absolute().parent.is_dir() or not os.access(path.absolute().parent, os.W_OK)):
         raise InputError(f"{flag}: {path} cannot be written: give a file name in a folder that exists")
+
+
+def free_gpu_bytes(name: str) -> int:
+    """Of the GPUs over which a model would be spread; 0 on a CPU."""
+    device = pick_device(name)
+    if device.type == "cpu":
+        return 0
+    devices = range(torch.cuda.device_count()) if name == "auto" else [device]
+    return sum(torch.cuda.mem_get_info(one)[0] for one in devices)
 
 
 def pick_device(name: str) -> torch.device:

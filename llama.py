@@ -429,9 +429,10 @@ def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bit
 def check_exports(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], made: bool) -> None:
     """Can each format of --export hold what the run will make, and its folder be written? made: by an earlier run, which may have been
     killed after some of them. Raises InputError."""
+    home = [run.save_path.parent if run.save_path.suffix == ".safetensors" else run.save_path] if run.save_path else []
     for name, out in run.export:
         if not (made and is_exported(run, name, out)):
-            export.check_output(out, run.overwrite, "--export")
+            export.check_output(out, run.overwrite, "--export", model.folder, *home)
         export.check_plan(name, model.model, model.folder, bits, config.groupsize, config.grid != "nonuniform", config.sym)
 
 

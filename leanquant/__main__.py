@@ -65,9 +65,9 @@ def temperature(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # a terminal that lacks a letter
+            stream.reconfigure(errors="replace")  # a terminal that lacks a letter, bytes that are none
     try:
         return exit_code(lambda: {"chat": chat, "generate": generate, "info": info}[args.command](args), "nothing is lost")
     except BrokenPipeError:  # whoever read has enough
@@ -187,7 +187,8 @@ def said() -> str:
     """The user's next message, empty at the end."""
     try:
         return well_formed(input("\n> ")).strip()
-    except (EOFError, RuntimeError):  # the latter if there is no input at all
+    except (EOFError, KeyboardInterrupt, RuntimeError):  # the last if there is no input at all
+        print(flush=True)
         return ""
 
 

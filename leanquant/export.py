@@ -65,9 +65,7 @@ def export(
     from . import __version__
 
     layout = layout_of(name, checkpoint.stored_dtype)
-    check_output(out, overwrite, flag)
-    if out.resolve() in (base.resolve(), *(file.resolve().parent for file in checkpoint.stamps)):
-        raise InputError(f"{flag} is {out}, which holds the model that is to be exported: give another folder")
+    check_output(out, overwrite, flag, base, *(file.parent for file in checkpoint.stamps))
     sizes, model = survey(checkpoint, base)
     check_fits(layout, sizes, model)
     weights = sum(rows * columns for rows, columns in sizes.values())
@@ -93,10 +91,12 @@ def layout_of(name: str, dtype: torch.dtype) -> Layout:
     return LAYOUTS[name] if name in LAYOUTS else Dense(dtype)
 
 
-def check_output(out: Path, overwrite: bool, flag: str) -> None:
-    """Raise InputError if `out`, which `flag` named, cannot become an exported folder."""
+def check_output(out: Path, overwrite: bool, flag: str, *homes: Path) -> None:
+    """Raise InputError if `out`, which `flag` named, cannot become an exported folder. homes: where the model lies that is exported."""
     if out.suffix == ".safetensors":
         raise InputError(f"{flag} is {out}: an exported model is a folder, give its name")
+    if out.resolve() in [home.resolve() for home in homes]:
+        raise InputError(f"{flag} is {out}, which holds the model that is to be exported: give another folder")
     packing.check_output(out.absolute(), overwrite, flag)
 
 

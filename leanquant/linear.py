@@ -5,6 +5,7 @@ Legend: O out_features, I in_features, K = 2**bits levels, G groups.
 
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,22 +18,38 @@ from .packing import SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, 
 
 PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
 MIN_CAPABILITY = (7, 0)  # of a GPU, for the fused kernels
+IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")} | {"__setitem__"}
 READ_ONLY = "a quantized weight cannot be written to: call model.dequantize() first, for merging adapters too"
 
 
 class RebuiltWeight(torch.Tensor):
     """The weight of a quantized linear, to look at: writing to it would change nothing, which those who merge adapters into a weight must
-    know. Raises InputError where it is written to; what is computed with it is an ordinary tensor."""
+    know. Raises InputError where it is written to, itself or its `data` (through other views it goes unseen). What is computed with it is
+    an ordinary tensor, and so are its copies; a Parameter made of it may be written to."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
-        name, data = func.__name__, torch.Tensor.data
-        in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") and name.endswith("__") or name == "__setitem__"
-        if isinstance(args[0], cls) and (func == data.__set__ or in_place and name not in ("__index__", "__int__", "__invert__")):
+        kwargs, data = kwargs or {}, torch.Tensor.data
+        first = args[0] if args else kwargs.get("tensor")
+        mine = isinstance(first, cls) and not getattr(first, "_is_param", False)
+        if mine and _writes(func) or isinstance(kwargs.get("out"), cls):
             raise InputError(READ_ONLY)
         with torch._C.DisableTorchFunctionSubclass():
-            found = func(*args, **(kwargs or {}))
-        return found.as_subclass(cls) if func in (data.__get__, torch.Tensor.detach) else found
+            found = func(*args, **kwargs)
+        return found.as_subclass(cls) if mine and func in (data.__get__, torch.Tensor.detach) else found
+
+    def __deepcopy__(self, memo: dict) -> torch.Tensor:
+        return self.as_subclass(torch.Tensor).clone()
+
+    def __reduce_ex__(self, protocol: int):
+        return self.as_subclass(torch.Tensor).__reduce_ex__(protocol)
+
+
+def _writes(func: Callable) -> bool:
+    """Does torch's function `func` write into its first argument?"""
+    name = getattr(func, "__name__", "")
+    harmless = name.endswith("__") or name in ("requires_grad_", "share_memory_", "detach_")
+    return func == torch.Tensor.data.__set__ or name in IN_PLACE or name.endswith("_") and not harmless
 
 
 class QuantizedLinear(nn.Linear):
@@ -109,7 +126,8 @@ class QuantizedLinear(nn.Linear):
     @property
     def weight(self) -> torch.Tensor:
         """The weight [O, I], rebuilt: for those who look at a linear's weight."""
-        return self.packed().dequantize(self.bits, self.in_features, self._levels.dtype).as_subclass(RebuiltWeight)
+        weight = self.packed().dequantize(self.bits, self.in_features, self._levels.dtype)
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(RebuiltWeight)
 
     @weight.setter
     def weight(self, _) -> None:

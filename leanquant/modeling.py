@@ -21,7 +21,6 @@ from .plugin import mark_quantized
 
 DEQUANTIZE = ("auto", "always", "never")
 SPREAD = ("auto", "balanced", "sequential")
-HEAD_ROWS = 2**12  # compared at a time
 
 
 class LeanQuantModelForCausalLM:
@@ -69,7 +68,7 @@ class LeanQuantModelForCausalLM:
         check_names(model, checkpoint)
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
-        if not has_own_head(model, checkpoint):
+        if not has_own_head(model):
             model.tie_weights()
         prepare_linears(model, dtype, dequantize)
         mark_quantized(model, checkpoint.settings or {"bits": checkpoint.bits_of(checkpoint.quantized[0])})
@@ -98,16 +97,14 @@ def check_depth(config, checkpoint: Checkpoint) -> None:
         raise InputError(f"config.json says {layers} layers and the file has {len(checkpoint.shapes)} tensors: is it the right base model?")
 
 
-def has_own_head(model: nn.Module, checkpoint: Checkpoint) -> bool:
-    """Does the file hold a head other than the embeddings, though the config calls them tied? The model is told so."""
-    names = {module: f"{name}.weight" for name, module in model.named_modules()}
-    head, embeddings = (names.get(module) for module in (model.get_output_embeddings(), model.get_input_embeddings()))
-    config = model.config.get_text_config()
-    if not config.tie_word_embeddings or head not in checkpoint or embeddings not in checkpoint or head == embeddings:
+def has_own_head(model: nn.Module) -> bool:
+    """Did the file hold a head other than the embeddings, though the config calls them tied? The model is told so."""
+    head, embeddings, config = model.get_output_embeddings(), model.get_input_embeddings(), model.config.get_text_config()
+    if not config.tie_word_embeddings or head is None or head is embeddings:
         return False
-    rows = checkpoint.shapes[head][0]
-    pieces = [slice(start, min(start + HEAD_ROWS, rows)) for start in range(0, rows, HEAD_ROWS)]
-    if all(torch.equal(checkpoint.get(head, piece), checkpoint.get(embeddings, piece)) for piece in pieces):
+    if not isinstance(head, QuantizedLinear) and (
+        head.weight.is_meta or torch.equal(head.weight, embeddings.weight.to(head.weight.device))
+    ):
         return False
     config.tie_word_embeddings = model.config.tie_word_embeddings = False
     return True
@@ -128,11 +125,11 @@ def _one_line(error: Exception) -> str:
 
 
 def parse_dtype(name: torch.dtype | str | None) -> torch.dtype | None:
-    """None for what is to be chosen. Raises InputError unless products can be made in it."""
+    """None for what is to be chosen. Raises InputError unless models compute in it."""
     if name is None or name == "auto":
         return None
-    dtype = getattr(torch, name, None) if isinstance(name, str) else name
-    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+    dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else name
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise InputError(f"dtype is {name!r}: give float16, bfloat16, float32 or auto")
     return dtype
 
@@ -144,7 +141,7 @@ def parse_device(name) -> torch.device:
     except (RuntimeError, TypeError):
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise InputError(f"unknown device {name!r}: give cpu, cuda or cuda:1")
+        raise InputError(f"unknown device {name}: give auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InputError(f"device {name}, but torch sees {torch.cuda.device_count()} CUDA devices: use cpu")
     return device
@@ -217,7 +214,7 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.
 def _load_generation_config(model: nn.Module, base) -> None:
     try:
         model.generation_config = GenerationConfig.from_pretrained(base)
-    except OSError:
-        pass  # the base has none: the one made from the config stays
     except Exception as error:
+        if isinstance(error, OSError) and not (Path(base) / "generation_config.json").is_file():
+            return  # the base has none: the one made from the config stays
         raise InputError(f"{base} has a generation_config.json that cannot be used ({_one_line(error)}): mend or remove it") from None

@@ -38,7 +38,7 @@ TORCH_DTYPES = {
 }
 # What a run keeps in its own folder while it works. (.tmp and letters: a part before safetensors gives it its name.)
 WORK_FILE = re.compile(
-    r"part-\d+\.safetensors|\.tmp\w+|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin"
+    r"part-\d+\.safetensors|\.tmp\w{6}|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin"
     r"|leanquant-\w+"
 )
 # What a folder written here can hold: anything else in it is the user's.
@@ -779,7 +779,7 @@ def write_synced(file: Path, contents: bytes) -> None:
 def write_json(file: Path, contents: dict) -> None:
     """Whole or not at all: on a disk that is full, `file` keeps what it had."""
     text = json.dumps(contents, indent=2, default=str) + "\n"
-    if file.exists() and not file.is_file():  # /dev/stdout
+    if file.exists() and not file.is_file() or file.absolute().parent == Path("/dev"):  # /dev/stdout, which may be a file
         file.write_text(text)
         return
     file = file.resolve()

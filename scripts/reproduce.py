@@ -450,10 +450,10 @@ def run_all(args: argparse.Namespace, names: list[str], p: Protocol, work: Path)
     """Make every run of the named tables that is not there. Returns the names of those that failed."""
     work.mkdir(parents=True, exist_ok=True)
     jobs = wanted(names, p)
-    if args.model == "demo":
-        prepare_demo()
     if args.lanes > 1:
         os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // args.lanes))
+    if args.model == "demo":
+        prepare_demo()
 
     def attempt(numbered) -> str | None:
         number, (job, with_tasks) = numbered
@@ -463,8 +463,9 @@ def run_all(args: argparse.Namespace, names: list[str], p: Protocol, work: Path)
         except Failed:
             return p.name(job)
 
-    with ThreadPoolExecutor(args.lanes) as lanes:
-        failed = [name for name in lanes.map(attempt, enumerate(jobs, 1)) if name]
+    with ThreadPoolExecutor(args.lanes) as lanes:  # one alone stays in this thread, where Ctrl-C ends it
+        ended = (lanes.map if args.lanes > 1 else map)(attempt, enumerate(jobs, 1))
+        failed = [name for name in ended if name]
     if "kernels" in names:
         try:
             run_kernels(work)

@@ -334,6 +334,7 @@ def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantiz
     assert "contradict" in refusal(capsys, *base, "--tasks", "mine_a", "--use_bf16", "--dtype", "float16")
     (task_folder / "broken.yaml").write_text("task: mine_d\nmetric_list: [\n")
     assert re.search("broken.yaml cannot be read .*line 3", refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_d"))
+    assert eval_quantized.find_tasks(["mine_a"], task_folder).leaves == {"mine_a": ["mine_a"]}, "it is in nobody's way"
     (task_folder / "broken.yaml").unlink()
     (task_folder / "unsafe.yaml").write_text(TASK.format(name="mine_c", count=3) + "unsafe_code: true\n")
     assert "runs code that the model writes" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_c")

@@ -368,6 +368,31 @@ def test_llama_refuses_an_export_before_it_quantizes(tiny_model, text_file, tmp_
     assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("saved, out", [("q.safetensors", "."), ("q.safetensors", "model"), ("q", "link")])
+def test_llama_does_not_export_over_its_models(tiny_model, text_file, tmp_path, monkeypatch, capsys, saved, out):
+    """Neither over the result nor over the original, by whatever name."""
+    monkeypatch.setattr(llama, "quantize_model", None)
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(tiny_model(**SIZES), tmp_path / "model")
+    (tmp_path / "link").symlink_to(tmp_path / "q")
+    command = [
+        "model",
+        str(text_file),
+        "--seqlen",
+        "32",
+        "--eval",
+        "none",
+        "--wbits",
+        "4",
+        "--nearest",
+        "--overwrite",
+        "--save_path",
+        saved,
+    ]
+    assert llama.main([*command, "--export", f"dense:{out}"]) == 2
+    assert "holds the model that is to be exported" in capsys.readouterr().err and (tmp_path / "model" / "model.safetensors").is_file()
+
+
 def test_mixtures_of_experts_are_exported_where_the_original_names_each_expert(text_file, tmp_path, capsys):
     base = write_model(test_moe.CONFIGS["qwen3"](moe_intermediate_size=64, intermediate_size=64), tmp_path / "qwen3")
     command = [str(base), str(text_file), "--nsamples", "2", "--seqlen", "32", "--eval", "none", "--wbits", "4", "--nearest", "--sym"]

@@ -310,7 +310,7 @@ def test_dtypes_and_places_by_any_name(plain_folder, options, expected, monkeypa
     [
         ({"dtype": "float8"}, "dtype is 'float8': give"),
         ({"torch_dtype": torch.int8}, "give float16, bfloat16, float32 or auto"),
-        ({"device_map": {"": "xyz"}}, "unknown device 'xyz'"),
+        ({"device_map": {"": "xyz"}}, "unknown device xyz"),
         ({"device_map": {"": "meta"}}, "unknown device"),
         ({"device_map": {"": 99}}, "torch sees"),
         ({"device_map": {"": "cuda:99"}}, "torch sees"),

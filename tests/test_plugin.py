@@ -268,6 +268,8 @@ def test_a_weight_can_be_looked_at_and_not_written_to(folder):
     weight, plain = linear.weight, linear.packed().dequantize(linear.bits, linear.in_features, linear.weight.dtype).float()
     assert type(weight.float() @ weight.float().T) is torch.Tensor and torch.equal(weight.float(), plain)
     assert torch.equal(torch.empty_like(plain).copy_(weight), plain) and weight.abs().max() > 0 and weight.dtype == linear.weight.data.dtype
+    assert len(list(weight)) == linear.out_features and not weight.requires_grad_(False).requires_grad
+    torch.testing.assert_close(torch.add(input=weight.float(), other=1), plain + 1)
     for write in (
         lambda w: w.data.add_(1),
         lambda w: w.data.__iadd__(1),
