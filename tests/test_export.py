@@ -375,21 +375,8 @@ def test_llama_does_not_export_over_its_models(tiny_model, text_file, tmp_path, 
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny_model(**SIZES), tmp_path / "model")
     (tmp_path / "link").symlink_to(tmp_path / "q")
-    command = [
-        "model",
-        str(text_file),
-        "--seqlen",
-        "32",
-        "--eval",
-        "none",
-        "--wbits",
-        "4",
-        "--nearest",
-        "--overwrite",
-        "--save_path",
-        saved,
-    ]
-    assert llama.main([*command, "--export", f"dense:{out}"]) == 2
+    options = f"--seqlen 32 --eval none --wbits 4 --nearest --overwrite --save_path {saved} --export dense:{out}"
+    assert llama.main(["model", str(text_file), *options.split()]) == 2
     assert "holds the model that is to be exported" in capsys.readouterr().err and (tmp_path / "model" / "model.safetensors").is_file()
 
 
