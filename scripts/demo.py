@@ -55,7 +55,7 @@ FAST = Size(ROOT / "demo" / "fast", 16, 256, 4096, 20, ("--n_layers", "6"))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--fast", action="store_true", help="6 layers and fewer tokens: under 3 minutes on 2 cores")
+    parser.add_argument("--fast", action="store_true", help="6 layers and fewer tokens: three to six minutes on 2 cores")
     size = FAST if parser.parse_args().fast else FULL
     size.folder.mkdir(parents=True, exist_ok=True)
     disable_progress_bar()
