@@ -708,7 +708,7 @@ def fingerprint(settings: dict, model, run: Run) -> dict:
         "batch_size": run.batch_size,
         "device": torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else run.device.type,
         "kernels": os.environ.get("LEANQUANT_KERNELS") or "where they can run",
-        "instructions of the CPU": torch.backends.cpu.get_cpu_capability(),
+        "instructions of the CPU": [torch.backends.cpu.get_cpu_capability(), *modelutils.cpu_units(model.dtype)],
         "offload_threshold": run.offload_threshold,
         "hessian_device": run.hessian_device and run.hessian_device.type,
     }
