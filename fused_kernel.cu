@@ -211,7 +211,7 @@ struct Search {
         return from;
     }
 
-    // The best zero of one t, the smallest of equals. See _best_zero for the sums.
+    // The best zero of one t, the smallest of equals. See _gains for the sums.
     __device__ Found judge(int t) const {
         const double S = scale(t), inverse = 1 / S, all_A = A[n], all_B = B[n];
         double begin[K], sum = 0;  // begin[k]: the sum where the window of zero K - 1 - k begins
@@ -222,13 +222,13 @@ struct Search {
             if (i < K) begin[i] = sum;
             if (i >= K - 1) {
                 const int k = i - (K - 1), Z = K - 1 - k;
-                const double gain = S * (k * (2 * all_B - S * k * all_A) - (sum - begin[k]));
+                const double top = S * k, gain = (2 * all_B - top * all_A) * top - 2 * S * (sum - begin[k]);
                 if (gain >= best.gain && reachable(Z, t, S, inverse)) best.gain = gain, best.zero = Z;
             }
             if (i < 2 * K - 2) {
-                const int r = i + 1 - K;
-                at = position((float)(S * (r + 0.5)), at);
-                sum += 2 * B[at] - S * (2 * r + 1) * A[at];
+                const double border = S * (i + 1 - K + 0.5);
+                at = position((float)border, at);
+                sum += B[at] - border * A[at];
             }
         }
         return best;
@@ -249,7 +249,7 @@ __device__ Found best_of_block(Found mine, Found* scratch) {
 }
 
 // Coarse to fine: every STRIDE-th t, then those within STRIDE - 1 of the BEST of them.
-const int STRIDE = 16, BEST = 4;
+const int STRIDE = 16, BEST = 2;
 
 template <int K>
 __device__ void search_row(const Search<K>& search, bool exhaustive, float* scale, uint8* zero) {

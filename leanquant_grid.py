@@ -29,6 +29,8 @@ NOISE = 1e-14
 KMEANS_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 TABLE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 LOCAL_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
+STRIDE, PEAKS = 16, 2  # of the search for scales: every STRIDE-th, then those around the PEAKS best of them
+BLOCK = 32  # of those every STRIDE-th, how many are judged before the next question whether any more can be better
 SEARCH_BYTES = {"cpu": 2**22, "cuda": 2**30}  # of a chunk of rows, or of tables, in the search for scales: what a CPU's caches hold
 
 
@@ -282,7 +284,7 @@ def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int =
     t_max R/T at its high end, 0 <= t_min, t_max < T/2 with T = `partitions`; scale S = fp16(rest / (K-1)), zero
     Z = round(-low/S) clamped to 0..K-1. S depends on t = t_min + t_max alone, and all Z of an S are judged
     together from prefix sums. `exhaustive` judges every distinct candidate: the exact minimum of the whole set.
-    Otherwise coarse to fine: every 16th t, then all within 15 of the 4 best. Ties go to the smallest t, then Z.
+    Otherwise coarse to fine: every 16th t, then all within 15 of the 2 best. Ties go to the smallest t, then Z.
     """
     if partitions < 2 or partitions % 2:
         raise ValueError(f"partitions must be even and at least 2, not {partitions}")
@@ -319,20 +321,63 @@ def _search_affine(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
 
 def _table_bytes(K: int, T: int, exhaustive: bool) -> int:
     """Of a row's candidates, about."""
-    return 40 * K * (T if exhaustive else 264)
+    return 40 * K * (T if exhaustive else PEAKS * (2 * STRIDE - 1))
 
 
 def _search_affine_rows(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
     low, high = w[:, :1].double().clamp(max=0), w[:, -1:].double().clamp(min=0)
     t = torch.arange(T - 1, device=w.device).expand(len(w), -1)
     if not exhaustive:
-        coarse = t[:, ::16]
-        gain = _gains(w, A, B, low, high, coarse, K, T).amax(2)
-        best = coarse.gather(1, gain.sort(dim=1, descending=True, stable=True).indices[:, :4])
-        t = (best.unsqueeze(2) + torch.arange(-15, 16, device=w.device)).flatten(1).clamp(0, T - 2).sort(1).values
-    t = t.gather(1, _first_largest(_gains(w, A, B, low, high, t, K, T).amax(2)))
-    zero = _first_largest(_gains(w, A, B, low, high, t, K, T).squeeze(1))
-    return Affine(_scales(low, high, t, K, T).squeeze(1).float(), zero.squeeze(1).to(torch.uint8))
+        coarse = t[:, ::STRIDE]
+        best = coarse.gather(1, _first_peaks(_coarse_gains(w, A, B, low, high, coarse, K, T)))
+        t = _around(best, T - 2)
+    gain = _gains(w, A, B, low, high, t, K, T)
+    place = _first_largest(gain.amax(2)).unsqueeze(2)
+    zero = _first_largest(gain.gather(1, place.expand(-1, 1, K)).squeeze(1))
+    return Affine(_scales(low, high, t.gather(1, place.squeeze(2)), K, T).squeeze(1).float(), zero.squeeze(1).to(torch.uint8))
+
+
+def _first_peaks(gain: torch.Tensor) -> torch.Tensor:
+    """Indices [R, PEAKS] of the largest of `gain` [R, N], the first of equals first."""
+    return gain.sort(dim=1, descending=True, stable=True).indices[:, :PEAKS]
+
+
+def _around(t: torch.Tensor, last: int) -> torch.Tensor:
+    """Ascending, what lies within a stride of any `t` [R, PEAKS] and in 0..last."""
+    return (t.unsqueeze(2) + torch.arange(1 - STRIDE, STRIDE, device=t.device)).flatten(1).clamp(0, last).sort(1).values
+
+
+def _coarse_gains(w, A, B, low, high, t: torch.Tensor, K: int, T: int) -> torch.Tensor:
+    """The gain of the best zero for each t [R, N], ascending; -inf where it cannot be among the PEAKS best of its row.
+
+    A smaller scale spans less: once what the points beyond the span cost at least, whatever the zero, leaves less gain than PEAKS
+    larger scales have, no further t is judged. That is most of them at 4 bits.
+    """
+    gain = torch.full(t.shape, -math.inf, dtype=torch.float64, device=t.device)
+    live = torch.arange(len(t), device=t.device)
+    for start in range(0, t.shape[1], BLOCK):
+        if start:
+            least = gain[live].topk(PEAKS, dim=1).values[:, -1:]
+            live = live[(_gain_ceiling(w[live], A[live], B[live], low[live], high[live], t[live, start, None], K, T) > least).squeeze(1)]
+        if not len(live):
+            break
+        block = t[live, start : start + BLOCK]
+        gain[live, start : start + BLOCK] = _gains(w[live], A[live], B[live], low[live], high[live], block, K, T).amax(2)
+    return gain
+
+
+def _gain_ceiling(w, A, B, low, high, t: torch.Tensor, K: int, T: int) -> torch.Tensor:
+    """More than this [R, 1] no scale of `t` [R, 1] or a later one gains: as if only points beyond its span, -S Z .. S (K-1-Z), cost."""
+    a = A.diff(dim=1)
+    C = torch.nn.functional.pad((a * w.double().square()).cumsum(1), (1, 0))
+    S = _scales(low, high, t, K, T)
+    Z = torch.arange(K, device=t.device, dtype=torch.float64)
+    first, last = -S * Z, S * (K - 1 - Z)
+    i, j = torch.searchsorted(w, first.float()), torch.searchsorted(w, last.float())
+    Ai, Bi, Ci, Aj, Bj, Cj = (prefix.gather(1, place) for place in (i, j) for prefix in (A, B, C))
+    below = Ci - 2 * first * Bi + first.square() * Ai
+    above = C[:, -1:] - Cj - 2 * last * (B[:, -1:] - Bj) + last.square() * (A[:, -1:] - Aj)
+    return C[:, -1:] * (1 + NOISE) - (below + above).amin(1, keepdim=True)
 
 
 def _first_largest(values: torch.Tensor) -> torch.Tensor:
@@ -348,22 +393,20 @@ def _scales(low, high, t, K: int, T: int) -> torch.Tensor:
 def _gains(w, A, B, low, high, t: torch.Tensor, K: int, T: int) -> torch.Tensor:
     """For each t [R, N] and zero: sum a w^2 minus the cost; -inf for zeros that t cannot reach; [R, N, K].
 
-    With r = code - Z and borders S (r + 1/2), the run of points below border r has prefix sums PA_r, PB_r. Summing
-    by parts, gain(Z) = 2S (r_t B - sum PB_r) - S^2 (r_t^2 A - sum (2r+1) PA_r), r_t = K-1-Z, r from -Z to r_t - 1:
+    With r = code - Z and borders b_r = S (r + 1/2), the run of points below border r has prefix sums PA_r, PB_r. Summing
+    by parts, gain(Z) = S r_t (2 B - S r_t A) - 2 S sum (PB_r - b_r PA_r), r_t = K-1-Z, r from -Z to r_t - 1:
     windows of one cumulative sum over r = -(K-1) .. K-2, so each Z costs O(1).
     """
-    S = _scales(low, high, t, K, T)
+    S = _scales(low, high, t, K, T).unsqueeze(2)
     r = torch.arange(1 - K, K - 1, device=t.device, dtype=torch.float64)
-    borders = (S.unsqueeze(2) * (r + 0.5)).float().flatten(1)
-    position = torch.searchsorted(w, borders)
-    PA = A.gather(1, position).view(*t.shape, -1)
-    PB = B.gather(1, position).view(*t.shape, -1)
-    S = S.unsqueeze(2)
-    sums = torch.nn.functional.pad((2 * PB - S * (2 * r + 1) * PA).cumsum(2), (1, 0))
+    borders = S * (r + 0.5)
+    position = torch.searchsorted(w, borders.float().flatten(1))
+    PA = A.gather(1, position).view(borders.shape)
+    PB = B.gather(1, position).view(borders.shape)
+    sums = torch.nn.functional.pad(PB.addcmul_(borders, PA, value=-1).cumsum(2), (1, 0))
     windows = sums[..., K - 1 :] - sums[..., :K]  # [R, N, K], window k begins at r = k - (K-1), that is Z = K-1-k
-    top = torch.arange(K, device=t.device, dtype=torch.float64)  # r_t = k
-    A, B = A[:, -1].view(-1, 1, 1), B[:, -1].view(-1, 1, 1)
-    gain = S * (top * (2 * B - S * top * A) - windows)
+    top = S * torch.arange(K, device=t.device, dtype=torch.float64)  # r_t = k
+    gain = torch.addcmul(2 * B[:, -1].view(-1, 1, 1), top, A[:, -1].view(-1, 1, 1), value=-1).mul_(top).addcmul_(S, windows, value=-2)
     return gain.flip(2).masked_fill_(~_reachable_zeros(S, low, high, t, K, T), -math.inf)
 
 
@@ -410,9 +453,8 @@ def _symmetric_rows(W: torch.Tensor, a: torch.Tensor, K: int, T: int, exhaustive
     scales = lambda t: stored_scale(largest * (1 - t.double() / T))  # noqa: E731
     t = torch.arange(T, device=W.device).expand(len(W), -1)
     if not exhaustive:
-        coarse = t[:, ::16]
-        best = coarse.gather(1, _symmetric_gains(s, scales(coarse), K).sort(dim=1, descending=True, stable=True).indices[:, :4])
-        t = (best.unsqueeze(2) + torch.arange(-15, 16, device=W.device)).flatten(1).clamp(0, T - 1).sort(1).values
+        coarse = t[:, ::STRIDE]
+        t = _around(coarse.gather(1, _first_peaks(_symmetric_gains(s, scales(coarse), K))), T - 1)
     return scales(t.gather(1, _first_largest(_symmetric_gains(s, scales(t), K)))).squeeze(1).float()
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import leanquant_grid
 from leanquant_grid import affine_search, kmeans_levels, local_kmeans_levels, minmax_affine, sensitivity, symmetric_search
 
 BITS = (4, 3, 2)
@@ -346,6 +347,22 @@ def test_coarse_to_fine_is_close_to_exhaustive(bits):
     assert (fast >= exact * (1 - 1e-9)).all()
     assert (fast <= exact * 1.03).all()
     assert np.mean(fast <= exact * (1 + 1e-9)) >= 0.95
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("columns", [64, 576])
+def test_scales_that_are_not_judged_could_not_have_been_among_the_best(monkeypatch, bits, columns):
+    hostile = torch.stack([gaussian(1, columns)[0] * scale for scale in (1e-6, 1, 1e3)] + [torch.linspace(0.3, 1, columns)])
+    W = torch.cat([gaussian(30, columns, seed=21), laplace(30, columns, seed=22), hostile])
+    a = heavy(len(W), columns, seed=23)
+    judged, gains = [], leanquant_grid._gains
+    monkeypatch.setattr(leanquant_grid, "_gains", lambda *args: judged.append(args[5].numel()) or gains(*args))
+    found = affine_search(W, a, bits)
+    few, judged[:] = sum(judged), []
+    monkeypatch.setattr(leanquant_grid, "BLOCK", 10_000)
+    expected = affine_search(W, a, bits)
+    assert torch.equal(found.scale, expected.scale) and torch.equal(found.zero, expected.zero)
+    assert few < (0.7 if bits == 4 else 1) * sum(judged)
 
 
 @pytest.mark.parametrize("exhaustive", [True, False])
