@@ -33,7 +33,7 @@ import datautils
 import leanquant
 import modelutils
 from leanquant import LeanQuantModelForCausalLM
-from leanquant.errors import InputError, exit_code
+from leanquant.errors import InputError, exit_code, first_line
 from leanquant.foreign import METHODS, open_checkpoint
 from leanquant.linear import free_host_bytes
 from leanquant.modeling import parse_device
@@ -234,15 +234,11 @@ def _load_task(manager, name: str) -> dict:
     try:
         loaded = manager.load([name])
     except Exception as error:  # YAML, a data set's script, the hub: each fails in its own way
-        raise InputError(f"task {name} cannot be loaded ({_one_line(error)}): check the network, or the task's files") from None
+        raise InputError(f"task {name} cannot be loaded ({first_line(error)}): check the network, or the task's files") from None
     for leaf, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(f"task {leaf} runs code that the model writes, which is not done here: leave it out, or use lm-eval itself")
     return loaded
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def lm_eval_seeds(seed: int | None) -> dict[str, int]:
@@ -277,7 +273,7 @@ def run_tasks(model, tokenizer, tasks: Tasks, args: argparse.Namespace) -> dict:
         return found | {"seqlen": lm.max_length}
     except Exception as error:  # a task's own code, too many shots, memory
         hint = "look at --num_fewshot, --limit and --eval_batch_size, or run that task alone"
-        raise InputError(f"lm-eval could not finish ({type(error).__name__}: {_one_line(error)}): {hint}") from error
+        raise InputError(f"lm-eval could not finish ({type(error).__name__}: {first_line(error)}): {hint}") from error
 
 
 def scores(results: dict, tasks: Tasks) -> list[Score]:
@@ -497,7 +493,7 @@ class Model(NamedTuple):
         try:
             model, found = AutoModelForCausalLM.from_pretrained(self.folder, dtype=dtype, device_map=place, output_loading_info=True)
         except (ImportError, OSError, ValueError) as error:
-            raise InputError(f"{self.base} cannot be loaded ({_one_line(error)})") from None
+            raise InputError(f"{self.base} cannot be loaded ({first_line(error)})") from None
         if missing := sorted(found["missing_keys"]):  # transformers makes up what it misses, and only warns
             raise InputError(f"{self.base} cannot be loaded: {missing[0]} is missing, and {len(missing) - 1} others; get it again")
         return model.eval()
@@ -712,7 +708,7 @@ def run_in_memory(args: argparse.Namespace) -> None:
     except RuntimeError as error:
         if not modelutils.is_out_of_memory(error):
             raise
-        raise InputError(f"out of memory ({_one_line(error)}): give a smaller --eval_batch_size or --seqlen") from None
+        raise InputError(f"out of memory ({first_line(error)}): give a smaller --eval_batch_size or --seqlen") from None
 
 
 if __name__ == "__main__":

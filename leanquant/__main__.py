@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from .errors import InputError, exit_code, printable
+from .errors import InputError, exit_code, first_line, printable
 from .foreign import open_checkpoint
 from .packing import GRID, SCALE, Checkpoint
 
@@ -132,7 +132,7 @@ def load_tokenizer(args: argparse.Namespace):
     try:
         return AutoTokenizer.from_pretrained(base, trust_remote_code=args.trust_remote_code)
     except Exception as error:  # files that lie fail in many ways
-        raise InputError(f"{base} has no usable tokenizer ({one_line(error)}): copy its tokenizer files there") from None
+        raise InputError(f"{base} has no usable tokenizer ({first_line(error)}): copy its tokenizer files there") from None
 
 
 def load(args: argparse.Namespace):
@@ -140,10 +140,6 @@ def load(args: argparse.Namespace):
 
     options = {"device": args.device, "dequantize": args.dequantize, "trust_remote_code": args.trust_remote_code}
     return LeanQuantModelForCausalLM.from_pretrained(args.base or args.path, args.path, **options)
-
-
-def one_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def sampling(temperature: float | None) -> dict:
@@ -175,7 +171,7 @@ def chat(args: argparse.Namespace) -> None:
         try:
             inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
         except Exception as error:  # a template is a program
-            raise InputError(f"the model's chat template fails ({one_line(error)}): use generate, or mend the template") from None
+            raise InputError(f"the model's chat template fails ({first_line(error)}): use generate, or mend the template") from None
         try:
             messages.append({"role": "assistant", "content": answer(model, tokenizer, inputs, args)})
         except KeyboardInterrupt:
@@ -207,7 +203,7 @@ def answer(model, tokenizer, inputs, args: argparse.Namespace, skip_prompt: bool
     try:
         out = model.generate(**inputs, streamer=streamer, **settings, **sampling(args.temperature))
     except ValueError as error:  # settings that contradict each other
-        raise InputError(f"the model cannot generate ({one_line(error)}): see its generation_config.json") from None
+        raise InputError(f"the model cannot generate ({first_line(error)}): see its generation_config.json") from None
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

@@ -37,6 +37,11 @@ def exit_code(command: Callable[[], None], interrupted: str) -> int:
     return 2
 
 
+def first_line(error: Exception) -> str:
+    """What an `error` of a library says, short enough to stand within a sentence."""
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
 def printable(text: str) -> str:
     """For a terminal: what a file says may hold escapes."""
     return "".join(c if c.isprintable() else "?" for c in text)

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from .errors import first_line
+
 NEEDED = {  # for each CUDA major: CuPy, its compiler, and the headers the compiler may ask for
     "11": "cupy-cuda11x nvidia-cuda-nvrtc-cu11 nvidia-cuda-runtime-cu11",
     "12": "cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12",
@@ -110,7 +112,7 @@ def _compiled(source: Path, name: str, device_index: int):
             return function
     except Exception as error:  # a missing wheel, driver or compiler each raise their own kind
         major = (torch.version.cuda or "12").split(".")[0]
-        return f"{name} runs in torch, which is slower: {_first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}"
+        return f"{name} runs in torch, which is slower: {first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}"
 
 
 @lru_cache
@@ -138,7 +140,7 @@ def _call(function, name: str, device: torch.device, blocks: tuple[int, int], th
                 function.max_dynamic_shared_size_bytes = shared_bytes
             function(blocks, (threads,), values, shared_mem=shared_bytes)  # raises if the launch is refused
     except Exception as error:
-        raise KernelError(f"{name} runs in torch, which is slower: its launch failed: {_first_line(error)}") from error
+        raise KernelError(f"{name} runs in torch, which is slower: its launch failed: {first_line(error)}") from error
 
 
 def _current_stream(device: torch.device):
@@ -153,10 +155,6 @@ def _current_stream(device: torch.device):
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 @lru_cache

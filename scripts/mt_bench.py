@@ -23,7 +23,7 @@ import torch  # noqa: E402
 import eval_quantized  # noqa: E402
 import modelutils  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
-from leanquant.errors import InputError, exit_code  # noqa: E402
+from leanquant.errors import InputError, exit_code, first_line  # noqa: E402
 
 # FastChat's; other categories get DEFAULT_TEMPERATURE.
 TEMPERATURES = {
@@ -61,7 +61,7 @@ def read_questions(path: Path | None) -> list[dict]:
         try:
             path = Path(hf_hub_download("lmsys/mt-bench", "data/mt_bench/question.jsonl", repo_type="space"))
         except Exception as error:  # network, access, a missing file: all end here
-            raise InputError(f"cannot get MT-Bench's questions from the hub ({_first_line(error)}): give --questions FILE") from None
+            raise InputError(f"cannot get MT-Bench's questions from the hub ({first_line(error)}): give --questions FILE") from None
     try:
         questions = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         if not questions:
@@ -70,11 +70,7 @@ def read_questions(path: Path | None) -> list[dict]:
             raise ValueError("turns that are no list of texts")
         return [{"question_id": q["question_id"], "category": q["category"], "turns": q["turns"]} for q in questions]
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path} is not FastChat's question.jsonl ({_first_line(error)}): get it again") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is not FastChat's question.jsonl ({first_line(error)}): get it again") from None
 
 
 def answered(path: Path, model_id: str) -> set[int]:
