@@ -289,8 +289,11 @@ def affine_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int =
     if partitions < 2 or partitions % 2:
         raise ValueError(f"partitions must be even and at least 2, not {partitions}")
     chunk = max(1, SEARCH_BYTES[_kind(W)] // (60 * W.shape[1]))
-    found = [_affine_rows(rows, a_rows, 2**bits, partitions, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)]
-    return Affine(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    return _joined([_affine_rows(rows, a_rows, 2**bits, partitions, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)])
+
+
+def _joined(pieces: list[Affine]) -> Affine:
+    return Affine(*(torch.cat(parts) for parts in zip(*pieces, strict=True)))
 
 
 def _affine_rows(W: torch.Tensor, a: torch.Tensor, K: int, T: int, exhaustive: bool) -> Affine:
@@ -315,8 +318,8 @@ def _search_affine_cuda(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
 def _search_affine(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
     """The best (scale, zero) [R] for rows of ascending points `w` [R, n] with prefix sums `A`, `B` [R, n+1]; see `affine_search`."""
     rows = max(1, SEARCH_BYTES[_kind(w)] // _table_bytes(K, T, exhaustive))
-    found = [_search_affine_rows(*part, K, T, exhaustive) for part in zip(w.split(rows), A.split(rows), B.split(rows), strict=True)]
-    return Affine(*(torch.cat(parts) for parts in zip(*found, strict=True)))
+    pieces = zip(w.split(rows), A.split(rows), B.split(rows), strict=True)
+    return _joined([_search_affine_rows(*piece, K, T, exhaustive) for piece in pieces])
 
 
 def _table_bytes(K: int, T: int, exhaustive: bool) -> int:

@@ -315,13 +315,11 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
             rows = quant.row_pieces(sum(group.rows), group.columns)[0].stop
             matrix = FLOAT * rows * group.columns
             done = sum(group.rows) * group.columns * 2  # codes, and once more where pieces are joined
-            # the fit of levels: B, on a GPU in 16 bits too, and its products with a panel of H, there two at a time
-            basis = min(quant.FIT_ELEMENTS[where], unknowns_of(group, config) * rows * group.columns) * (config.refine > 0)
-            basis *= (6 if on_gpu else FLOAT) + FLOAT * (1 + on_gpu) * min(1, PANEL / group.columns)
+            fit = _fit_bytes(rows, group, config, side > 0, where) * (config.refine > 0)
             for moment, copies, more in (
                 ("target", TARGET_COPIES * shift, done),
                 ("grid", 1, _grid_bytes(rows, group.columns, config, where) + done),
-                ("solver", REFINE_COPIES if config.refine else SOLVE_COPIES, done + basis),
+                ("solver", REFINE_COPIES if config.refine else SOLVE_COPIES, done + fit),
             ):
                 panel = 2 * FLOAT * PANEL * group.columns  # of the factor or of H, and what it is made of
                 there = held + (matrix if side and moment == "target" else 0)  # rows of S
@@ -342,6 +340,20 @@ def _parts(layer: Layer, run, config) -> list[list[LayerGroup]]:
 def _stages(layer: Layer) -> list[list[LayerGroup]]:
     """Groups together that do not depend on one another."""
     return [list(stage) for _, stage in itertools.groupby(layer.groups, lambda group: group.stage)]
+
+
+def _fit_bytes(rows: int, group: LayerGroup, config, is_far: bool, where: str) -> float:
+    """What the fit of so many rows takes (quant.fit_grid): of levels, B, on a GPU in 16 bits too, and its products with a panel of H,
+    there two at a time; of scales, B's rows in one, and three as large; coefficients, as solved and as factorized."""
+    on_gpu, unknowns, is_affine = where != "cpu", unknowns_of(group, config), config.grid != "nonuniform"
+    chunk, block = quant.fit_rows(unknowns, group.columns, is_affine, not on_gpu)
+    held = min(rows, block if is_far else min(chunk, block))
+    chunk = min(chunk, held) * group.columns
+    if is_affine:
+        products = FLOAT * (held * group.columns + (2 + on_gpu) * chunk)
+    else:
+        products = unknowns * chunk * ((6 if on_gpu else FLOAT) + FLOAT * (1 + on_gpu) * min(1, PANEL / group.columns))
+    return products + 2 * 8 * held * unknowns**2
 
 
 def _grid_bytes(rows: int, columns: int, config, where: str) -> float:
@@ -496,10 +508,10 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
         phases["solve"].operations += O * squares
         phases["solve"].bytes += 40 * O * I
     if config.refine:
-        unknowns = unknowns_of(group, config)
+        factors = unknowns_of(group, config) if config.grid == "nonuniform" else 1  # rows of B that a row of weights has for each column
         sweeps, fits = config.refine + 1, config.refine
-        phases["refine"].operations += 2 * O * squares * (sweeps + fits * (unknowns + 2) + 1)
-        phases["refine"].fast += 2 * O * squares * fits * unknowns
+        phases["refine"].operations += 2 * O * squares * (sweeps + fits * (factors + 2) + 1)
+        phases["refine"].fast += 2 * O * squares * fits * factors
         phases["refine"].bytes += 60 * O * I * sweeps
 
 
@@ -519,7 +531,7 @@ def _add_far(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, run, c
     phases["hessian"].link += batches * (square * 5 / 8 + _statistics(group, config) - square)  # H's upper triangle, by panels
     phases["target"].link += square * pieces * (1 if outputs else 2) * (config.shift > 0)
     phases["solve"].link += square * pieces / 2
-    fits = config.refine * -(-O // quant.fit_rows(unknowns_of(group, config), I, False)[1])
+    fits = config.refine * -(-O // quant.fit_rows(unknowns_of(group, config), I, config.grid != "nonuniform", False)[1])
     phases["refine"].link += square * (pieces * (3 * config.refine + 2) + fits)  # sweeps, two losses a fit, one more of both; fits
     if not (run.hessian_device and run.hessian_device.type == "cuda"):
         phases["factorization"].on_host += I**3 * 2 / 3

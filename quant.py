@@ -39,7 +39,8 @@ DESCEND_BLOCK = kernels.Kernel(CUDA_SOURCE, "descend_block", (torch.float32, *SO
 # Columns that the kernels take at once, rows that one of their thread blocks takes, and its threads.
 MAX_COLUMNS, TILE, THREADS = 128, 16, 256
 MOST_WEIGHTS = 2**27  # that are solved at a time
-FIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of B, in the fit of levels, at a time
+FIT_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}  # of what is multiplied with H, in the fit of levels and scales, at a time
+FIT_EQUATIONS = 2**24  # coefficients of the fit that are held at a time, in float64
 
 
 @dataclass(frozen=True)
@@ -281,54 +282,72 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, con
     diagonal towards the old l, which keeps a level without codes where it is. Products in float32, the solve in float64.
     Rows that lose by it (through rounding) keep what they have.
     """
-    old = grid.levels.squeeze(1) if grid.affine is None else grid.affine.scale
-    chunk, block = fit_rows(old.shape[1], W.shape[1], W.device.type == "cpu")
-    rows = panels(len(W), chunk if H.square.device == W.device else block)
+    is_affine = grid.affine is not None
+    old = grid.affine.scale if is_affine else grid.levels.squeeze(1)
+    chunk, block = fit_rows(old.shape[1], W.shape[1], is_affine, W.device.type == "cpu")
+    rows = panels(len(W), min(chunk, block) if H.square.device == W.device else block)
     fitted = torch.cat([_least_squares(W[part], codes[part], grid.rows(part), old[part].double(), H, chunk) for part in rows])
-    if grid.affine is None:
-        new = Grid(rounded(fitted.sort(1).values, config).unsqueeze(1), None)
-    else:
+    if is_affine:
         scale = stored_scale(torch.where(fitted > 0, fitted, old))
         new = Grid(affine_levels(scale, grid.affine.zero, config.bits), Affine(scale, grid.affine.zero))
+    else:
+        new = Grid(rounded(fitted.sort(1).values, config).unsqueeze(1), None)
     losses = [row_losses(W - dequantize(codes, g.levels), H) for g in (new, grid)]
     return new.where(losses[0] < losses[1], grid)
 
 
-def fit_rows(unknowns: int, columns: int, on_cpu: bool) -> tuple[int, int]:
-    """For how many rows `fit_grid` makes B at a time, and for how many a Hessian from afar is fetched once."""
-    chunk = max(1, FIT_ELEMENTS["cpu" if on_cpu else "cuda"] // (unknowns * columns))
-    return chunk, max(chunk, 2**24 // unknowns**2)
+def fit_rows(unknowns: int, columns: int, is_affine: bool, on_cpu: bool) -> tuple[int, int]:
+    """For how many rows `fit_grid` makes products with H at a time, and for how many a Hessian from afar is fetched once."""
+    chunk = FIT_ELEMENTS["cpu" if on_cpu else "cuda"] // (columns if is_affine else unknowns * columns)
+    return max(1, chunk), max(1, FIT_EQUATIONS // unknowns**2)
 
 
 def _least_squares(W: torch.Tensor, codes: torch.Tensor, grid: Grid, old: torch.Tensor, H: Symmetric, chunk: int) -> torch.Tensor:
-    """The l [R, K or G] of `fit_grid` for rows `W` [R, I], float32; B is made for `chunk` rows at a time, for all panels of H if that
-    is all."""
-    A = torch.zeros(*old.shape, old.shape[1], dtype=torch.float64, device=W.device)
-    b = torch.zeros_like(old)
-    chunks = panels(len(W), chunk)
-    whole = _basis(codes, grid) if len(chunks) == 1 else None
-    for part in panels(W.shape[1]):
-        H_columns = H.rows(part).T.to(W.device)
-        for rows in chunks:
-            B = _basis(codes[rows], grid.rows(rows)) if whole is None else whole
-            BH = times_whole(B.view(-1, B.shape[2]), H_columns).view(*B.shape[:2], -1)
-            A[rows] += BH @ B[:, :, part].transpose(1, 2)
-            b[rows] += (BH @ W[rows, part].unsqueeze(2)).squeeze(2)
+    """The l [R, K or G] of `fit_grid` for rows `W` [R, I], float32."""
+    A, b = (_level_equations if grid.affine is None else _scale_equations)(W, codes, grid, H, chunk)
     ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
     ridge = torch.where(ridge > 0, ridge, 1)  # a row of codes that all stand for 0 says nothing about its scale
     A += ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
     return torch.linalg.solve(A, b + ridge.squeeze(2) * old).float()
 
 
-def _basis(codes: torch.Tensor, grid: Grid) -> torch.Tensor:
-    """B of `fit_grid`, float32 [R, K or G, I]."""
+def _level_equations(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B H B^T [R, K, K] and B H w^T [R, K], float64; B is made for `chunk` rows at a time, for all panels of H if that is all."""
+    R, _, K = grid.levels.shape
+    A, b = W.new_zeros(R, K, K, dtype=torch.float64), W.new_zeros(R, K, dtype=torch.float64)
+    chunks = panels(R, chunk)
+    whole = _one_hot(codes, K) if len(chunks) == 1 else None
+    for part in panels(W.shape[1]):
+        H_columns = H.rows(part).T.to(W.device)
+        for rows in chunks:
+            B = _one_hot(codes[rows], K) if whole is None else whole
+            BH = times_whole(B.view(-1, B.shape[2]), H_columns).view(*B.shape[:2], -1)
+            A[rows] += BH @ B[:, :, part].transpose(1, 2)
+            b[rows] += (BH @ W[rows, part].unsqueeze(2)).squeeze(2)
+    return A, b
+
+
+def _one_hot(codes: torch.Tensor, K: int) -> torch.Tensor:
+    """Float32 [R, K, I]."""
     R, I = codes.shape
-    if grid.affine is None:
-        return torch.zeros(R, grid.levels.shape[2], I, device=codes.device).scatter_(1, codes.long().unsqueeze(1), 1)
-    G = grid.levels.shape[1]
-    B = torch.zeros(R, G, G, I // G, device=codes.device)
-    B.diagonal(dim1=1, dim2=2).copy_((codes.view(R, G, -1).float() - grid.affine.zero.unsqueeze(2)).transpose(1, 2))
-    return B.view(R, G, I)
+    return torch.zeros(R, K, I, device=codes.device).scatter_(1, codes.long().unsqueeze(1), 1)
+
+
+def _scale_equations(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """B H B^T [R, G, G] and B H w^T [R, G], float64. A row of B is 0 outside its group: with all its rows summed in `steps` [R, I], the
+    products are those of one matrix, not of G."""
+    (R, G, _), size = grid.levels.shape, W.shape[1] // grid.levels.shape[1]
+    A, b = W.new_zeros(R, G, G, dtype=torch.float64), W.new_zeros(R, G, dtype=torch.float64)
+    steps = (codes.view(R, G, size).float() - grid.affine.zero.unsqueeze(2)).view(R, -1)
+    for start in range(0, W.shape[1], size):
+        for part in panels(size):
+            columns = slice(start + part.start, start + part.stop)
+            H_rows = H.rows(columns).to(W.device)
+            for rows in panels(R, chunk):
+                BH = times_whole(steps[rows, columns], H_rows)
+                A[rows, start // size] += (BH * steps[rows]).view(-1, G, size).sum(2)
+                b[rows, start // size] += BH.mul_(W[rows]).sum(1)
+    return A, b
 
 
 def dequantize(codes: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
