@@ -503,7 +503,7 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
         phases["grid"].bytes += O * (8 * K * config.kmeans_bins**2 + 600 * I)  # its tables, sorting and Lloyd's iteration
     elif config.grid == "affine":
         groups = 1 if config.groupsize == -1 else I // config.groupsize
-        phases["grid"].bytes += O * groups * 260 * K * 100  # candidates, coarse to fine
+        phases["grid"].bytes += O * groups * 190 * K * 100  # candidates, coarse to fine
     if not config.nearest:
         phases["solve"].operations += O * squares
         phases["solve"].bytes += 40 * O * I
