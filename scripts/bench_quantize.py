@@ -163,6 +163,7 @@ def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
     a[factor.order] = sensitivity(factor.U.diagonal(), 4.0)
     grid, grids = quant.learn_grid(W, factor, config), quant.learn_grid(W, factor, grouped)
     solved, damped = quant.quantize(W, grid, factor, config), factor.H
+    in_groups = quant.quantize(W, grids, factor, grouped).codes
     twice = {  # what has a kernel and a twin
         "affine": lambda: affine_search(W, a, bits, T),
         "affine, exhaustive": lambda: affine_search(W, a, bits, T, exhaustive=True),
@@ -174,10 +175,12 @@ def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
     once = {
         "k-means": lambda: kmeans_levels(W, a, bits),
         "fit of levels": lambda: quant.fit_grid(W, solved.codes, grid, damped, config),
+        f"fit of scales, groups of {group}": lambda: quant.fit_grid(W, in_groups, grids, damped, grouped),
+        "the same, its equations from all of B": lambda: equations_from_all_of_B(in_groups, grids, damped),
         "factorization": lambda: hessian.factorize(H.clone(), 0.1, True),
     }
     result = {"rows": O, "columns": I, "kernel_ms": {}, "torch_ms": {}}
-    print(f"\n{O} x {I}, {bits} bits{'':<18}kernel ms   torch ms", flush=True)
+    print(f"\n{O} x {I}, {bits} bits{'':<22}kernel ms   torch ms", flush=True)
     for name, operation in twice.items():
         if device.type == "cuda":
             result["kernel_ms"][name] = milliseconds(operation, device)
@@ -196,9 +199,21 @@ def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
     return result
 
 
+def equations_from_all_of_B(codes: torch.Tensor, grid: quant.Grid, H: hessian.Symmetric) -> None:
+    """B H B^T of `quant.fit_grid`, as it is written: with a product for each group of each row."""
+    (R, I), G = codes.shape, grid.levels.shape[1]
+    steps = (codes.view(R, G, -1).float() - grid.affine.zero.unsqueeze(2)).transpose(1, 2)
+    columns = H.rows(slice(0, I))
+    for part in steps.split(max(1, quant.FIT_ELEMENTS["cpu" if codes.device.type == "cpu" else "cuda"] // (G * I))):
+        B = torch.zeros(len(part), G, G, I // G, device=codes.device)
+        B.diagonal(dim1=1, dim2=2).copy_(part)
+        B = B.view(len(part), G, I)
+        hessian.times_whole(B.view(-1, I), columns).view(B.shape) @ B.transpose(1, 2)
+
+
 def print_row(name: str, kernel: float | None, twin: float | None) -> None:
     cells = (f"{value:11.2f}" if value is not None else f"{'':11}" for value in (kernel, twin))
-    print(f"  {name:<34}" + "".join(cells), flush=True)
+    print(f"  {name:<38}" + "".join(cells), flush=True)
 
 
 def random_hessian(I: int, generator: torch.Generator, device: torch.device) -> torch.Tensor:
