@@ -248,20 +248,20 @@ __device__ Found best_of_block(Found mine, Found* scratch) {
     return best;
 }
 
-// Coarse to fine: every STRIDE-th t, then those within STRIDE - 1 of the BEST of them.
-const int STRIDE = 16, BEST = 2;
+// Coarse to fine: every STRIDE-th t, then those within STRIDE - 1 of the PEAKS of them.
+const int STRIDE = 16, PEAKS = 2;
 
 template <int K>
 __device__ void search_row(const Search<K>& search, bool exhaustive, float* scale, uint8* zero) {
     Found* scratch = (Found*)shared_memory;
     double* coarse = (double*)(scratch + blockDim.x);  // [count]
     const int last = search.T - 2, count = last / STRIDE + 1, width = 2 * STRIDE - 1;
-    int* peaks = (int*)(coarse + count);  // [BEST]
+    int* peaks = (int*)(coarse + count);  // [PEAKS]
     Found mine = {-1e308, 0, 0};
     if (!exhaustive) {
         for (int i = threadIdx.x; i < count; i += blockDim.x) coarse[i] = search.judge(i * STRIDE).gain;
         __syncthreads();
-        for (int k = 0; k < BEST; ++k) {
+        for (int k = 0; k < PEAKS; ++k) {
             Found peak = {-1e308, 0, 0};
             for (int i = threadIdx.x; i < count; i += blockDim.x)
                 if (coarse[i] > peak.gain) peak = {coarse[i], i, 0};
@@ -273,7 +273,7 @@ __device__ void search_row(const Search<K>& search, bool exhaustive, float* scal
             __syncthreads();
         }
     }
-    for (int i = threadIdx.x; i < (exhaustive ? last + 1 : BEST * width); i += blockDim.x) {
+    for (int i = threadIdx.x; i < (exhaustive ? last + 1 : PEAKS * width); i += blockDim.x) {
         const int t = exhaustive ? i : peaks[i / width] * STRIDE + i % width - (STRIDE - 1);
         if (t < 0 || t > last) continue;
         const Found found = search.judge(t);

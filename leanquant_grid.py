@@ -29,7 +29,7 @@ NOISE = 1e-14
 KMEANS_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 TABLE_ELEMENTS = {"cpu": 2**18, "cuda": 2**25}
 LOCAL_ELEMENTS = {"cpu": 2**18, "cuda": 2**23}
-STRIDE, PEAKS = 16, 2  # of the search for scales: every STRIDE-th, then those around the PEAKS best of them
+STRIDE, PEAKS = 16, 2  # of the search for scales, as in CUDA_SOURCE: every STRIDE-th, then those around the PEAKS best of them
 BLOCK = 32  # of those every STRIDE-th, how many are judged before the next question whether any more can be better
 SEARCH_BYTES = {"cpu": 2**22, "cuda": 2**30}  # of a chunk of rows, or of tables, in the search for scales: what a CPU's caches hold
 
@@ -310,21 +310,17 @@ def _search_affine_cuda(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
         CUDA_SOURCE, f"search_affine_{K}", (torch.float32, *2 * [torch.float64], torch.float32, torch.uint8, int, int, int)
     )
     scale, zero = torch.empty(R, device=w.device), torch.empty(R, dtype=torch.uint8, device=w.device)
-    threads, coarse = 128, (T - 2) // 16 + 1
-    kernels.launch(kernel, (R, 1), threads, 16 * threads + 8 * coarse + 16, w, A, B, scale, zero, n, T, int(exhaustive))
+    threads, coarse = 128, (T - 2) // STRIDE + 1
+    kernels.launch(kernel, (R, 1), threads, 16 * threads + 8 * coarse + 4 * PEAKS, w, A, B, scale, zero, n, T, int(exhaustive))
     return Affine(scale, zero)
 
 
 def _search_affine(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
     """The best (scale, zero) [R] for rows of ascending points `w` [R, n] with prefix sums `A`, `B` [R, n+1]; see `affine_search`."""
-    rows = max(1, SEARCH_BYTES[_kind(w)] // _table_bytes(K, T, exhaustive))
+    candidates = T if exhaustive else max(BLOCK, PEAKS * (2 * STRIDE - 1))
+    rows = max(1, SEARCH_BYTES[_kind(w)] // (100 * K * candidates + 70 * w.shape[1]))  # of tables, and of what is judged on the way
     pieces = zip(w.split(rows), A.split(rows), B.split(rows), strict=True)
     return _joined([_search_affine_rows(*piece, K, T, exhaustive) for piece in pieces])
-
-
-def _table_bytes(K: int, T: int, exhaustive: bool) -> int:
-    """Of a row's candidates, about."""
-    return 40 * K * (T if exhaustive else PEAKS * (2 * STRIDE - 1))
 
 
 def _search_affine_rows(w, A, B, K: int, T: int, exhaustive: bool) -> Affine:
@@ -357,15 +353,15 @@ def _coarse_gains(w, A, B, low, high, t: torch.Tensor, K: int, T: int) -> torch.
     larger scales have, no further t is judged. That is most of them at 4 bits.
     """
     gain = torch.full(t.shape, -math.inf, dtype=torch.float64, device=t.device)
-    live = torch.arange(len(t), device=t.device)
+    live, rows = torch.arange(len(t), device=t.device), [w, A, B, low, high]
     for start in range(0, t.shape[1], BLOCK):
         if start:
-            least = gain[live].topk(PEAKS, dim=1).values[:, -1:]
-            live = live[(_gain_ceiling(w[live], A[live], B[live], low[live], high[live], t[live, start, None], K, T) > least).squeeze(1)]
+            least = gain[live].topk(PEAKS, dim=1).values
+            kept = _gain_ceiling(*rows, t[live, start, None], K, T)[:, 0] > least[:, -1]
+            live, rows = live[kept], [tensor[kept] for tensor in rows]
         if not len(live):
             break
-        block = t[live, start : start + BLOCK]
-        gain[live, start : start + BLOCK] = _gains(w[live], A[live], B[live], low[live], high[live], block, K, T).amax(2)
+        gain[live, start : start + BLOCK] = _gains(*rows, t[live, start : start + BLOCK], K, T).amax(2)
     return gain
 
 
@@ -380,7 +376,8 @@ def _gain_ceiling(w, A, B, low, high, t: torch.Tensor, K: int, T: int) -> torch.
     Ai, Bi, Ci, Aj, Bj, Cj = (prefix.gather(1, place) for place in (i, j) for prefix in (A, B, C))
     below = Ci - 2 * first * Bi + first.square() * Ai
     above = C[:, -1:] - Cj - 2 * last * (B[:, -1:] - Bj) + last.square() * (A[:, -1:] - Aj)
-    return C[:, -1:] * (1 + NOISE) - (below + above).amin(1, keepdim=True)
+    noise = NOISE * (C[:, -1:] + A[:, -1:] * (high - low).square())
+    return C[:, -1:] + noise - (below + above).amin(1, keepdim=True)
 
 
 def _first_largest(values: torch.Tensor) -> torch.Tensor:
@@ -445,7 +442,8 @@ def symmetric_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: in
     `exhaustive` judges them all; otherwise coarse to fine as there. Ties go to the smallest t.
     """
     K, T = 2**bits, partitions
-    chunk = max(1, SEARCH_BYTES[_kind(W)] // (60 * W.shape[1] + _table_bytes(K, T, exhaustive)))
+    candidates = T if exhaustive else max(-(-T // STRIDE), PEAKS * (2 * STRIDE - 1))
+    chunk = max(1, SEARCH_BYTES[_kind(W)] // (60 * W.shape[1] + 60 * K * candidates))
     scale = torch.cat([_symmetric_rows(rows, a_rows, K, T, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)])
     return Affine(scale, torch.full_like(scale, K // 2, dtype=torch.uint8))
 

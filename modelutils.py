@@ -186,9 +186,9 @@ def check_patterns(patterns: Iterable[str], names: list[str], option: str) -> No
 
 
 def cpu_units(dtype: torch.dtype) -> list[str]:
-    """What this CPU, x86 or ARM, has to multiply numbers of a 16-bit `dtype` with."""
-    units = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16", "fp16_arith")}
-    found = torch.cpu.get_capabilities()
+    """What this CPU, x86 or ARM, has to multiply numbers of a 16-bit `dtype` with and to sum them in float32."""
+    units = {torch.bfloat16: ("avx512_bf16", "amx_bf16", "bf16"), torch.float16: ("avx512_fp16", "amx_fp16")}
+    found = getattr(torch.cpu, "get_capabilities", dict)()  # which older versions of torch lack
     return [unit for unit in units.get(dtype, ()) if found.get(unit)]
 
 

@@ -344,7 +344,7 @@ def _stages(layer: Layer) -> list[list[LayerGroup]]:
 
 def _fit_bytes(rows: int, group: LayerGroup, config, is_far: bool, where: str) -> float:
     """What the fit of so many rows takes (quant.fit_grid): of levels, B, on a GPU in 16 bits too, and its products with a panel of H,
-    there two at a time; of scales, B's rows in one, and three as large; coefficients, as solved and as factorized."""
+    there two at a time; of scales, B's rows in one, and two as large, on a GPU three; coefficients, as solved and as factorized."""
     on_gpu, unknowns, is_affine = where != "cpu", unknowns_of(group, config), config.grid != "nonuniform"
     chunk, block = quant.fit_rows(unknowns, group.columns, is_affine, not on_gpu)
     held = min(rows, block if is_far else min(chunk, block))
@@ -513,6 +513,8 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
         phases["refine"].operations += 2 * O * squares * (sweeps + fits * (factors + 2) + 1)
         phases["refine"].fast += 2 * O * squares * fits * factors
         phases["refine"].bytes += 60 * O * I * sweeps
+        if config.grid != "nonuniform":
+            phases["refine"].bytes += 20 * O * I * unknowns_of(group, config) * fits  # sums by group of each group's products
 
 
 def unknowns_of(group: LayerGroup, config) -> int:

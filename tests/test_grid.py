@@ -9,6 +9,7 @@ import torch
 
 import leanquant_grid
 from leanquant_grid import affine_search, kmeans_levels, local_kmeans_levels, minmax_affine, sensitivity, symmetric_search
+from live_tensors import LiveTensors
 
 BITS = (4, 3, 2)
 
@@ -350,19 +351,34 @@ def test_coarse_to_fine_is_close_to_exhaustive(bits):
 
 
 @pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("columns", [64, 576])
-def test_scales_that_are_not_judged_could_not_have_been_among_the_best(monkeypatch, bits, columns):
-    hostile = torch.stack([gaussian(1, columns)[0] * scale for scale in (1e-6, 1, 1e3)] + [torch.linspace(0.3, 1, columns)])
-    W = torch.cat([gaussian(30, columns, seed=21), laplace(30, columns, seed=22), hostile])
-    a = heavy(len(W), columns, seed=23)
+@pytest.mark.parametrize("partitions", [66, 1000, 2048])
+@pytest.mark.parametrize("columns", [1, 64, 576])
+def test_scales_that_are_not_judged_could_not_have_been_among_the_best(monkeypatch, columns, partitions, bits):
+    odd = [gaussian(1, columns)[0] * scale for scale in (0, 1e-9, 1e6)]
+    odd += [torch.linspace(0.3, 1, columns), gaussian(1, columns)[0].round(), gaussian(1, columns)[0].sign()]
+    outlier = gaussian(1, columns, seed=24)[0]
+    outlier[0] = 100
+    W = torch.cat([gaussian(30, columns, seed=21), laplace(30, columns, seed=22), torch.stack([*odd, outlier])])
+    a = torch.cat([heavy(len(W) - 20, columns, seed=23), torch.empty(20, columns).uniform_(-40, 40, generator=generator(25)).exp()])
     judged, gains = [], leanquant_grid._gains
     monkeypatch.setattr(leanquant_grid, "_gains", lambda *args: judged.append(args[5].numel()) or gains(*args))
-    found = affine_search(W, a, bits)
+    found = affine_search(W, a, bits, partitions)
     few, judged[:] = sum(judged), []
     monkeypatch.setattr(leanquant_grid, "BLOCK", 10_000)
-    expected = affine_search(W, a, bits)
+    expected = affine_search(W, a, bits, partitions)
     assert torch.equal(found.scale, expected.scale) and torch.equal(found.zero, expected.zero)
-    assert few < (0.7 if bits == 4 else 1) * sum(judged)
+    if partitions == 2048 and columns > 1:
+        assert few < (0.8 if bits == 4 else 1) * sum(judged)
+
+
+@pytest.mark.parametrize("columns, partitions", [(64, 2048), (64, 16384), (2048, 2048)])
+@pytest.mark.parametrize("search", [affine_search, symmetric_search])
+def test_a_search_keeps_to_its_memory(search, columns, partitions):
+    """A chunk of sorted rows and the tables of some of them, each as large as SEARCH_BYTES."""
+    W, a = gaussian(2**17 // columns, columns), heavy(1, columns)[0].double()
+    with LiveTensors() as held:
+        search(W, a, 4, partitions)
+    assert held.peak - W.nbytes - a.nbytes < 2.1 * leanquant_grid.SEARCH_BYTES["cpu"]
 
 
 @pytest.mark.parametrize("exhaustive", [True, False])
