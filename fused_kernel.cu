@@ -248,7 +248,7 @@ __device__ Found best_of_block(Found mine, Found* scratch) {
     return best;
 }
 
-// Coarse to fine: every STRIDE-th t, then those within STRIDE - 1 of the PEAKS of them.
+// Coarse to fine: every STRIDE-th t, then those within STRIDE - 1 of the PEAKS best of them; as in leanquant_grid.py.
 const int STRIDE = 16, PEAKS = 2;
 
 template <int K>
