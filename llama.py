@@ -727,7 +727,7 @@ def main(argv: list[str] | None = None) -> int:
     warnings.formatwarning = lambda message, *_, **__: f"warning{mine}: {message}\n"
     try:
         with contextlib.ExitStack() as stack:
-            stack.enter_context(terminated_as_interrupted())
+            stack.enter_context(terminated_as_interrupted(ranks))
             if not ranks.is_first:  # what all would print alike is printed once
                 stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
             ranks.from_first(lambda: bool(parse(argv)))  # which may print help or an error: once
@@ -762,13 +762,18 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def kept(error: BaseException) -> str:
-    """What of the run remains, as `run_command` noted it on `error`."""
-    return "".join(f"; {note}" for note in getattr(error, "__notes__", []))
+    """What of the run remains, as `run_command` noted it on `error` or on the one that `error` interrupted."""
+    notes = getattr(error, "__notes__", None) or getattr(error.__context__, "__notes__", [])
+    return "".join(f"; {note}" for note in notes)
 
 
 @contextlib.contextmanager
-def terminated_as_interrupted() -> Iterator[None]:
-    """For the block, SIGTERM ends the run as Ctrl-C does. Only a program's main thread may say so."""
+def terminated_as_interrupted(ranks: Ranks) -> Iterator[None]:
+    """For the block, SIGTERM ends the run as Ctrl-C does. Only a program's main thread may say so.
+
+    One of several ranks ignores both from then on: all that is left to it is to say why it ends, and torchrun terminates it as
+    soon as another rank is gone.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -780,7 +785,11 @@ def terminated_as_interrupted() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if ranks.size == 1:
+            signal.signal(signal.SIGTERM, before)
+        else:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ that all can read, and one of them says why. No model and no algorithm here.
 
 import json
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -194,14 +193,13 @@ class Ranks:
             dist.destroy_process_group()
 
     def leave(self, ending: Ending, kept: str = "") -> int:
-        """End this process: say why, once for all ranks. kept: what remains of the run. Returns the exit code.
+        """End this process, which heeds no signals any more: say why, once for all ranks. kept: what remains of the run. Returns
+        the exit code.
 
         Rank 0 speaks, after it has heard the others; where it has ended without a word, the first that is left.
         """
         if self.size == 1:
             return _say(ending, kept)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, signal.SIG_IGN)  # torchrun has nothing to add now
         if ending == Ending(0):
             self._tell(ending)
             return 0

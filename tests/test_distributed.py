@@ -299,6 +299,24 @@ def test_another_number_of_ranks_goes_on(launch, command, alone, tmp_path, befor
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("q.")] == ["q.safetensors"]
 
 
+@pytest.mark.parametrize("moment", ["contextlib.redirect_stdout.__exit__", "llama.kept"], ids=["leaving", "left"])
+def test_a_rank_that_is_terminated_while_it_ends_says_why(launch, command, tmp_path, moment):
+    """torchrun does so as soon as another one is gone, at whatever moment."""
+    hook = f"""
+import contextlib
+def with_sigterm(*arguments, real={moment}):
+    {moment} = real
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*arguments)
+if os.environ["RANK"] == "1":
+    {moment} = with_sigterm
+{killed(0)}
+"""
+    codes, printed = launch(2, command(tmp_path / "q.safetensors"), hook)
+    assert codes["0"] == -signal.SIGKILL
+    assert spoken(printed) == [f"error: rank 0 ended without a message (killed?); {KEPT}"]
+
+
 def test_ranks_go_on_with_what_comes_after_the_result(launch, command, two, test_text, tmp_path):
     path = tmp_path / "q.safetensors"
     hook = "import eval_quantized; eval_quantized.streamed_losses = lambda *_: os.kill(os.getpid(), signal.SIGKILL)"
