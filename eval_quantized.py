@@ -268,12 +268,30 @@ def run_tasks(model, tokenizer, tasks: Tasks, args: argparse.Namespace) -> dict:
         lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=args.eval_batch_size or automatic)
         for kind in () if sys.stderr.isatty() else ("loglikelihood", "loglikelihood_rolling", "generate_until"):
             setattr(lm, kind, partial(getattr(lm, kind), disable_tqdm=True))  # thousands of steps of a bar, in a log
+        tokens = count_tokens(lm)
         with contextlib.redirect_stdout(sys.stderr):  # it chats
             found = simple_evaluate(lm, tasks=tasks.objects, task_manager=tasks.manager, bootstrap_iters=1000, **settings)
-        return found | {"seqlen": lm.max_length}
+        return found | {"seqlen": lm.max_length, "tokens": sum(tokens)}
     except Exception as error:  # a task's own code, too many shots, memory
         hint = "look at --num_fewshot, --limit and --eval_batch_size, or run that task alone"
         raise InputError(f"lm-eval could not finish ({type(error).__name__}: {first_line(error)}): {hint}") from error
+
+
+def count_tokens(lm) -> list[int]:
+    """A list that grows by the tokens of all that lm-eval's `lm` is asked: contexts with their continuations, and prompts; no padding."""
+    tokens, score, encode = [], lm._loglikelihood_tokens, lm.tok_batch_encode
+
+    def counted_score(requests, *rest, **named):
+        tokens.append(sum(len(context) + len(continuation) for _, context, continuation in requests))
+        return score(requests, *rest, **named)
+
+    def counted_encode(*rest, **named):
+        ids, mask = encode(*rest, **named)
+        tokens.append(int(mask.sum()))
+        return ids, mask
+
+    lm._loglikelihood_tokens, lm.tok_batch_encode = counted_score, counted_encode
+    return tokens
 
 
 def scores(results: dict, tasks: Tasks) -> list[Score]:
@@ -691,7 +709,7 @@ def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, f
 
 
 def without_samples(results: dict) -> dict:
-    kept = ("results", "versions", "n-shot", "n-samples", "higher_is_better", "seqlen")
+    kept = ("results", "versions", "n-shot", "n-samples", "higher_is_better", "seqlen", "tokens")
     return {name: results[name] for name in kept if name in results}
 
 

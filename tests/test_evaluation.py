@@ -390,11 +390,30 @@ def test_results_say_what_was_measured_how(tiny_model, quantized, test_text, tas
     base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized, "--device", "cpu"]
     found = evaluate(tmp_path / "e.json", *base, "--include_path", task_folder, "--tasks", "mine_a", "--num_fewshot", 1, "--limit", 5)
     assert (found["num_fewshot"], found["limit"], found["device"]) == (1, 5, "cpu") and found["versions"]["leanquant"]
-    assert found["tasks"]["seqlen"] > 0
+    assert found["tasks"]["seqlen"] > 0 and found["tasks"]["tokens"] > 0
     texts = [
         evaluate(tmp_path / "p.json", *base, "--perplexity", test_text, "--seqlen", length)["perplexity"][0] for length in (32, 32, 16)
     ]
     assert texts[0]["digest"] == texts[1]["digest"] != texts[2]["digest"]
+
+
+def test_tokens_that_tasks_read_are_counted(tiny_model, tokenizer):
+    """Each token once, whatever the batches and their padding."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    lm = HFLM(pretrained=eval_quantized.Model.open(tiny_model(), None, None).load(torch.float32, "cpu"), tokenizer=tokenizer, batch_size=2)
+    texts = ["the old house", "a river", "light on the small city"]
+    wanted = [len(tokenizer(text).input_ids) for text in texts]
+    asked = {
+        "loglikelihood": [(text.rsplit(" ", 1)[0], " " + text.rsplit(" ", 1)[1]) for text in texts],
+        "loglikelihood_rolling": [(text,) for text in texts],
+        "generate_until": [(text, {"max_gen_toks": 2, "until": ["."]}) for text in texts],
+    }
+    for kind, arguments in asked.items():
+        tokens = eval_quantized.count_tokens(lm)
+        getattr(lm, kind)([Instance(kind, {}, argument, i) for i, argument in enumerate(arguments)], disable_tqdm=True)
+        assert sum(tokens) == sum(wanted) + len(texts) * (kind == "loglikelihood_rolling"), kind  # which begin with a token more
 
 
 def test_models_of_other_software_are_left_to_transformers(tiny_model, test_text, tmp_path, capsys):
