@@ -165,6 +165,11 @@ def _cache_file(make: Callable[..., torch.Tensor], source: str, tokenizer, *sett
     return cache_folder() / f"{key[:32]}.safetensors"
 
 
+def digest(*parts: bytes) -> str:
+    """A name for what `parts` say, token ids or other bytes: 16 hexadecimal digits."""
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
 def _fingerprint(tokenizer) -> str:
     """Of all that decides which tokens a text becomes."""
     if (backend := getattr(tokenizer, "backend_tokenizer", None)) is not None:

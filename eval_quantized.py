@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import difflib
 import gc
-import hashlib
 import json
 import logging
 import math
@@ -100,7 +99,7 @@ def perplexity(windows: Windows, losses: torch.Tensor) -> Perplexity:
         windows=n,
         tokens=T + (n - 1) * windows.stride,
         windows_with_bos=windows.with_bos,
-        digest=hashlib.sha256(windows.ids.numpy().tobytes()).hexdigest()[:16],
+        digest=datautils.digest(windows.ids.numpy().tobytes()),
         window_losses=[round(mean, 6) for mean in means.tolist()],
     )
 

@@ -37,6 +37,7 @@ import modelutils
 import plan
 import quant
 from activations import KINDS, Place
+from datautils import digest
 from flags import Run, parse, quant_config, run_settings
 from hessian import Statistics
 from journal import ON_THE_WAY, Journal, Saver, files_of, has_result
@@ -44,7 +45,7 @@ from leanquant import export, packing
 from leanquant.errors import InputError, disk_trouble
 from leanquant.foreign import open_checkpoint
 from ranks import Ending, RankLost, Ranks
-from report import digest, example_row, peak_host_bytes, peak_memory, print_summary, settings_of, versions, write_report
+from report import example_row, peak_host_bytes, peak_memory, print_summary, settings_of, versions, write_report
 
 
 class Phases:

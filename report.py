@@ -1,7 +1,6 @@
 """What a run says of itself: the settings in the file it writes, the report, the summary at its end."""
 
 import contextlib
-import hashlib
 import platform
 import resource
 from dataclasses import asdict
@@ -12,6 +11,7 @@ import torch
 import hessian
 import leanquant
 import quant
+from datautils import digest
 from flags import Run
 from leanquant import packing
 
@@ -41,10 +41,6 @@ def settings_of(run: Run, config: quant.QuantConfig, bits: dict[str, int], ids: 
 
 def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "safetensors")} | {"leanquant": leanquant.__version__}
-
-
-def digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def example_row(checkpoint, name: str, grid: quant.Grid, loss: torch.Tensor, factor: hessian.Factor, bins: int = 80) -> dict:
