@@ -25,8 +25,8 @@ from ranks import Ranks
 DEFAULT_EXPONENT = {"nonuniform": 4.0, "affine": 2.0}
 
 # The pieces of --recipe (README, How it works): how --recipe published sets them, and what --recipe best sets otherwise.
-PUBLISHED = {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "refine": 0}
-BEST = {"kmeans": "exact", "round_levels": True, "shift": 0.5, "residual": True, "refine": 2}
+PUBLISHED = {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "shift_head": False, "refine": 0}
+BEST = {"kmeans": "exact", "round_levels": True, "shift": 0.5, "residual": True, "shift_head": True, "refine": 2}
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--residual",
         action=switch,
         help="with --shift: also make up for what the residual stream lacks; a few per cent of the time (unset: as --recipe)",
+    )
+    add(
+        "--shift_head",
+        action=switch,
+        help="with --shift: move the head too, if it is not the embeddings; it stays in 16 bits; as much time as one more group "
+        "(unset: as --recipe)",
     )
     add(
         "--refine",

@@ -88,7 +88,7 @@ def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig
         quantize_layers(model, range(journal.layers, count), ids, run, config, writer, journal, phases)
     run.ranks.part()
     with phases("pack"):
-        for tensors in untouched_tensors(model, count) if run.ranks.is_first else ():
+        for tensors in untouched_tensors(model, count, shifts_head(model, run, config)) if run.ranks.is_first else ():
             writer.add(tensors)
     model.checkpoint.check_unchanged()
 
@@ -111,8 +111,11 @@ def quantize_layers(model, layers: range, ids: torch.Tensor, run: Run, config: q
             packed, linears = quantize_layer(model, index, stream, reference, run, config, phases, saver)
             ending = {"rows": linears, "seconds": dict(phases.seconds), "live": live, "is_last": index == layers.stop - 1}
             entry = partial(journal.add, index + 1, **ending, batch_size=stream.batch_size)
+            head = (
+                shifted_head(model, stream, reference, run, config, phases) if ending["is_last"] and shifts_head(model, run, config) else {}
+            )
             with phases("load"):  # what is read is read now: files may be gone when it is written
-                rest = rest_of_layer(model, index, packed) if writer else {}
+                rest = head | rest_of_layer(model, index, packed) if writer else {}
                 model.checkpoint.check_unchanged()  # before any of it counts as finished
             saver.finish(save_layer, {model.layer_prefix(index) + name: linear for name, linear in packed.items()}, rest, writer, entry)
             loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
@@ -140,7 +143,7 @@ def quantize_layer(model, index: int, stream, reference, run: Run, config: quant
             seen = (model, index, stream, reference, wanted, done, run, config, phases)
             statistics = modelutils.in_smaller_batches(model, both, collect_statistics, *seen) if wanted else []
             for group, total in zip(wanted, statistics, strict=True):
-                share_statistics(index, group, total, run.ranks, phases)
+                share_statistics(f"layer {index}: the input of {', '.join(group.linears)}", total, run.ranks, phases)
             for group in wanted:
                 for name, grid, codes, row in quantize_group(model, index, group, statistics.pop(0), run, config, phases):
                     packed[name] = saver.begin(pack_linear, codes, grid, config, run.packing) if run.ranks.is_first else None
@@ -213,14 +216,56 @@ def collect_statistics(model, index: int, stream, reference, groups: list, done:
     return sums
 
 
-def share_statistics(index: int, group, total: Statistics, ranks: Ranks, phases: Phases) -> None:
-    """Make the sums of one rank the means of all."""
+def share_statistics(what: str, total: Statistics, ranks: Ranks, phases: Phases) -> None:
+    """Make the sums of one rank the means of all. `what` they are about."""
     with phases("hessian"):
         ranks.sum_(*total.sums())
         total.tokens = ranks.total(total.tokens)
     if not total.is_finite():
-        raise InputError(f"layer {index}: the input of {', '.join(group.linears)} is not finite: try --dtype float32 or bfloat16")
+        raise InputError(f"{what} is not finite: try --dtype float32 or bfloat16")
     total.divide()
+
+
+def shifts_head(model, run: Run, config: quant.QuantConfig) -> bool:
+    """Does the head follow what the layers give now? Only one of its own can."""
+    return config.shift > 0 and config.shift_head and model.has_own_head and quantized_layers(model, run) == len(model.layers)
+
+
+def shifted_head(model, stream, reference, run: Run, config: quant.QuantConfig, phases: Phases) -> dict[str, torch.Tensor]:
+    """The head, by its name, moved so that it gives on what `stream` has become what it gave on `reference`; on the first rank.
+
+    Further than the layers' linears, the further the more tokens there are: no layer comes after it that would learn from how well it
+    fits the calibration text.
+    """
+    both, name = [stream, reference], model.head_name
+    total = modelutils.in_smaller_batches(model, both, head_statistics, model, stream, reference, run, phases)
+    share_statistics(f"the input of {name}", total, run.ranks, phases)
+    with phases("factorization"):
+        factor = common_factor(total.H, config, run.ranks)
+    if not run.ranks.is_first:
+        return {}
+    if factor is None:
+        warnings.warn(f"the Hessian of {name} cannot be factorized: it stays as it is", stacklevel=2)
+    with phases("load"):
+        head = model.checkpoint.get(name)
+    strength = total.tokens / (total.tokens + quant.HEAD_TOKENS * len(total.H))
+    for rows in quant.row_pieces(*head.shape) if factor else ():
+        with phases("target"):
+            head[rows] = quant.shifted(head[rows].to(model.device, torch.float32), total, factor, strength, rows).to(head)
+    return {name: head}
+
+
+def head_statistics(model, stream, reference, run: Run, phases: Phases) -> Statistics:
+    """One pass through what comes after the layers: sums over this rank's tokens of what the head reads."""
+    total = None
+    with phases("forward"):
+        for ours, theirs in model.head_inputs(stream, reference):
+            with phases("hessian"):
+                if total is None:
+                    weight = model.model.get_output_embeddings().weight
+                    total = Statistics([weight], True, False, hessian_device(weight.shape[1], run))
+                total.add(ours, theirs)
+    return total
 
 
 def streams(config: quant.QuantConfig) -> int:
@@ -384,12 +429,12 @@ def layer_names(model, index: int) -> list[str]:
     return [name for name in model.checkpoint.shapes if name.startswith(model.layer_prefix(index))]
 
 
-def untouched_tensors(model, first: int) -> Iterator[dict[str, torch.Tensor]]:
+def untouched_tensors(model, first: int, but_head: bool) -> Iterator[dict[str, torch.Tensor]]:
     """What is copied as it is: the layers from `first` on, then everything outside the layers, one tensor at a time."""
     for index in range(first, len(model.layers)):
         yield {name: model.checkpoint.get(name) for name in layer_names(model, index)}
     for name in model.checkpoint.shapes:
-        if not name.startswith(model.layers_name + "."):
+        if not name.startswith(model.layers_name + ".") and not (but_head and name == model.head_name):
             yield {name: model.checkpoint.get(name)}
 
 

@@ -236,6 +236,12 @@ class StreamedModel:
         tied = self.config.get_text_config().tie_word_embeddings and name == self.head_name and name not in self.checkpoint
         return self.embedding_name if tied else name
 
+    @property
+    def has_own_head(self) -> bool:
+        """Is what gives the logits a linear that is not the embeddings?"""
+        own = self.head_name in self.checkpoint and not self.config.get_text_config().tie_word_embeddings
+        return own and isinstance(self.model.get_output_embeddings(), nn.Linear)
+
     def linears(self, index: int) -> dict[str, nn.Linear]:
         """What can be quantized of layer `index`, by its name in the layer: all linears, but those that choose among experts."""
         layer = self.layers[index]
@@ -615,6 +621,26 @@ class StreamedModel:
             yield logits
         finally:
             self._empty(names)
+
+    def head_inputs(self, *streams: Stream) -> Iterator[tuple[GroupInput, ...]]:
+        """What the head reads of each batch of each of the `streams`, which have left the last layer. It has its weights meanwhile."""
+        found = []
+
+        def see(_module, inputs):
+            found.append(GroupInput(inputs[0], None))
+            raise _Stop
+
+        with self.head() as logits:
+            handle = self.model.get_output_embeddings().register_forward_pre_hook(see)
+            try:
+                for batches in zip(*(stream.batches() for stream in streams), strict=True):
+                    for batch in batches:
+                        with contextlib.suppress(_Stop):
+                            logits(batch)
+                    yield tuple(found)
+                    found.clear()
+            finally:
+                handle.remove()
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

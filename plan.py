@@ -88,12 +88,14 @@ class Layer:
 @dataclass(frozen=True)
 class Shapes:
     """layers: those to be quantized. outside: elements and stored bytes of each tensor outside the layers, by name; embedding and head
-    name two of them. stored: bytes of the checkpoint. result: bytes of the quantized model."""
+    name two of them. shifts_head: is the latter moved as the layers' linears are? stored: bytes of the checkpoint. result: bytes of the
+    quantized model."""
 
     layers: tuple[Layer, ...]
     outside: dict[str, tuple[int, int]]
     embedding: str
     head: str
+    shifts_head: bool
     hidden: int
     attention: int  # heads times their size
     stored: int
@@ -162,7 +164,9 @@ def shapes_of(model, run, config, bits: dict[str, int]) -> Shapes:
     heads = getattr(text, "num_attention_heads", 1)
     attention = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     result = result_bytes(model, run, config, bits)
-    return Shapes(tuple(layers), outside, model.embedding_name, model.head_name, text.hidden_size, attention, sizes.file_bytes(), result)
+    shifts_head = config.shift > 0 and config.shift_head and model.has_own_head and count == len(model.layers)
+    names = (model.embedding_name, model.head_name, shifts_head)
+    return Shapes(tuple(layers), outside, *names, text.hidden_size, attention, sizes.file_bytes(), result)
 
 
 def _groups(model, index: int, linears: dict, bits: dict[str, int]) -> Iterator[LayerGroup]:
@@ -216,6 +220,7 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     peaks = [_embedding(shapes, d), _outside(shapes)]
     for layer in shapes.layers:
         peaks += _layer_needs(layer, shapes, run, config, dtype, hardware)
+    peaks += _head_needs(shapes, run, d, on_gpu) if shapes.shifts_head else ()
     waiting = {"activations": (*_activations(live, run, d, shapes, on_gpu), 0)}
     peaks = [needs | waiting for needs in peaks]
     peaks += [_evaluation(shapes, run, live, d, on_gpu)] if run.eval else []
@@ -267,6 +272,21 @@ def _evaluation(shapes: Shapes, run, live: float, d: int, on_gpu: bool) -> dict:
     if where == "disk":  # batches that are read and written
         size = 3 * run.batch_size * run.seqlen * shapes.hidden * d
     return needs | {"activations": (size, 0, 0) if where == "device" else (0, size, 0)}
+
+
+def _head_needs(shapes: Shapes, run, d: int, on_gpu: bool) -> Iterator[dict]:
+    """Moving the head: as it sees both streams' states of a batch, in 16 bits and as a difference in float32; as its rows are moved; as
+    it is written with the last layer, for which safetensors copies both."""
+    elements, stored = head_of(shapes)
+    rows, I = elements // shapes.hidden, shapes.hidden
+    last = sum(sum(group.rows) * group.columns * group.bits / 8 for group in shapes.layers[-1].groups)
+    squares = FLOAT * statistics_size(rows, I, True, False)
+    states = run.batch_size * run.seqlen * I * (8 * d + 3 * FLOAT)
+    matrix = FLOAT * quant.row_pieces(rows, I)[0].stop * I
+    panel = 2 * FLOAT * PANEL * I
+    yield {"head": (elements * d, stored if stored != elements * d else 0, 0), "Hessians": (squares, 0, 0), "states": (states, 0, 0)}
+    yield {"head": (TARGET_COPIES * matrix, stored, 0), "Hessians": (squares + 3 * panel, 0, 0), "finished linears": (last, last, 0)}
+    yield {"copied tensors": (0, 2 * (stored + last), 0)}
 
 
 def head_of(shapes: Shapes) -> tuple[int, int]:
@@ -459,6 +479,10 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
         phases["forward"].operations += (1 + shift) * max(passes, default=1) * attention
         moved = (1 + shift) * tokens * shapes.hidden * d * (len(parts) + 2)
         phases["forward"].link += moved if on_gpu and run.activations != "device" else 0
+    if shapes.shifts_head:
+        elements, stored = head_of(shapes)
+        phases["load"].link += stored
+        _add_statistics(phases, elements // shapes.hidden, shapes.hidden, False, tokens, config)
     if on_gpu:
         for name in ("forward", "hessian") if d == 2 else ():
             phases[name].fast = phases[name].operations
@@ -491,14 +515,7 @@ def tokens_of(source: str, seqlen: int) -> float:
 def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, tokens: float, config) -> None:
     """Operations of quantizing `O` x `I` weights that see `tokens` tokens (quant.py)."""
     K, squares = 2**group.bits, I * I
-    panels = 1.0 if I < 1024 else 5 / 8  # H's upper triangle by panels
-    per_token = 2 * squares * panels
-    if config.shift:
-        outputs = sums_outputs(O, I, config.residual and group.residual)
-        per_token += 4 * O * I if outputs else 2 * squares
-        phases["target"].operations += (2 if outputs else 4) * O * squares  # U^T U from the right, each half of a square, and W C
-    phases["hessian"].operations += tokens * per_token
-    phases["factorization"].operations += squares * I * 2 / 3  # Cholesky, triangular inverse
+    _add_statistics(phases, O, I, group.residual, tokens, config)
     if config.grid == "nonuniform":
         phases["grid"].bytes += O * (8 * K * config.kmeans_bins**2 + 600 * I)  # its tables, sorting and Lloyd's iteration
     elif config.grid == "affine":
@@ -515,6 +532,19 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
         phases["refine"].bytes += 60 * O * I * sweeps
         if config.grid != "nonuniform":
             phases["refine"].bytes += 20 * O * I * unknowns_of(group, config) * fits  # sums by group of each group's products
+
+
+def _add_statistics(phases: dict[str, Phase], O: int, I: int, residual: bool, tokens: float, config) -> None:
+    """Operations of a Hessian, its factor and the shifted target of `O` x `I` weights."""
+    squares = I * I
+    panels = 1.0 if I < 1024 else 5 / 8  # H's upper triangle by panels
+    per_token = 2 * squares * panels
+    if config.shift:
+        outputs = sums_outputs(O, I, config.residual and residual)
+        per_token += 4 * O * I if outputs else 2 * squares
+        phases["target"].operations += (2 if outputs else 4) * O * squares  # U^T U from the right, each half of a square, and W C
+    phases["hessian"].operations += tokens * per_token
+    phases["factorization"].operations += squares * I * 2 / 3  # Cholesky, triangular inverse
 
 
 def unknowns_of(group: LayerGroup, config) -> int:

@@ -31,6 +31,7 @@ KMEANS = ("exact", "published", "uniform", "plusplus")
 SENSITIVITIES = ("cholesky", "inverse")
 # Of an expert, for each of its inputs: with fewer, a Hessian loses against rounding to nearest (docs/accuracy.md, Few tokens).
 LEAST_TOKENS = 2
+HEAD_TOKENS = 4  # for each of the head's inputs: with so many, half of its shift is noise (docs/accuracy.md, The head)
 # fused_kernel.cu: w, U; levels, group_of, codes, errors; B, O, K
 SOLVE_BLOCK = kernels.Kernel(
     CUDA_SOURCE, "solve_block", (*2 * [torch.float32], torch.float32, torch.int32, torch.uint8, torch.float32, int, int, int)
@@ -64,6 +65,7 @@ class QuantConfig:
     kmeans_seed: int = 0  # of the random start
     shift: float = 0.5  # how far to aim at the unquantized model's outputs on its own inputs: 0 = not at all, 1 = all the way
     residual: bool = True  # with shift: also at what the residual stream lacks
+    shift_head: bool = True  # with shift: so is a head that is not the embeddings, further and not rounded
     refine: int = 2  # rounds of coordinate descent on the codes and least squares on the levels
     levels_dtype: torch.dtype = torch.float16  # of stored non-uniform levels
     round_levels: bool = True  # the solver sees non-uniform levels rounded as they are stored
@@ -187,13 +189,18 @@ def row_pieces(rows: int, columns: int) -> list[slice]:
 
 
 def target(W: torch.Tensor, statistics: Statistics, factor: Factor, strength: float, rows=slice(None)) -> torch.Tensor:
-    """What `W` [O, I] is replaced by before it is quantized: `shifted_target`, and zeros where the input always is 0. rows: which of
-    the rows that `statistics` are about it is, a slice or indices."""
+    """What `W` [O, I] is replaced by before it is quantized: `shifted`, and zeros where the input always is 0."""
+    return without_dead(shifted(W, statistics, factor, strength, rows), factor)
+
+
+def shifted(W: torch.Tensor, statistics: Statistics, factor: Factor, strength: float, rows=slice(None)) -> torch.Tensor:
+    """`shifted_target` of `W` [O, I], or `W` where `statistics` have none. rows: which of the rows that they are about it is, a slice or
+    indices."""
     if statistics.C is not None:
-        W = shifted_target(W, times(W, statistics.C).mul_(strength), factor)
-    elif statistics.S is not None:
-        W = shifted_target(W, strength * statistics.S[rows].to(W), factor)
-    return without_dead(W, factor)
+        return shifted_target(W, times(W, statistics.C).mul_(strength), factor)
+    if statistics.S is not None:
+        return shifted_target(W, strength * statistics.S[rows].to(W), factor)
+    return W
 
 
 def shifted_target(W: torch.Tensor, shift: torch.Tensor, factor: Factor) -> torch.Tensor:

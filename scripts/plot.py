@@ -79,7 +79,7 @@ def label_all(reports: list[dict]) -> list[dict]:
     """Labels that tell the reports apart: where methods and widths agree, by the settings that do not."""
     for report in reports:
         alike = [other["settings"] for other in reports if other["label"] == report["label"]]
-        names = ("exponent", "sensitivity", "kmeans", "round_levels", "shift", "residual", "refine")
+        names = ("exponent", "sensitivity", "kmeans", "round_levels", "shift", "residual", "shift_head", "refine")
         names += ("percdamp", "act_order", "true_sequential", "n_layers", "calibration", "nsamples", "seqlen", "seed", "base_model")
         differing = [name for name in names if len({repr(settings.get(name)) for settings in alike}) > 1]
         values = [f"{name} {Path(str(report['settings'].get(name))).name}" for name in differing]  # of paths the last part

@@ -158,9 +158,8 @@ def test_every_grid_and_width_writes_the_weights_it_evaluated(tiny_model, text_f
     assert quantized_names(file) == layer_linears(2)
     weights, original = decode(file), load_file(model / "model.safetensors")
     assert set(weights) == set(original)
-    assert all(
-        torch.equal(weights[name], original[name].float()) for name in original if name.removesuffix(".weight") not in layer_linears(2)
-    )
+    moved = {name for name in original if not torch.equal(weights[name], original[name].float())}
+    assert moved == {f"{linear}.weight" for linear in layer_linears(2)} | ({"lm_head.weight"} if grid != "minmax" else set())
     found = json.loads(report.read_text())["perplexity"][0]["perplexity"]
     assert found == pytest.approx(transformers_perplexity(whole_model(model, weights), model, test_text), rel=1e-5)
     assert list(out.iterdir()) == [file]
@@ -331,6 +330,7 @@ def pieces(settings: dict) -> dict:
         (["--exponent", "4", "--no-round_levels"], "best", {"round_levels": False}),
         (["--exponent", "4", "--shift", "0"], "best", {"shift": 0.0}),
         (["--exponent", "4", "--no-residual"], "best", {"residual": False}),
+        (["--exponent", "4", "--no-shift_head"], "best", {"shift_head": False}),
         (["--exponent", "4", "--refine", "0"], "best", {"refine": 0}),
         (["--exponent", "4", "--recipe", "published", "--kmeans", "exact"], "published", {"kmeans": "exact"}),
         (["--exponent", "4", "--recipe", "published", "--shift", "1"], "published", {"shift": 1.0}),
@@ -341,12 +341,12 @@ def pieces(settings: dict) -> dict:
     ids=lambda value: " ".join(value) or "no options" if isinstance(value, list) else "",
 )
 def test_a_recipe_is_its_pieces_and_each_has_a_flag_of_its_own(options, recipe, changed):
-    published = {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "refine": 0}
+    published = {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "shift_head": False, "refine": 0}
     expected = {"best": flags.BEST, "published": published}[recipe]
     config = flags.quant_config(flags.parse(["model", "text", "--wbits", "3", *options]), torch.float16)
     assert pieces(vars(config)) == expected | changed
     assert flags.BEST["kmeans"] == "exact" and flags.BEST["round_levels"] and flags.BEST["shift"] > 0
-    assert flags.BEST["residual"] and flags.BEST["refine"] > 0
+    assert flags.BEST["residual"] and flags.BEST["shift_head"] and flags.BEST["refine"] > 0
 
 
 @pytest.mark.parametrize("sequential", [[], SEQUENTIAL], ids=["plain", "sequential"])
@@ -363,7 +363,7 @@ def test_recipes_record_their_pieces_and_what_they_took(tiny_model, text_file, o
 
 def test_every_piece_changes_the_weights(tiny_model, text_file, out):
     changes = {"kmeans": ["--kmeans", "published"], "round_levels": ["--no-round_levels"], "shift": ["--shift", 0]}
-    changes |= {"residual": ["--no-residual"], "refine": ["--refine", 0]}
+    changes |= {"residual": ["--no-residual"], "shift_head": ["--no-shift_head"], "refine": ["--refine", 0]}
     found = {}
     for name, options in {"best": [], **changes}.items():
         file = out / f"{name}.safetensors"
