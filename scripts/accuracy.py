@@ -18,6 +18,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -26,6 +27,7 @@ from demo_data import articles, make_model, news, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, DOCS = ROOT / "demo" / "accuracy", ROOT / "docs"
+WITH_HEAD = WORK / "model-with-a-head"
 MODEL, STORE = ROOT / "demo" / "SmolLM2-135M-Instruct", DOCS / "results" / "accuracy.json"
 SEQLEN, REPORT, CHOOSE = 512, 16384, 8192
 GRIDS = {
@@ -44,6 +46,7 @@ METHODS = {
     "best, no residual": ["--no-residual"],
     "best, no refinement": ["--refine", "0"],
 }
+OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 SIZES = (16, 64, 128)
 STALE = {"stale": "what is measured again, because the code has changed what it measures since then; tables hold it until then"}
 
@@ -71,7 +74,7 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
         for method, seed, bits in itertools.product(args.methods, args.seeds, args.bits):
             if method in ("rtn", "gptq") and grid == "nonuniform":
                 continue  # they have no such grid: the rows of "row" are their counterpart
-            if (method == "best, local grid" and grid != "nonuniform") or (method == "rtn" and seed):
+            if (method in ("best, local grid", OWN_HEAD) and grid != "nonuniform") or (method == "rtn" and seed):
                 continue
             cells.append(Cell(method, grid, bits, seed))
     for nsamples, method, bits in itertools.product(args.sizes, ("published", "best"), args.bits):
@@ -84,7 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    add("--methods", nargs="+", choices=list(METHODS)[1:], default=list(METHODS)[1:])
+    methods = [*list(METHODS)[1:], OWN_HEAD]
+    add("--methods", nargs="+", choices=methods, default=methods)
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--sizes", type=int, nargs="*", default=SIZES, help="further numbers of calibration windows")
@@ -143,6 +147,7 @@ def prepare() -> None:
     """The model, the calibration text and the token windows of each text and part."""
     WORK.mkdir(parents=True, exist_ok=True)
     make_model(MODEL)
+    make_model_with_head()
     if (WORK / "windows.pt").is_file():
         return
     import torch
@@ -158,6 +163,23 @@ def prepare() -> None:
         for part, ids in parts(documents, separator, start, tokenizer).items()
     }
     torch.save(windows, WORK / "windows.pt")
+
+
+def make_model_with_head() -> None:
+    """The model, with a copy of its embeddings as a head of its own, as most larger models have one."""
+    from safetensors.torch import load_file, save_file
+
+    if (WITH_HEAD / "model.safetensors").is_file():
+        return
+    WITH_HEAD.mkdir(exist_ok=True)
+    for file in MODEL.iterdir():
+        if file.suffix != ".safetensors":
+            (WITH_HEAD / file.name).write_bytes(file.read_bytes())
+    config = json.loads((MODEL / "config.json").read_text())
+    write_text(WITH_HEAD / "config.json", json.dumps(config | {"tie_word_embeddings": False}))
+    tensors = load_file(MODEL / "model.safetensors")
+    head = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors | {"lm_head.weight": head}, WITH_HEAD / "model.safetensors", metadata={"format": "pt"})
 
 
 def parts(documents: list[str], separator: str, start: int, tokenizer) -> dict:
@@ -185,8 +207,9 @@ def measure(cell: Cell) -> dict:
     name = cell.key.replace(" | ", "-").replace(" ", "_").replace(",", "")
     file, report = WORK / f"{name}.safetensors", WORK / f"{name}.json"
     result, start = {"cpu_seconds": None, "loss": None}, time.process_time()
+    base = WITH_HEAD if cell.method == OWN_HEAD else MODEL
     if cell.method != "fp16":
-        command = [str(MODEL), str(WORK / "calibration.txt"), "--wbits", str(cell.bits), *flags(cell), "--nsamples", str(cell.nsamples)]
+        command = [str(base), str(WORK / "calibration.txt"), "--wbits", str(cell.bits), *flags(cell), "--nsamples", str(cell.nsamples)]
         command += ["--seqlen", str(SEQLEN), "--seed", str(cell.seed), "--true-sequential", "--act-order", "--percdamp", "0.1"]
         command += ["--dtype", "bfloat16", "--eval", "none", "--save_path", str(file), "--overwrite", "--report", str(report)]
         if llama.main(command + cell.extra.split()):
@@ -196,37 +219,56 @@ def measure(cell: Cell) -> dict:
         result["phase_seconds"] = contents["phase_seconds"]
     torch.set_float32_matmul_precision("medium")
     for text in ("wiki", "news"):
-        result[text] = evaluate(file if file.is_file() else MODEL, f"{text} {cell.part}", cell.method == "fp16")
+        path = file if file.is_file() else MODEL
+        result[text], *before = evaluate(base, path, f"{text} {cell.part}", cell.method == "fp16", [base] * (cell.method == OWN_HEAD))
+        if before:
+            result.setdefault("head as it was", {})[text] = before[0]
     file.unlink(missing_ok=True)
     return result
 
 
 def flags(cell: Cell) -> list[str]:
     group = GRIDS[cell.grid][2:]
-    return [*METHODS[cell.method], *group] if cell.method in ("rtn", "gptq") else [*GRIDS[cell.grid], *METHODS[cell.method]]
+    own = METHODS.get(cell.method, [])
+    return [*own, *group] if cell.method in ("rtn", "gptq") else [*GRIDS[cell.grid], *own]
 
 
-def evaluate(path: Path, text: str, is_reference: bool) -> dict[str, float]:
-    """Perplexity of the model in `path`, and the mean over tokens of KL(fp16 || it), from both models' last hidden states.
+def evaluate(base: Path, path: Path, text: str, is_reference: bool, other_heads: Sequence[Path] = ()) -> list[dict[str, float]]:
+    """Perplexity of the model in `path`, and the mean over tokens of KL(fp16 || it), from both models' last hidden states; with its own
+    head, and with those of other models.
 
     float32 logits; products round their factors to bfloat16, which moves the KL by 0.0002 (measured on fp16).
     """
     import torch
 
     import eval_quantized
-    import modelutils
-    from leanquant.packing import Checkpoint
 
     windows = torch.load(WORK / "windows.pt")[text]
-    model = modelutils.StreamedModel(MODEL, Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
-    hidden = eval_quantized.last_hidden(model, windows, 4, text).hidden
+    hidden = eval_quantized.last_hidden(streamed(base, path), windows, 4, text).hidden
     reference = WORK / f"{text}.pt"
     if is_reference:
         torch.save(hidden, reference)
+    return [compare(hidden, torch.load(reference), windows, streamed(base, head), streamed(MODEL, MODEL)) for head in (path, *other_heads)]
+
+
+def streamed(base: Path, path: Path):
+    """The model of `base` with the weights in `path`."""
+    import torch
+
+    import modelutils
+    from leanquant.packing import Checkpoint
+
+    return modelutils.StreamedModel(base, Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
+
+
+def compare(hidden, their_hidden, windows, model, original) -> dict[str, float]:
+    import torch
+
     losses, divergences = [], []
-    with torch.no_grad(), model.head() as logits:
-        for ours, theirs, ids in zip(hidden, torch.load(reference), windows, strict=True):
-            log_p, log_q = (torch.log_softmax(logits(h.unsqueeze(0))[0, :-1].float(), 1) for h in (theirs, ours))
+    with torch.no_grad(), model.head() as logits, original.head() as their_logits:
+        for ours, theirs, ids in zip(hidden, their_hidden, windows, strict=True):
+            pairs = ((their_logits, theirs), (logits, ours))
+            log_p, log_q = (torch.log_softmax(head(h.unsqueeze(0))[0, :-1].float(), 1) for head, h in pairs)
             losses.append(-log_q.gather(1, ids[1:].unsqueeze(1)).mean())
             divergences.append(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1).mean())
     perplexity = torch.stack(losses).double().mean().exp().item()
@@ -237,7 +279,12 @@ def evaluate(path: Path, text: str, is_reference: bool) -> dict[str, float]:
 
 
 def as_markdown(done: dict) -> str:
-    return "\n\n".join(table for table in (main_tables(done), piece_table(done), size_table(done), choice_table(done)) if table) + "\n"
+    return (
+        "\n\n".join(
+            table for table in (main_tables(done), piece_table(done), head_table(done), size_table(done), choice_table(done)) if table
+        )
+        + "\n"
+    )
 
 
 def rows_of(done: dict, **wanted) -> list[dict]:
@@ -305,6 +352,25 @@ def piece_table(done: dict) -> str:
             texts.append(" / ".join(over_seeds(rise, ".0f") for rise in rises) + f" ({len(pairs)})" if pairs else "")
         lines.append(f"| {method.removeprefix('best, ')} | {' | '.join(texts)} |")
     return "\n".join(lines)
+
+
+def head_table(done: dict) -> str:
+    """What moving a head gives, in the very same runs."""
+    lines = [
+        "A head of its own (the model stored with one), non-uniform: as it was, and moved (--shift_head).\n",
+        "| bits | wiki ppl | moved | wiki KL | moved | change, % | news ppl | moved | news KL | moved | change, % | seeds |",
+        "|" + 12 * "---|",
+    ]
+    for bits in (4, 3, 2):
+        if found := rows_of(done, method=OWN_HEAD, bits=bits):
+            cells = []
+            for text in ("wiki", "news"):
+                pairs = [(row["head as it was"][text], row[text]) for row in found]
+                for name, digits in (("perplexity", ".5g"), ("kl", ".4f")):
+                    cells += [over_seeds([pair[side][name] for pair in pairs], digits) for side in (0, 1)]
+                cells.append(over_seeds([100 * (moved["kl"] / before["kl"] - 1) for before, moved in pairs], ".1f"))
+            lines.append(f"| {bits} | {' | '.join(cells)} | {len(found)} |")
+    return "\n".join(lines) if len(lines) > 3 else ""
 
 
 def size_table(done: dict) -> str:
