@@ -260,7 +260,10 @@ def test_fewer_rows_than_ranks(launch, tiny_model, text_file, tmp_path):
     assert launch(3, [*arguments, tmp_path / "three.safetensors"])[0] == {}
     one, three = (packing.Checkpoint.open(tmp_path / f"{name}.safetensors") for name in ("one", "three"))
     for name in one.shapes:
-        assert torch.equal(one.get(name), three.get(name)), name
+        if name == "lm_head.weight":  # moved by sums over tokens, which come in another order
+            torch.testing.assert_close(one.get(name), three.get(name), rtol=1e-3, atol=1e-5)
+        else:
+            assert torch.equal(one.get(name), three.get(name)), name
 
 
 # --- ends ------------------------------------------------------------------------------------------------------
@@ -367,7 +370,7 @@ def test_a_fault_of_our_own_shows_its_trace_once(launch, command, tmp_path):
 def test_a_hessian_without_factor_is_rounded_on_all_ranks(launch, command, tmp_path):
     hook = "hessian._cholesky_backwards = lambda H: None"
     codes, printed = launch(2, command(tmp_path / "q.safetensors", "--report", tmp_path / "r.json"), hook)
-    assert codes == {} and printed.count("cannot be factorized") == 4 * LAYERS
+    assert codes == {} and printed.count("cannot be factorized") == 4 * LAYERS + 1  # the head's
     rows = json.loads((tmp_path / "r.json").read_text())["linears"]
     assert {row["percdamp_used"] for row in rows} == {"none: rounded to nearest"}
 

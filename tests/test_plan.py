@@ -67,6 +67,7 @@ MEASURED = {
     "text": ({}, 2, 256, ["--nearest"]),
     "weights and Hessians": ({"hidden_size": 1024, "intermediate_size": 4096}, 2, 256, ["--nearest"]),
     "embeddings": ({"hidden_size": 256, "vocab_size": 200_000}, 2, 256, ["--nearest"]),
+    "head": ({"hidden_size": 256, "vocab_size": 400_000, "num_hidden_layers": 1}, 2, 256, ["--shift_head", *AFFINE]),
 }
 
 
