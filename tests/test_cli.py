@@ -159,7 +159,9 @@ def test_every_grid_and_width_writes_the_weights_it_evaluated(tiny_model, text_f
     weights, original = decode(file), load_file(model / "model.safetensors")
     assert set(weights) == set(original)
     moved = {name for name in original if not torch.equal(weights[name], original[name].float())}
-    assert moved == {f"{linear}.weight" for linear in layer_linears(2)} | ({"lm_head.weight"} if grid in ("nonuniform", "affine") else set())
+    assert moved == {f"{linear}.weight" for linear in layer_linears(2)} | (
+        {"lm_head.weight"} if grid in ("nonuniform", "affine") else set()
+    )
     found = json.loads(report.read_text())["perplexity"][0]["perplexity"]
     assert found == pytest.approx(transformers_perplexity(whole_model(model, weights), model, test_text), rel=1e-5)
     assert list(out.iterdir()) == [file]
