@@ -109,11 +109,11 @@ def quantize_layers(model, layers: range, ids: torch.Tensor, run: Run, config: q
         for index in tqdm(layers, initial=layers.start, total=layers.stop, **bar):
             start = time.perf_counter()
             packed, linears = quantize_layer(model, index, stream, reference, run, config, phases, saver)
-            ending = {"rows": linears, "seconds": dict(phases.seconds), "live": live, "is_last": index == layers.stop - 1}
+            is_last, head = index == layers.stop - 1, {}
+            if is_last and shifts_head(model, run, config):
+                head = shifted_head(model, stream, reference, run, config, phases)
+            ending = {"rows": linears, "seconds": dict(phases.seconds), "live": live, "is_last": is_last}
             entry = partial(journal.add, index + 1, **ending, batch_size=stream.batch_size)
-            head = (
-                shifted_head(model, stream, reference, run, config, phases) if ending["is_last"] and shifts_head(model, run, config) else {}
-            )
             with phases("load"):  # what is read is read now: files may be gone when it is written
                 rest = head | rest_of_layer(model, index, packed) if writer else {}
                 model.checkpoint.check_unchanged()  # before any of it counts as finished
@@ -430,7 +430,8 @@ def layer_names(model, index: int) -> list[str]:
 
 
 def untouched_tensors(model, first: int, but_head: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """What is copied as it is: the layers from `first` on, then everything outside the layers, one tensor at a time."""
+    """What is copied as it is: the layers from `first` on, then everything outside the layers (but_head: less what the last of them was
+    written with), one tensor at a time."""
     for index in range(first, len(model.layers)):
         yield {name: model.checkpoint.get(name) for name in layer_names(model, index)}
     for name in model.checkpoint.shapes:
@@ -543,7 +544,7 @@ def limits_here(run: Run, hardware: str) -> plan.Limits:
 def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], hardware: str, limits: plan.Limits, text: int = 0):
     """The plan of `run` with its activations where they fit, the function that makes plans of other runs, and the shapes."""
     check_groups(model, config, bits)
-    shapes, base = plan.shapes_of(model, run, config, bits), plan.resident_bytes()
+    shapes, base = plan.shapes_of(model, run, config, bits, shifts_head(model, run, config)), plan.resident_bytes()
     make = lambda other: plan.make(shapes, other, config, model.dtype, hardware, base, text)  # noqa: E731
     if run.activations != "auto":
         return make(run), make, shapes

@@ -146,7 +146,7 @@ class Plan:
 # --- shapes ----------------------------------------------------------------------------------------------------
 
 
-def shapes_of(model, run, config, bits: dict[str, int]) -> Shapes:
+def shapes_of(model, run, config, bits: dict[str, int], shifts_head: bool) -> Shapes:
     """From a modelutils.StreamedModel, of which nothing but names and shapes is read. bits: of each linear to be quantized."""
     text, sizes = model.config.get_text_config(), model.checkpoint
     count = len(model.layers) if run.n_layers is None else min(run.n_layers, len(model.layers))
@@ -164,7 +164,6 @@ def shapes_of(model, run, config, bits: dict[str, int]) -> Shapes:
     heads = getattr(text, "num_attention_heads", 1)
     attention = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     result = result_bytes(model, run, config, bits)
-    shifts_head = config.shift > 0 and config.shift_head and model.has_own_head and count == len(model.layers)
     names = (model.embedding_name, model.head_name, shifts_head)
     return Shapes(tuple(layers), outside, *names, text.hidden_size, attention, sizes.file_bytes(), result)
 

@@ -11,6 +11,7 @@ run again; docs/accuracy-tables.md and docs/accuracy.png are made from it.
 
 import argparse
 import concurrent.futures
+import contextlib
 import itertools
 import json
 import math
@@ -248,7 +249,7 @@ def evaluate(base: Path, path: Path, text: str, is_reference: bool, other_heads:
     reference = WORK / f"{text}.pt"
     if is_reference:
         torch.save(hidden, reference)
-    return [compare(hidden, torch.load(reference), windows, streamed(base, head), streamed(MODEL, MODEL)) for head in (path, *other_heads)]
+    return compare(hidden, torch.load(reference), windows, [streamed(base, head) for head in (path, *other_heads)])
 
 
 def streamed(base: Path, path: Path):
@@ -261,30 +262,34 @@ def streamed(base: Path, path: Path):
     return modelutils.StreamedModel(base, Checkpoint.open(path), torch.bfloat16, torch.device("cpu"))
 
 
-def compare(hidden, their_hidden, windows, model, original) -> dict[str, float]:
+def compare(hidden, their_hidden, windows, models) -> list[dict[str, float]]:
+    """`evaluate` from last hidden states, with the head of each of `models`."""
     import torch
 
-    losses, divergences = [], []
-    with torch.no_grad(), model.head() as logits, original.head() as their_logits:
+    losses, divergences = [[] for _ in models], [[] for _ in models]
+    with torch.no_grad(), contextlib.ExitStack() as stack:
+        their_logits, *heads = (stack.enter_context(model.head()) for model in (streamed(MODEL, MODEL), *models))
         for ours, theirs, ids in zip(hidden, their_hidden, windows, strict=True):
-            pairs = ((their_logits, theirs), (logits, ours))
-            log_p, log_q = (torch.log_softmax(head(h.unsqueeze(0))[0, :-1].float(), 1) for head, h in pairs)
-            losses.append(-log_q.gather(1, ids[1:].unsqueeze(1)).mean())
-            divergences.append(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1).mean())
-    perplexity = torch.stack(losses).double().mean().exp().item()
-    return {"perplexity": round(perplexity, 4), "kl": round(torch.stack(divergences).double().mean().item(), 5)}
+            log_p = log_probabilities(their_logits, theirs)
+            for number, logits in enumerate(heads):
+                log_q = log_probabilities(logits, ours)
+                losses[number].append(-log_q.gather(1, ids[1:].unsqueeze(1)).mean())
+                divergences[number].append(torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="none").sum(1).mean())
+    means = [[torch.stack(values).double().mean() for values in pair] for pair in zip(losses, divergences, strict=True)]
+    return [{"perplexity": round(loss.exp().item(), 4), "kl": round(kl.item(), 5)} for loss, kl in means]
+
+
+def log_probabilities(logits, hidden):
+    """Of each next token, float32 [T - 1, vocabulary], from last hidden states [T, D]."""
+    return logits(hidden.unsqueeze(0))[0, :-1].float().log_softmax(1)
 
 
 # --- tables ----------------------------------------------------------------------------------------------------
 
 
 def as_markdown(done: dict) -> str:
-    return (
-        "\n\n".join(
-            table for table in (main_tables(done), piece_table(done), head_table(done), size_table(done), choice_table(done)) if table
-        )
-        + "\n"
-    )
+    tables = (table(done) for table in (main_tables, piece_table, head_table, size_table, choice_table))
+    return "\n\n".join(filter(None, tables)) + "\n"
 
 
 def rows_of(done: dict, **wanted) -> list[dict]:
