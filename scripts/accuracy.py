@@ -49,6 +49,7 @@ METHODS = {
 }
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 SIZES = (16, 64, 128)
+BESIDE = "on the pieces' code"  # what best gave on the code that the rows without a piece were measured with
 STALE = {"stale": "what is measured again, because the code has changed what it measures since then; tables hold it until then"}
 
 
@@ -75,6 +76,8 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
         for method, seed, bits in itertools.product(args.methods, args.seeds, args.bits):
             if method in ("rtn", "gptq") and grid == "nonuniform":
                 continue  # they have no such grid: the rows of "row" are their counterpart
+            if method == "best" and grid == "nonuniform" and OWN_HEAD in args.methods:
+                continue  # the runs with a head measure it (`covers`)
             if (method in ("best, local grid", OWN_HEAD) and grid != "nonuniform") or (method == "rtn" and seed):
                 continue
             cells.append(Cell(method, grid, bits, seed))
@@ -93,7 +96,12 @@ def main() -> None:
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--sizes", type=int, nargs="*", default=SIZES, help="further numbers of calibration windows")
-    add("--choose", metavar="FLAGS", nargs="*", help="instead: the best recipe with each of these sets of flags, on the choosing texts")
+    add(
+        "--choose",
+        metavar="FLAGS",
+        nargs="*",
+        help="instead: the best recipe with each of these sets of flags, on the choosing texts; after a single flag a blank",
+    )
     add("--lanes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     add("--tables", action="store_true", help="only make the tables and the plot of what is there")
     add("--one", help=argparse.SUPPRESS)
@@ -101,7 +109,7 @@ def main() -> None:
     if args.one:
         cell = Cell(*json.loads(args.one))
         return print(json.dumps(measure(cell)))
-    done = stored()
+    done, complete = stored(), True
     if not args.tables:
         prepare()
         cells = matrix(args)
@@ -109,9 +117,11 @@ def main() -> None:
             trials = itertools.product(args.choose, args.grids, args.seeds, args.bits)
             cells = [Cell("fp16", "row", 16, part="choose")]
             cells += [Cell("best", grid, bits, seed, 32, "choose", extra) for extra, grid, seed, bits in trials]
-        run_all([cell for cell in cells if done.get(cell.key, STALE).get("stale") or lacks_reference(cell)], done, args.lanes)
+        complete = run_all([cell for cell in cells if not is_measured(cell, done) or lacks_reference(cell)], done, args.lanes)
     write_text(DOCS / "accuracy-tables.md", as_markdown(done))
     plot(done, DOCS / "accuracy.png")
+    if not complete:
+        sys.exit(1)
 
 
 def lacks_reference(cell: Cell) -> bool:
@@ -123,19 +133,34 @@ def stored() -> dict:
     return json.loads(STORE.read_text()) if STORE.is_file() else {}
 
 
-def run_all(cells: list[Cell], done: dict, lanes: int) -> None:
-    """Each cell in a process of its own, `lanes` at a time, fp16 first: the others are compared with it."""
+def run_all(cells: list[Cell], done: dict, lanes: int) -> bool:
+    """Each cell in a process of its own, `lanes` at a time, fp16 first: the others are compared with it. Has all been measured?"""
     STORE.parent.mkdir(parents=True, exist_ok=True)
-    waits = [cell for cell in cells if cell.method != "fp16"]
-    for part in ([cell for cell in cells if cell.method == "fp16"], waits):
+    failed = []
+    for is_reference in (True, False):
         with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
-            for cell, result in zip(part, pool.map(run_one, part), strict=True):
+            runs = {pool.submit(run_one, cell): cell for cell in cells if (cell.method == "fp16") == is_reference}
+            for run in concurrent.futures.as_completed(runs):
+                cell, result = runs[run], run.result()
                 if result is None:
+                    failed.append(cell)
                     print(f"failed: {cell.key}", flush=True)
                     continue
-                done |= stored() | {cell.key: {**cell._asdict(), **result}}  # another of these may be running
+                results = [result, result | result["head as it was"]] if cell.method == OWN_HEAD else [result]
+                done |= stored()  # another of these may be running
+                done |= {one.key: {**one._asdict(), **values} for one, values in zip(covers(cell), results, strict=True)}
                 write_text(STORE, json.dumps(done, indent=1) + "\n")
                 print(f"{cell.key}: wiki {result['wiki']}, news {result['news']}", flush=True)
+    return not failed
+
+
+def covers(cell: Cell) -> list[Cell]:
+    """What a run of `cell` measures: as nothing but the head comes after the layers, also best with the head as it was."""
+    return [cell, cell._replace(method="best")] if cell.method == OWN_HEAD else [cell]
+
+
+def is_measured(cell: Cell, done: dict) -> bool:
+    return not any(done.get(one.key, STALE).get("stale") for one in covers(cell))
 
 
 def run_one(cell: Cell) -> dict | None:
@@ -225,7 +250,16 @@ def measure(cell: Cell) -> dict:
         if before:
             result.setdefault("head as it was", {})[text] = before[0]
     file.unlink(missing_ok=True)
-    return result
+    return result | {"commit": commit()}
+
+
+def commit() -> str | None:
+    """Of the code, but for what is not committed; None without git."""
+    try:
+        asked = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def flags(cell: Cell) -> list[str]:
@@ -302,7 +336,7 @@ def over_seeds(values: list[float], digits: str) -> str:
 
 
 def cpu_seconds(rows: list[dict]) -> str:
-    """Seconds of one core for quantizing, which other jobs on the machine do not change much; empty if not measured."""
+    """Seconds of one core for quantizing, on whatever machine and beside whatever else it ran; empty if not measured."""
     values = [row["cpu_seconds"] for row in rows if row.get("cpu_seconds")]
     return f"{mean(values):.0f}" if values else ""
 
@@ -351,7 +385,7 @@ def piece_table(done: dict) -> str:
         texts = []
         for grid, bits in cells:
             wanted = {"grid": grid, "bits": bits, "nsamples": 32, "part": "report"}
-            best = {row["seed"]: row for row in rows_of(done, method="best", **wanted)}
+            best = {row["seed"]: row.get(BESIDE, row) for row in rows_of(done, method="best", **wanted)}
             pairs = [(row, best[row["seed"]]) for row in rows_of(done, method=method, **wanted) if row["seed"] in best]
             rises = [[100 * (row[text]["kl"] / whole[text]["kl"] - 1) for row, whole in pairs] for text in ("wiki", "news")]
             texts.append(" / ".join(over_seeds(rise, ".0f") for rise in rises) + f" ({len(pairs)})" if pairs else "")
