@@ -53,6 +53,7 @@ class Run:
     fresh: bool
     force: bool
     report: Path | None
+    example_rows: tuple[tuple[str, int], ...]  # linears and their rows that the report shows; none: a choice of its own
     eval: tuple[str, ...]
     export: tuple[tuple[str, Path], ...]  # formats of other software, and the folders they go to
     command: str
@@ -239,6 +240,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE.json",
         help="write settings, losses, times, peak memory and perplexities to this file (unset: no report)",
     )
+    add(
+        "--example_rows",
+        nargs="+",
+        default=[],
+        metavar="LINEAR=ROW",
+        help="rows whose weights and levels --report holds for scripts/plot.py, such as model.layers.0.mlp.down_proj=17 "
+        "(unset: of each linear in the first, the middle and the last layer the row of median loss)",
+    )
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "llama.py", *map(str, sys.argv[1:] if argv is None else argv)])
     return args
@@ -347,6 +356,7 @@ def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
         fresh=args.fresh,
         force=args.force,
         report=args.report,
+        example_rows=example_rows(args),
         eval=sources,
         export=exports(args),
         command=args.command,
@@ -369,6 +379,19 @@ def exports(args: argparse.Namespace) -> tuple[tuple[str, Path], ...]:
     if found and args.wbits == 16:
         raise InputError("--export is for quantized models: give --wbits 2, 3 or 4 with it")
     return tuple((name, folder) for folder, name in found.items())
+
+
+def example_rows(args: argparse.Namespace) -> tuple[tuple[str, int], ...]:
+    """Each linear that --example_rows names, with its row."""
+    found = {}
+    for text in args.example_rows:
+        name, _, row = text.rpartition("=")
+        if not name or not (row.isascii() and row.isdigit()) or name in found:
+            raise InputError(f"--example_rows {text}: give LINEAR=ROW, one row a linear, counted from 0")
+        found[name] = int(row)
+    if found and (args.report is None or args.wbits == 16):
+        raise InputError("--example_rows is for the report of a quantization: give --report FILE.json and --wbits 2, 3 or 4 with it")
+    return tuple(found.items())
 
 
 def parse_bits(text: str) -> tuple[str, int]:

@@ -301,8 +301,9 @@ def quantize_group(model, index: int, group, statistics: Statistics, run: Run, c
         for name, its_codes, loss, its_grid in zip(names, codes.split(sizes), losses.split(sizes), grid.split(sizes), strict=True):
             row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(its_codes)}
             row |= {"bits": its_config.bits, "tokens": statistics.tokens}
-            if run.report and factor is not None and index in example_layers(model, run):
-                row["example"] = example_row(model.checkpoint, f"{model.layer_prefix(index)}{name}.weight", its_grid, loss, factor)
+            example = shown_row(model, index, name, loss, run)
+            if example is not None and factor is not None:
+                row["example"] = example_row(model.checkpoint, f"{model.layer_prefix(index)}{name}.weight", example, its_grid, factor)
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
             yield name, its_grid, its_codes, row
@@ -442,10 +443,13 @@ def untouched_tensors(model, first: int, but_head: bool) -> Iterator[dict[str, t
 # --- the linears of the model ----------------------------------------------------------------------------------
 
 
-def example_layers(model, run: Run) -> set[int]:
-    """The first, the middle and the last of the layers that are quantized."""
+def shown_row(model, index: int, name: str, loss: torch.Tensor, run: Run) -> int | None:
+    """The row of linear `name` that the report shows: one of --example_rows, or, without it, that of median `loss` in the first, the
+    middle and the last layer."""
+    if run.example_rows:
+        return dict(run.example_rows).get(model.layer_prefix(index) + name)
     count = quantized_layers(model, run)
-    return {0, count // 2, count - 1}
+    return int(loss.argsort()[len(loss) // 2]) if run.report and index in (0, count // 2, count - 1) else None
 
 
 def quantized_layers(model, run: Run) -> int:
@@ -463,6 +467,16 @@ def assigned_bits(model: modelutils.StreamedModel, run: Run, config: quant.Quant
     if config.kmeans_bins < (most := max(2**its for its in bits.values() if its < 16)):
         raise InputError(f"--kmeans_bins is {config.kmeans_bins}: give at least {most}")
     return bits
+
+
+def check_example_rows(model: modelutils.StreamedModel, run: Run, bits: dict[str, int]) -> None:
+    """Are the rows of --example_rows among those to be quantized? Raises InputError."""
+    quantized = [name for name, its in bits.items() if its < 16]
+    for name, row in run.example_rows:
+        if name not in quantized:
+            raise modelutils.no_such_linear("--example_rows", name, quantized)
+        if row >= (count := len(model.model.get_submodule(name).weight)):
+            raise InputError(f"--example_rows {name}={row}: it has {count} rows, counted from 0")
 
 
 def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bits: dict[str, int]) -> None:
@@ -615,6 +629,7 @@ def quantize_command(model, tokenizer, run: Run, config: quant.QuantConfig) -> N
     ranks, made = run.ranks, run.ranks.from_first(lambda: is_made(run))
     refuse_quantized(model, run.model)
     bits = assigned_bits(model, run, config)
+    check_example_rows(model, run, bits)
     wanted = checked_plan(model, run, config, bits, tokenizing_bytes(run, tokenizer) if ranks.is_first else 0)
     check_exports(model, run, config, bits, made)
     if ranks.is_first and run.save_path and not made:

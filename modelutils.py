@@ -179,10 +179,12 @@ def check_patterns(patterns: Iterable[str], names: list[str], option: str) -> No
         except re.error as error:
             raise InputError(f"{option} {pattern} is no regular expression ({error})") from None
         if not hits:
-            near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, 0)
-            raise InputError(
-                f"{option} {pattern} matches no linear's whole name: those to be quantized are called {', '.join(near)} and so on"
-            )
+            raise no_such_linear(option, pattern, names)
+
+
+def no_such_linear(option: str, pattern: str, names: list[str]) -> InputError:
+    near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, 0)
+    return InputError(f"{option} {pattern} matches no linear's whole name: those to be quantized are called {', '.join(near)} and so on")
 
 
 def cpu_units(dtype: torch.dtype) -> list[str]:

@@ -43,11 +43,9 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("torch", "transformers", "safetensors")} | {"leanquant": leanquant.__version__}
 
 
-def example_row(checkpoint, name: str, grid: quant.Grid, loss: torch.Tensor, factor: hessian.Factor, bins: int = 80) -> dict:
-    """What scripts/plot.py draws of the weight `name`: of the row of median loss, or of its first group, the weights counted in
-    `bins` between `low` and `high`, the levels, and the weights of the columns, one in a hundred, that are outliers of
-    1 / diag(inv(H))."""
-    row = int(loss.argsort()[len(loss) // 2])
+def example_row(checkpoint, name: str, row: int, grid: quant.Grid, factor: hessian.Factor, bins: int = 80) -> dict:
+    """What scripts/plot.py draws of one `row` of the weight `name`, or of its first group: the weights counted in `bins` between
+    `low` and `high`, the levels, and the weights of the columns, one in a hundred, that are outliers of 1 / diag(inv(H))."""
     w = checkpoint.get(name, slice(row, row + 1))[0].float()
     diagonal = torch.empty(len(w))
     diagonal[factor.order.cpu()] = factor.U.column_norms().square().float().cpu()

@@ -4,8 +4,9 @@
 
 FOLDER/loss.png   loss of each linear by layer, a panel a report
 FOLDER/time.png   seconds of each phase, a bar a report
-FOLDER/grid.png   weights of one row of each linear (first, middle, last layer of the first report that has them), its levels, and the
-                  weights at outliers of the inverse Hessian's diagonal, where an error costs most
+FOLDER/grid.png   weights of one row of each linear (first, middle, last layer of the first report that has them, or the rows that
+                  llama.py --example_rows chose), its levels, and the weights at outliers of the inverse Hessian's diagonal, where
+                  an error costs most
 FOLDER/pareto.png perplexity against bits a weight, over reports that have both
 Without --out they lie beside the first report, under its name: report-loss.png.
 """
@@ -177,7 +178,10 @@ def plot_grids(reports: list[dict]):
         draw_row(axis, row["example"])
         axis.set_title(f"layer {row['layer'] + 1}, {row['linear']}, row {row['example']['row']}", fontsize=9)
     figure.suptitle(f"{report['label']}, {report['settings']['bits']} bits: one row of each linear", fontsize=11)
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    drawn = next(axis for axis in axes.flat if axis.has_data())
+    figure.legend(*drawn.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    for axis in axes.flat:
+        axis.remove() if not axis.has_data() else None
     return figure
 
 

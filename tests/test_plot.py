@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import llama
 import plot
 from test_cli import GRIDS, SEQUENTIAL, quantize
 
@@ -91,6 +92,33 @@ def test_example_rows_are_those_of_the_file(reports, tiny_model, name):
             assert (example["low"], example["high"]) == pytest.approx((w.min().item(), w.max().item()))
             assert sum(example["counts"]) == len(w)
             assert all(min(abs(w - outlier)) < 1e-6 for outlier in example["outlier_weights"])
+
+
+def test_chosen_rows_are_drawn(tiny_model, text_file, tmp_path):
+    chosen = {"model.layers.0.self_attn.q_proj": 3, "model.layers.1.mlp.down_proj": 0}
+    options = ["--wbits", 2, *GRIDS["nonuniform"], "--report", tmp_path / "r.json", "--save_path", tmp_path / "q.safetensors"]
+    quantize(tiny_model(), text_file, *options, "--example_rows", *(f"{name}={row}" for name, row in chosen.items()))
+    rows = json.loads((tmp_path / "r.json").read_text())["linears"]
+    assert {f"model.layers.{r['layer']}.{r['linear']}": r["example"]["row"] for r in rows if "example" in r} == chosen
+    axes = plot.plot_grids([plot.read_report(tmp_path / "r.json")]).axes
+    assert [axis.get_title() for axis in axes] == ["layer 1, self_attn.q_proj, row 3", "layer 2, mlp.down_proj, row 0"]
+
+
+@pytest.mark.parametrize(
+    ("example", "what"),
+    [
+        ("model.layers.0.self_attn.q_proj=100000", "rows, counted from 0"),
+        ("model.layers.0.self_attn.q=1", "matches no linear's whole name"),
+        ("model.layers.0.self_attn.q_proj", "give LINEAR=ROW"),
+        ("model.layers.0.self_attn.q_proj=-1", "give LINEAR=ROW"),
+    ],
+)
+def test_rows_that_are_not_there_are_refused(tiny_model, text_file, tmp_path, capsys, example, what):
+    options = ["--wbits", "2", "--save_path", str(tmp_path / "q.safetensors"), "--report", str(tmp_path / "r.json"), "--seqlen", "32"]
+    assert llama.main([str(tiny_model()), str(text_file), *options, "--eval", "none", "--example_rows", example]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: --example_rows model.layers.0.self_attn.q") and what in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_is_no_folder_for_pictures(reports, tmp_path, capsys):
