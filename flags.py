@@ -21,7 +21,7 @@ from leanquant.errors import InputError
 from ranks import Ranks
 
 # An equally spaced grid cannot serve a few very sensitive columns and all others too: 2, the weight that an error has in
-# the solver's own loss, serves it better than the 4 of free levels (README, Numbers).
+# the solver's own loss, serves it better than the 4 of free levels (docs/accuracy.md, How the settings were chosen).
 DEFAULT_EXPONENT = {"nonuniform": 4.0, "affine": 2.0}
 
 # The pieces of --recipe (README, How it works): how --recipe published sets them, and what --recipe best sets otherwise.
