@@ -301,9 +301,8 @@ def quantize_group(model, index: int, group, statistics: Statistics, run: Run, c
         for name, its_codes, loss, its_grid in zip(names, codes.split(sizes), losses.split(sizes), grid.split(sizes), strict=True):
             row = {"linear": name, "loss": None if factor is None else loss.sum().item(), "seconds": seconds * len(its_codes)}
             row |= {"bits": its_config.bits, "tokens": statistics.tokens}
-            example = shown_row(model, index, name, loss, run)
-            if example is not None and factor is not None:
-                row["example"] = example_row(model.checkpoint, f"{model.layer_prefix(index)}{name}.weight", example, its_grid, factor)
+            if factor is not None and (shown := shown_row(model, index, name, loss, run)) is not None:
+                row["example"] = example_row(model.checkpoint, f"{model.layer_prefix(index)}{name}.weight", shown, its_grid, factor)
             if factor is None or factor.percdamp != config.percdamp:
                 row["percdamp_used"] = factor.percdamp if factor else "none: rounded to nearest"
             yield name, its_grid, its_codes, row
@@ -479,6 +478,14 @@ def check_example_rows(model: modelutils.StreamedModel, run: Run, bits: dict[str
             raise InputError(f"--example_rows {name}={row}: it has {count} rows, counted from 0")
 
 
+def warn_of_missing_examples(model: modelutils.StreamedModel, run: Run, rows: list[dict]) -> None:
+    """Rows of --example_rows can be missing from a report's `rows`: an earlier run, which this one went on with, was asked for others,
+    or their linear was rounded to nearest."""
+    shown = {(model.layer_prefix(row["layer"]) + row["linear"], row["example"]["row"]) for row in rows if "example" in row}
+    if missing := [f"{name}={row}" for name, row in run.example_rows if (name, row) not in shown]:
+        warnings.warn(f"the report does not show {', '.join(missing)}: finished before, or rounded to nearest", stacklevel=2)
+
+
 def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bits: dict[str, int]) -> None:
     """Do groups of columns fit the model's linears? Raises InputError."""
     for name, its in bits.items():
@@ -514,7 +521,9 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
     refuse_quantized(model, args.model)
     config = quant_config(args, model.checkpoint.stored_dtype)
     limits = limits_here(run, hardware)
-    wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits, text)
+    bits = assigned_bits(model, run, config)
+    check_example_rows(model, run, bits)
+    wanted, make, shapes = planned(model, run, config, bits, hardware, limits, text)
     print(plan.as_text(wanted, hardware))
     if run.report:
         packing.write_json(run.report, {"plan": wanted.as_dict(), "run": vars(wanted.run)})
@@ -655,6 +664,7 @@ def quantize_command(model, tokenizer, run: Run, config: quant.QuantConfig) -> N
             print(f"{run.save_path} is complete: going on with what comes after it", flush=True)
         else:
             print_summary(journal.result, run)
+        warn_of_missing_examples(model, run, journal.rows)
         contents |= journal.result | {"bits_per_weight": model.checkpoint.bits_per_weight, "linears": journal.rows}
         write_report(run, contents)
         evaluate_and_export(model, tests, run, contents, live, writer.folder, made)

@@ -183,8 +183,8 @@ def check_patterns(patterns: Iterable[str], names: list[str], option: str) -> No
 
 
 def no_such_linear(option: str, pattern: str, names: list[str]) -> InputError:
-    near = difflib.get_close_matches(pattern.replace("\\", ""), names, 3, 0)
-    return InputError(f"{option} {pattern} matches no linear's whole name: those to be quantized are called {', '.join(near)} and so on")
+    near = ", ".join(difflib.get_close_matches(pattern.replace("\\", ""), names, 3, 0))
+    return InputError(f"{option} {pattern} matches no linear to be quantized by its whole name: they are called {near} and so on")
 
 
 def cpu_units(dtype: torch.dtype) -> list[str]:

@@ -4,8 +4,8 @@
 
 Protocol: 32 x 512 calibration tokens from the first 75 % of the articles' characters, --true-sequential --act-order
 --percdamp 0.1, forward passes in bfloat16, perplexity and KL(fp16 || quantized) on windows of 512: 16 384 tokens of the
-other articles (wiki) and of another kind of text (news). Nothing was tuned on these: --choose measures the same on other
-parts of both texts, on which the recipe's settings were chosen. What is done is kept in docs/results/accuracy.json and not
+other articles (wiki) and of another kind of text (news). --choose measures the same on other parts of both texts, on which
+the recipe's settings are chosen. What is done is kept in docs/results/accuracy.json and not
 run again; docs/accuracy-tables.md and docs/accuracy.png are made from it.
 """
 
@@ -49,7 +49,7 @@ METHODS = {
 }
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 SIZES = (16, 64, 128)
-BESIDE = "on the pieces' code"  # what best gave on the code that the rows without a piece were measured with
+BESIDE = "on the pieces' code"  # written by hand: what best gave on older code, with which the rows without a piece were measured
 STALE = {"stale": "what is measured again, because the code has changed what it measures since then; tables hold it until then"}
 
 
@@ -100,7 +100,7 @@ def main() -> None:
         "--choose",
         metavar="FLAGS",
         nargs="*",
-        help="instead: the best recipe with each of these sets of flags, on the choosing texts; after a single flag a blank",
+        help="instead: the best recipe with each of these sets of flags, on the choosing texts; end a lone flag in a blank",
     )
     add("--lanes", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
     add("--tables", action="store_true", help="only make the tables and the plot of what is there")
@@ -136,22 +136,29 @@ def stored() -> dict:
 def run_all(cells: list[Cell], done: dict, lanes: int) -> bool:
     """Each cell in a process of its own, `lanes` at a time, fp16 first: the others are compared with it. Has all been measured?"""
     STORE.parent.mkdir(parents=True, exist_ok=True)
-    failed = []
+    complete = True
     for is_reference in (True, False):
         with concurrent.futures.ThreadPoolExecutor(lanes) as pool:
-            runs = {pool.submit(run_one, cell): cell for cell in cells if (cell.method == "fp16") == is_reference}
+            wanted = [cell for cell in cells if (cell.method == "fp16") == is_reference]
+            runs = {pool.submit(run_one, cell): cell for cell in wanted if complete or is_reference}
             for run in concurrent.futures.as_completed(runs):
-                cell, result = runs[run], run.result()
-                if result is None:
-                    failed.append(cell)
-                    print(f"failed: {cell.key}", flush=True)
-                    continue
-                results = [result, result | result["head as it was"]] if cell.method == OWN_HEAD else [result]
-                done |= stored()  # another of these may be running
-                done |= {one.key: {**one._asdict(), **values} for one, values in zip(covers(cell), results, strict=True)}
-                write_text(STORE, json.dumps(done, indent=1) + "\n")
-                print(f"{cell.key}: wiki {result['wiki']}, news {result['news']}", flush=True)
-    return not failed
+                complete &= keep(runs[run], run.result(), done)
+    return complete
+
+
+def keep(cell: Cell, result: dict | None, done: dict) -> bool:
+    """Store what a run of `cell` has measured of what is missing. False where it has failed."""
+    if result is None:
+        print(f"failed: {cell.key}", flush=True)
+        return False
+    done |= stored()  # another of these may be running
+    results = [result, result | result["head as it was"]] if cell.method == OWN_HEAD else [result]
+    for one, values in zip(covers(cell), results, strict=True):
+        if one == cell or not is_measured(one, done):
+            done[one.key] = {**one._asdict(), **values}
+    write_text(STORE, json.dumps(done, indent=1) + "\n")
+    print(f"{cell.key}: wiki {result['wiki']}, news {result['news']}", flush=True)
+    return True
 
 
 def covers(cell: Cell) -> list[Cell]:
@@ -224,7 +231,7 @@ def parts(documents: list[str], separator: str, start: int, tokenizer) -> dict:
 
 
 def measure(cell: Cell) -> dict:
-    """Quantize as a user would and evaluate. Returns perplexity and KL of each text, seconds of one core, and the summed loss."""
+    """Quantize as a user would and evaluate. Returns perplexity and KL of each text, seconds of one core, the summed loss, the commit."""
     sys.path.insert(0, str(ROOT))
     import torch
 
@@ -232,7 +239,7 @@ def measure(cell: Cell) -> dict:
 
     name = cell.key.replace(" | ", "-").replace(" ", "_").replace(",", "")
     file, report = WORK / f"{name}.safetensors", WORK / f"{name}.json"
-    result, start = {"cpu_seconds": None, "loss": None}, time.process_time()
+    code, result, start = commit(), {"cpu_seconds": None, "loss": None}, time.process_time()
     base = WITH_HEAD if cell.method == OWN_HEAD else MODEL
     if cell.method != "fp16":
         command = [str(base), str(WORK / "calibration.txt"), "--wbits", str(cell.bits), *flags(cell), "--nsamples", str(cell.nsamples)]
@@ -250,11 +257,11 @@ def measure(cell: Cell) -> dict:
         if before:
             result.setdefault("head as it was", {})[text] = before[0]
     file.unlink(missing_ok=True)
-    return result | {"commit": commit()}
+    return result | {"commit": code}
 
 
 def commit() -> str | None:
-    """Of the code, but for what is not committed; None without git."""
+    """The checked-out commit, of which the code may be an edited copy; None where git does not know."""
     try:
         asked = ["git", "rev-parse", "--short", "HEAD"]
         return subprocess.run(asked, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
@@ -424,13 +431,15 @@ def size_table(done: dict) -> str:
 def choice_table(done: dict) -> str:
     lines = ["| grid | bits | best with | wiki ppl | wiki KL | news ppl | news KL | core s | seeds |", "|" + 9 * "---|"]
     chosen = rows_of(done, part="choose")
-    for grid, bits, extra in dict.fromkeys((row["grid"], row["bits"], row["extra"]) for row in chosen):
+    for grid, bits, extra in sorted(
+        {(row["grid"], row["bits"], row["extra"]) for row in chosen}, key=lambda row: (row[0], -row[1], row[2])
+    ):
         found = rows_of(done, part="choose", grid=grid, bits=bits, extra=extra)
         values = [
             f"{over_seeds([r[text]['perplexity'] for r in found], '.5g')} | {over_seeds([r[text]['kl'] for r in found], '.4f')}"
             for text in ("wiki", "news")
         ]
-        lines.append(f"| {grid} | {bits} | `{extra or 'best'}` | {' | '.join(values)} | {cpu_seconds(found)} | {len(found)} |")
+        lines.append(f"| {grid} | {bits} | `{extra or found[0]['method']}` | {' | '.join(values)} | {cpu_seconds(found)} | {len(found)} |")
     return "\n".join(lines) if len(lines) > 2 else ""
 
 

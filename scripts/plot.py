@@ -177,7 +177,7 @@ def plot_grids(reports: list[dict]):
         axis = axes[names.index(row["linear"]), layers.index(row["layer"])]
         draw_row(axis, row["example"])
         axis.set_title(f"layer {row['layer'] + 1}, {row['linear']}, row {row['example']['row']}", fontsize=9)
-    figure.suptitle(f"{report['label']}, {report['settings']['bits']} bits: one row of each linear", fontsize=11)
+    figure.suptitle(f"{report['label']}, {report['settings']['bits']} bits: rows of its linears", fontsize=11)
     drawn = next(axis for axis in axes.flat if axis.has_data())
     figure.legend(*drawn.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     for axis in axes.flat:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import hessian
 import llama
 import plot
 from test_cli import GRIDS, SEQUENTIAL, quantize
@@ -104,21 +105,44 @@ def test_chosen_rows_are_drawn(tiny_model, text_file, tmp_path):
     assert [axis.get_title() for axis in axes] == ["layer 1, self_attn.q_proj, row 3", "layer 2, mlp.down_proj, row 0"]
 
 
+Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
+
+
 @pytest.mark.parametrize(
-    ("example", "what"),
+    ("options", "what"),
     [
-        ("model.layers.0.self_attn.q_proj=100000", "rows, counted from 0"),
-        ("model.layers.0.self_attn.q=1", "matches no linear's whole name"),
-        ("model.layers.0.self_attn.q_proj", "give LINEAR=ROW"),
-        ("model.layers.0.self_attn.q_proj=-1", "give LINEAR=ROW"),
+        ([f"{Q}=100000"], f"{Q}=100000: it has"),
+        ([f"{Q}=1", f"{Q}=2"], f"{Q}=2: give LINEAR=ROW, one row a linear"),
+        ([Q], f"{Q}: give LINEAR=ROW"),
+        ([f"{Q}=-1"], f"{Q}=-1: give LINEAR=ROW"),
+        ([f"{Q[:-5]}=1"], f"{Q[:-5]} matches no linear to be quantized by its whole name: they are called"),
+        ([f"{Q}=1", "--skip", ".*q_proj"], f"{Q} matches no linear to be quantized"),
+        ([f"{DOWN}=1", "--n_layers", "1"], f"{DOWN} matches no linear to be quantized"),
+        ([f"{DOWN}=1", "--n_layers", "1", "--plan"], f"{DOWN} matches no linear to be quantized"),
+        ([f"{Q}=1", "--wbits", "16"], "is for the report of a quantization"),
     ],
+    ids=str,
 )
-def test_rows_that_are_not_there_are_refused(tiny_model, text_file, tmp_path, capsys, example, what):
-    options = ["--wbits", "2", "--save_path", str(tmp_path / "q.safetensors"), "--report", str(tmp_path / "r.json"), "--seqlen", "32"]
-    assert llama.main([str(tiny_model()), str(text_file), *options, "--eval", "none", "--example_rows", example]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: --example_rows model.layers.0.self_attn.q") and what in error
+def test_rows_that_are_not_there_are_refused(tiny_model, text_file, tmp_path, capsys, options, what):
+    base = ["--wbits", "2", "--report", str(tmp_path / "r.json"), "--seqlen", "32", "--eval", str(text_file)]
+    assert llama.main([str(tiny_model()), str(text_file), *base, "--example_rows", *options]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --example_rows {what}")
     assert not list(tmp_path.iterdir())
+
+
+def test_rows_are_for_a_report(tiny_model, text_file, capsys):
+    assert llama.main([str(tiny_model()), str(text_file), "--wbits", "2", "--eval", str(text_file), "--example_rows", f"{Q}=1"]) == 2
+    assert "give --report FILE.json" in capsys.readouterr().err
+
+
+def test_a_row_that_could_not_be_shown_is_named(tiny_model, text_file, tmp_path, monkeypatch):
+    def fail(*_):
+        raise hessian.NotPositiveDefinite
+
+    monkeypatch.setattr(hessian, "factorize", fail)
+    options = ["--wbits", 2, *GRIDS["nonuniform"], "--report", tmp_path / "r.json", "--save_path", tmp_path / "q.safetensors"]
+    with pytest.warns(UserWarning, match=f"the report does not show {Q}=1: finished before, or rounded to nearest"):
+        quantize(tiny_model(), text_file, *options, "--example_rows", f"{Q}=1")
 
 
 def test_a_file_is_no_folder_for_pictures(reports, tmp_path, capsys):
