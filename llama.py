@@ -521,9 +521,7 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
     refuse_quantized(model, args.model)
     config = quant_config(args, model.checkpoint.stored_dtype)
     limits = limits_here(run, hardware)
-    bits = assigned_bits(model, run, config)
-    check_example_rows(model, run, bits)
-    wanted, make, shapes = planned(model, run, config, bits, hardware, limits, text)
+    wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits, text)
     print(plan.as_text(wanted, hardware))
     if run.report:
         packing.write_json(run.report, {"plan": wanted.as_dict(), "run": vars(wanted.run)})
@@ -567,6 +565,7 @@ def limits_here(run: Run, hardware: str) -> plan.Limits:
 def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], hardware: str, limits: plan.Limits, text: int = 0):
     """The plan of `run` with its activations where they fit, the function that makes plans of other runs, and the shapes."""
     check_groups(model, config, bits)
+    check_example_rows(model, run, bits)
     shapes, base = plan.shapes_of(model, run, config, bits, shifts_head(model, run, config)), plan.resident_bytes()
     make = lambda other: plan.make(shapes, other, config, model.dtype, hardware, base, text)  # noqa: E731
     if run.activations != "auto":
@@ -638,7 +637,6 @@ def quantize_command(model, tokenizer, run: Run, config: quant.QuantConfig) -> N
     ranks, made = run.ranks, run.ranks.from_first(lambda: is_made(run))
     refuse_quantized(model, run.model)
     bits = assigned_bits(model, run, config)
-    check_example_rows(model, run, bits)
     wanted = checked_plan(model, run, config, bits, tokenizing_bytes(run, tokenizer) if ranks.is_first else 0)
     check_exports(model, run, config, bits, made)
     if ranks.is_first and run.save_path and not made:

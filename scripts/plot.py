@@ -178,10 +178,9 @@ def plot_grids(reports: list[dict]):
         draw_row(axis, row["example"])
         axis.set_title(f"layer {row['layer'] + 1}, {row['linear']}, row {row['example']['row']}", fontsize=9)
     figure.suptitle(f"{report['label']}, {report['settings']['bits']} bits: rows of its linears", fontsize=11)
-    drawn = next(axis for axis in axes.flat if axis.has_data())
-    figure.legend(*drawn.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
-    for axis in axes.flat:
-        axis.remove() if not axis.has_data() else None
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    for empty in (axis for axis in axes.flat if not axis.has_data()):
+        empty.remove()
     return figure
 
 
