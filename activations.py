@@ -322,6 +322,16 @@ class _Files:
         self.conveyor.write(tensor, put)
 
 
+def helper_thread(name: str) -> ThreadPoolExecutor:
+    """One thread for what happens beside the computation, whose own torch operations take one core.
+
+    With as many as the main thread takes, OpenMP would hold more threads than there are cores, and from then on put the main
+    thread's to sleep at every barrier: a run of small operations takes twice the time (two cores).
+    """
+    torch.get_num_threads()  # the main thread's number is fixed when it is first asked for, and would be the helper's after it
+    return ThreadPoolExecutor(1, name, initializer=torch.set_num_threads, initargs=(1,))
+
+
 class _Conveyor:
     """Copies between where activations wait and the device, beside the device's work.
 
@@ -332,7 +342,7 @@ class _Conveyor:
     def __init__(self, device: torch.device):
         self._device, self._writing = device, None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._thread = ThreadPoolExecutor(1, "activations")
+        self._thread = helper_thread("activations")
 
     def begin(self, load: Callable[[int], object], number: int, in_thread: bool):
         return self._thread.submit(self._arrive, load, number) if in_thread else self._arrive(load, number)

@@ -10,10 +10,10 @@ written only when everything it speaks of is on the disk. Of several ranks the f
 import json
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 
-from activations import STAMP_BYTES, Activations, live_file, places, save, stamp_of
+from activations import STAMP_BYTES, Activations, helper_thread, live_file, places, save, stamp_of
 from leanquant.errors import InputError
 from leanquant.packing import Checkpoint, part_name, sync_folder, write_synced
 from ranks import Ranks
@@ -180,7 +180,7 @@ class Saver:
     """
 
     def __init__(self, ranks: Ranks):
-        self._thread, self._saving, self._ranks = ThreadPoolExecutor(1, "saver"), None, ranks
+        self._thread, self._saving, self._ranks = helper_thread("saver"), None, ranks
 
     def __enter__(self) -> "Saver":
         return self

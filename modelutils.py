@@ -14,7 +14,6 @@ import inspect
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from activations import Activations, Place, mapped
+from activations import Activations, Place, helper_thread, mapped
 from leanquant.errors import InputError
 from leanquant.experts import Experts, first_token_to_all, on_routing, routers, split_experts, use_model_names
 from leanquant.foreign import METHODS
@@ -220,7 +219,7 @@ class StreamedModel:
                 buffer_owner._buffers[name] = None if buffer is None else buffer.to(device)
         self._calls: dict[tuple[int, int], list] = {}  # (B, T) -> (args, kwargs) of each layer
         self._returns_tuple = False
-        self._reader = ThreadPoolExecutor(1, "reader")
+        self._reader = helper_thread("reader")
         self.check()
 
     # --- what there is ---

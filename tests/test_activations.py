@@ -1,5 +1,10 @@
 """Activations that wait on the device, in host memory or in files: the same numbers, the same bytes, whatever happens in between."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +15,7 @@ from conftest import generator
 from test_journal import LAYERS, Stopped, command, stopped_after, whole  # noqa: F401
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(params=KINDS)
@@ -127,3 +133,28 @@ def test_a_text_that_takes_more_than_the_calibration_waits_on_the_disk(tiny_mode
     assert llama.main([str(tiny_model()), str(text_file), *options, "--save_path", str(tmp_path / "q.safetensors")]) == 0
     assert places == ["host", "disk"]
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["q.safetensors", "test.txt"]
+
+
+HELPERS = """
+import sys
+from pathlib import Path
+import torch
+from activations import Place
+from journal import Saver
+from leanquant.packing import Checkpoint
+from modelutils import StreamedModel
+from ranks import Ranks
+
+folder, cpu = Path(sys.argv[1]), torch.device("cpu")
+states = Place("disk", cpu, Path(sys.argv[2])).activations((1, 2, 3), torch.float32, 1)
+model = StreamedModel(folder, Checkpoint.open(folder), torch.float32, cpu)
+threads = [Saver(Ranks())._thread, states.conveyor._thread, model._reader]
+print(*(thread.submit(torch.get_num_threads).result() for thread in threads), torch.get_num_threads())
+"""
+
+
+def test_what_happens_beside_the_computation_takes_one_core(tiny_model, tmp_path):
+    """In a process of its own, whose main thread has computed nothing yet: see `helper_thread`."""
+    program = [sys.executable, "-c", HELPERS, str(tiny_model()), str(tmp_path)]
+    run = subprocess.run(program, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "2"}, capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["1", "1", "1", "2"]
