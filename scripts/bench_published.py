@@ -82,7 +82,7 @@ def measure(method: str, bits: int) -> dict:
     command += ["--eval", "demo/bench/heldout.txt", "--report", str(report.relative_to(ROOT)), *FLAGS[method]]
     if method != "fp16":
         command += ["--wbits", str(bits), "--true-sequential", "--act-order", "--percdamp", "0.1"]
-        command += ["--save_path", "demo/bench/model.safetensors", "--overwrite"]
+        command += ["--save_path", "demo/bench/model.safetensors", "--overwrite", "--fresh"]
     print("$ python " + " ".join(command), flush=True)
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True)
     contents = json.loads(report.read_text())
