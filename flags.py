@@ -122,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--recipe",
         choices=["best", "published"],
-        help="best: all pieces below, two to three times the time of published; published: the paper's algorithm as its code does it "
+        help="best: all pieces below, 2.3 times the time of published; published: the paper's algorithm as its code does it "
         "(unset: best for learned grids, published for minmax)",
     )
     switch = argparse.BooleanOptionalAction
