@@ -116,7 +116,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Plan:
-    """Peaks, with what they are made of, and totals, in bytes; seconds by phase."""
+    """Peaks, with what they are made of, and totals, in bytes; seconds by phase. shift: how much of each peak the shifted target adds."""
 
     device: dict[str, float]
     host: dict[str, float]
@@ -127,6 +127,7 @@ class Plan:
     operations: dict[str, float]
     seconds: dict[str, float]
     run: object = field(repr=False)
+    shift: dict[str, float] = field(default_factory=dict)
 
     @property
     def device_peak(self) -> float:
@@ -139,7 +140,7 @@ class Plan:
     def as_dict(self) -> dict:
         """For a report."""
         sums = {"device_peak_bytes": self.device_peak, "host_peak_bytes": self.host_peak}
-        names = ("device", "host", "other_device", "disk", "read", "written", "operations", "seconds")
+        names = ("device", "host", "other_device", "disk", "read", "written", "operations", "seconds", "shift")
         return sums | {name: getattr(self, name) for name in names}
 
 
@@ -234,7 +235,12 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     seconds = {name: _seconds(phase, HARDWARE[hardware], on_gpu) for name, phase in phases.items()}
     operations = {name: phase.operations for name, phase in phases.items()} | {"disk": 0.0}
     seconds["disk"] = (read + written) / (DISK_SPEED * REACHED)  # much of it beside the rest, where that does not wait for it
-    return Plan(_positive(device), _positive(host), _positive(other), disk, read, written, operations, seconds, run)
+    plan = Plan(_positive(device), _positive(host), _positive(other), disk, read, written, operations, seconds, run)
+    if config.shift == 0:
+        return plan
+    without = make(replace(shapes, shifts_head=False), run, replace(config, shift=0.0), dtype, hardware, base, text)
+    added = {"device": plan.device_peak - without.device_peak} if on_gpu else {}
+    return replace(plan, shift=added | {"host": plan.host_peak - without.host_peak})
 
 
 def _positive(parts: dict[str, float]) -> dict[str, float]:
@@ -689,6 +695,8 @@ def as_text(plan: Plan, hardware: str) -> str:
     if plan.other_device:
         lines.append(f"  {plan.run.hessian_device} {gb(sum(plan.other_device.values()))}: {parts(plan.other_device)}")
     lines.append(f"  host peak   {gb(plan.host_peak)}: {parts(plan.host)}")
+    if plan.shift:
+        lines.append("  of these peaks the shifted target adds " + " and ".join(f"{gb(size)} ({name})" for name, size in plan.shift.items()))
     lines.append(f"  disk        {gb(plan.disk)} free at the start; read {gb(plan.read)}, written {gb(plan.written)}")
     lines.append(f"  {'phase':<14}{'operations':>12}{'estimated s':>14}")
     for name, seconds in plan.seconds.items():

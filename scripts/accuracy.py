@@ -349,13 +349,17 @@ def cpu_seconds(rows: list[dict]) -> str:
 
 
 def closed(done: dict, rows: list[dict], text: str, against: str) -> str:
-    """Share of the log-perplexity gap of `against` to fp16 that is closed, in %, from the means of ln ppl over seeds."""
+    """Share of the log-perplexity gap of `against` to fp16 that is closed, in %: from the means of ln ppl over seeds, ± the standard
+    deviation of the shares of single seeds, each against `against` with that seed."""
     base = rows_of(done, method=against, grid=rows[0]["grid"], bits=rows[0]["bits"], nsamples=32, part="report")
     original = rows_of(done, method="fp16", part="report")
     if not base or not original or rows[0]["method"] in ("rtn", "gptq", against):
         return ""
     log = lambda some: mean(math.log(row[text]["perplexity"]) for row in some)  # noqa: E731
-    return f"{100 * (log(base) - log(rows)) / (log(base) - log(original)):.0f}"
+    share = lambda theirs, ours: 100 * (log(theirs) - log(ours)) / (log(theirs) - log(original))  # noqa: E731
+    pairs = [([other], [row]) for row in rows for other in base if other["seed"] == row["seed"]]
+    spread = f" ± {stdev(share(*pair) for pair in pairs):.1f}" if len(pairs) > 1 else ""
+    return f"{share(base, rows):.0f}{spread}"
 
 
 def main_tables(done: dict) -> str:

@@ -133,6 +133,17 @@ def test_what_is_evaluated_may_be_what_does_not_fit(tmp_path, capsys):
     assert "logits" in wanted.host and plan.advice(make, wanted.run, limits, shapes) == "it fits with --eval none"
 
 
+@pytest.mark.parametrize("hardware, activations", [("4090", "device"), ("4090", "host"), ("cpu", "host")])
+def test_a_plan_says_what_the_shift_costs(large_config, tmp_path, capsys, hardware, activations):
+    options = [large_config, "--plan", hardware, "--nsamples", 64, "--activations", activations, "--eval", "none"]
+    found, without = (planned(*options, *shift, tmp_path=tmp_path) for shift in ([], ["--shift", "0"]))
+    added = {side: found[f"{side}_peak_bytes"] - without[f"{side}_peak_bytes"] for side in found["shift"]}
+    assert list(added) == (["host"] if hardware == "cpu" else ["device", "host"]) and without["shift"] == {}
+    assert found["shift"] == pytest.approx(added, rel=0.01, abs=2e7)  # the second has a larger process before it
+    assert max(added.values()) > 64 * 2048 * 16384 * 2, "the second stream at least"
+    assert capsys.readouterr().out.count("the shifted target adds") == 1
+
+
 def test_the_largest_text_is_planned(tiny_model, text_file, tmp_path):
     long, tokenizer = tmp_path / "long.txt", modelutils.load_tokenizer(tiny_model())
     long.write_text(4 * text_file.read_text())
