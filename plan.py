@@ -696,7 +696,8 @@ def as_text(plan: Plan, hardware: str) -> str:
         lines.append(f"  {plan.run.hessian_device} {gb(sum(plan.other_device.values()))}: {parts(plan.other_device)}")
     lines.append(f"  host peak   {gb(plan.host_peak)}: {parts(plan.host)}")
     if plan.shift:
-        lines.append("  of these peaks the shifted target adds " + " and ".join(f"{gb(size)} ({name})" for name, size in plan.shift.items()))
+        added = " and ".join(f"{gb(size)} ({name})" for name, size in plan.shift.items())
+        lines.append(f"  of these peaks the shifted target adds {added}")
     lines.append(f"  disk        {gb(plan.disk)} free at the start; read {gb(plan.read)}, written {gb(plan.written)}")
     lines.append(f"  {'phase':<14}{'operations':>12}{'estimated s':>14}")
     for name, seconds in plan.seconds.items():
