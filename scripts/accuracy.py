@@ -466,7 +466,9 @@ def plot(done: dict, out: Path) -> None:
                 if found:
                     label = method if bits == 4 else None
                     error = [[mean(found) - min(found)], [max(found) - mean(found)]]
-                    panel.errorbar(4 - bits + 0.09 * (shift - 3.5), mean(found), error, fmt="o", color=f"C{shift}", label=label, capsize=2)
+                    panel.errorbar(
+                        4 - bits + 0.09 * (shift - 3.5), mean(found), error, fmt="o", ms=2.5, color=f"C{shift}", label=label, capsize=3
+                    )
         panel.set(yscale="log", xticks=[0, 1, 2], xticklabels=["4 bits", "3 bits", "2 bits"], title=f"{grid}, {text}")
         panel.grid(alpha=0.3)
         panel.legend(fontsize=7)
