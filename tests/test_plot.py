@@ -124,18 +124,8 @@ Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
     ids=str,
 )
 def test_rows_that_are_not_there_are_refused(tiny_model, text_file, tmp_path, capsys, options, what):
-    base = [
-        str(tiny_model()),
-        str(text_file),
-        "--wbits",
-        "2",
-        "--report",
-        str(tmp_path / "r.json"),
-        "--seqlen",
-        "32",
-        "--eval",
-        str(text_file),
-    ]
+    base = [str(tiny_model()), str(text_file), "--wbits", "2", "--seqlen", "32", "--eval", str(text_file)]
+    base += ["--report", str(tmp_path / "r.json")]
     capsys.readouterr()  # making the model draws a bar, the first time
     assert llama.main([*base, "--example_rows", *options]) == 2
     assert capsys.readouterr().err.startswith(f"error: --example_rows {what}")
