@@ -567,12 +567,12 @@ def planned(model, run: Run, config: quant.QuantConfig, bits: dict[str, int], ha
     check_groups(model, config, bits)
     check_example_rows(model, run, bits)
     shapes, base = plan.shapes_of(model, run, config, bits, shifts_head(model, run, config)), plan.resident_bytes()
-    make = lambda other: plan.make(shapes, other, config, model.dtype, hardware, base, text)  # noqa: E731
-    if run.activations != "auto":
-        return make(run), make, shapes
-    kinds = [kind for kind in KINDS if hardware != "cpu" or kind != "device"]
+    rest = (model.dtype, hardware, base, text)
+    make = lambda other: plan.make(shapes, other, config, *rest)  # noqa: E731
+    kinds = [kind for kind in KINDS if hardware != "cpu" or kind != "device"] if run.activations == "auto" else [run.activations]
     plans = [make(replace(run, activations=kind)) for kind in kinds]
-    return next((one for one in plans if not plan.lacks(one, limits)), plans[-1]), make, shapes
+    wanted = next((one for one in plans if not plan.lacks(one, limits)), plans[-1])
+    return plan.with_shift_costs(wanted, shapes, config, *rest), make, shapes
 
 
 def tokenizing_bytes(run: Run, tokenizer) -> int:

@@ -235,11 +235,15 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     seconds = {name: _seconds(phase, HARDWARE[hardware], on_gpu) for name, phase in phases.items()}
     operations = {name: phase.operations for name, phase in phases.items()} | {"disk": 0.0}
     seconds["disk"] = (read + written) / (DISK_SPEED * REACHED)  # much of it beside the rest, where that does not wait for it
-    plan = Plan(_positive(device), _positive(host), _positive(other), disk, read, written, operations, seconds, run)
+    return Plan(_positive(device), _positive(host), _positive(other), disk, read, written, operations, seconds, run)
+
+
+def with_shift_costs(plan: Plan, shapes: Shapes, config, *rest) -> Plan:
+    """`plan`, which `make` gave, with what its peaks are above those of the same run without the shifted target."""
     if config.shift == 0:
         return plan
-    without = make(replace(shapes, shifts_head=False), run, replace(config, shift=0.0), dtype, hardware, base, text)
-    added = {"device": plan.device_peak - without.device_peak} if on_gpu else {}
+    without = make(replace(shapes, shifts_head=False), plan.run, replace(config, shift=0.0), *rest)
+    added = {"device": plan.device_peak - without.device_peak} if plan.device else {}
     return replace(plan, shift=added | {"host": plan.host_peak - without.host_peak})
 
 
