@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from leanquant.errors import InputError
+from leanquant.errors import InputError, first_line
 
 C4_TRAIN = {"train": "en/c4-train.00000-of-01024.json.gz"}
 C4_VALIDATION = {"validation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -288,8 +288,8 @@ def _hub_documents(corpus: Corpus, selection: dict) -> Sequence[str]:
 
     try:
         return datasets.load_dataset(corpus.repository, **selection)[corpus.field]
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+    except Exception as error:  # its own, the hub's, the network's, the disk's: there is no common ancestor
+        reason = first_line(error)
         raise InputError(
             f"cannot get {corpus.repository} from the hub ({reason}): check the network, or give a local "
             f"{', '.join(LOCAL_SUFFIXES)} file instead"

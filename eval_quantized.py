@@ -174,19 +174,41 @@ class Tasks(NamedTuple):
     manager: object
 
 
-def find_tasks(names: list[str], include_path: Path | None) -> Tasks:
-    """The tasks, groups and tags called `names` (also with wildcards). Raises InputError for what is not there, or cannot be read."""
-    from lm_eval.tasks import TaskManager
+class Matches(NamedTuple):
+    """What --tasks named, not loaded yet: each name with all that lm-eval's `manager` knows by it."""
 
+    found: list[tuple[str, list[str]]]
+    manager: object
+
+    @classmethod
+    def of(cls, names: list[str], include_path: Path | None, with_own: bool = True) -> "Matches":
+        """with_own: of lm-eval's own tasks too."""
+        from lm_eval.tasks import TaskManager
+
+        manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=with_own)
+        return cls([(name, manager.match_tasks([name])) for name in names], manager)
+
+
+def match_tasks(names: list[str], include_path: Path | None) -> Matches:
+    """The tasks, groups and tags called `names` (also with wildcards). Raises InputError for what is not there, or cannot be read."""
     if include_path and not include_path.is_dir():
         raise InputError(f"--include_path: {include_path} is not a folder: give the one that holds your tasks' YAML files")
     names = [name.strip() for name in ",".join(names).split(",") if name.strip()]
     if not names:
         raise InputError("--tasks names nothing: give names of tasks, or leave it out")
     if include_path:  # reading lm-eval's own thousands takes seconds: perhaps they are not needed
-        with contextlib.suppress(InputError):
-            return _find_tasks(names, TaskManager(include_path=str(include_path), include_defaults=False), include_path)
-    return _find_tasks(names, TaskManager(include_path=str(include_path) if include_path else None), include_path)
+        alone = Matches.of(names, include_path, with_own=False)
+        if all(matches for _, matches in alone.found):
+            return alone
+    matched = Matches.of(names, include_path)
+    for name in (name for name, matches in matched.found if not matches):
+        if include_path:
+            _check_yaml(include_path)
+        known = {task.casefold(): task for task in matched.manager.all_tasks}
+        near = [known[match] for match in difflib.get_close_matches(name.casefold(), known, n=5, cutoff=0.5)]
+        hint = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"
+        raise InputError(f"unknown task {name}: {hint} (--include_path names the folder of your own)")
+    return matched
 
 
 def _check_yaml(folder: Path) -> None:
@@ -201,18 +223,20 @@ def _check_yaml(folder: Path) -> None:
             raise InputError(f"--include_path: {file} cannot be read ({what}): mend it, or move it away") from None
 
 
-def _find_tasks(names: list[str], manager, include_path: Path | None) -> Tasks:
-    found = Tasks({}, {}, [], manager)
+def load_tasks(matched: Matches, include_path: Path | None) -> Tasks:
+    """With their data. Raises InputError for what cannot be had."""
+    if include_path:
+        with contextlib.suppress(InputError):  # groups of the user's may hold tasks of lm-eval's own
+            return _load_all(matched)
+        matched = Matches.of([name for name, _ in matched.found], include_path)
+    return _load_all(matched)
+
+
+def _load_all(matched: Matches) -> Tasks:
+    found, names = Tasks({}, {}, [], matched.manager), [name for name, _ in matched.found]
     taken: set[str] = set()
-    for name in names:
-        matches = manager.match_tasks([name])
-        if not matches:
-            if include_path:
-                _check_yaml(include_path)
-            near = difflib.get_close_matches(name, manager.all_tasks, n=5, cutoff=0.5)
-            hint = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"
-            raise InputError(f"unknown task {name}: {hint} (--include_path names the folder of your own)")
-        loaded = {match: _load_task(manager, match) for match in matches}
+    for name, matches in matched.found:
+        loaded = {match: _load_task(matched.manager, match) for match in matches}
         for match in sorted(matches, key=lambda match: -len(loaded[match]["tasks"])):  # a pattern meets groups and their members
             leaves = list(loaded[match]["tasks"])
             if repeated := taken.intersection(leaves):
@@ -233,7 +257,8 @@ def _load_task(manager, name: str) -> dict:
     try:
         loaded = manager.load([name])
     except Exception as error:  # YAML, a data set's script, the hub: each fails in its own way
-        raise InputError(f"task {name} cannot be loaded ({first_line(error)}): check the network, or the task's files") from None
+        remedy = "check the network, or the task's files (those of scripts/tasks need no network)"
+        raise InputError(f"task {name} cannot be loaded ({first_line(error)}): {remedy}") from None
     for leaf, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False):
             raise InputError(f"task {leaf} runs code that the model writes, which is not done here: leave it out, or use lm-eval itself")
@@ -406,7 +431,8 @@ def _score_error(ours: dict, theirs: dict, score: Score, other: Score) -> float 
 
 
 def _paired_error(ours: dict, theirs: dict, leaf: str, metric: str, kind: str) -> float | None:
-    """Standard error of the difference of a leaf task's mean; None if its metric, behind filter `kind`, is not a mean over items."""
+    """Standard error of the difference of a leaf task's value; None if its metric, behind filter `kind`, is neither the mean over its
+    items nor, as perplexity is, the exponential of minus that."""
     mine, others = (_item_values(results, leaf, metric, kind) for results in (ours, theirs))
     if mine is None or others is None or mine.keys() != others.keys():
         return None
@@ -414,13 +440,16 @@ def _paired_error(ours: dict, theirs: dict, leaf: str, metric: str, kind: str) -
 
 
 def _item_values(results: dict, leaf: str, metric: str, kind: str) -> dict | None:
-    """The metric of each item, if the task's value is the mean of them."""
+    """What the task's value is the mean of, from each item, to first order up to a constant."""
     samples = results["samples"][leaf]  # one of each item for each filter
     values = {sample["doc_id"]: sample.get(metric) for sample in samples if sample.get("filter", kind) == kind}
     if len(values) < 2 or not all(isinstance(value, int | float) for value in values.values()):
         return None
-    mean = sum(values.values()) / len(values)
-    return values if abs(mean - results["results"][leaf][f"{metric},{kind}"]) < 1e-6 else None
+    mean, value = sum(values.values()) / len(values), results["results"][leaf][f"{metric},{kind}"]
+    if abs(mean - value) < 1e-6:
+        return values
+    is_perplexity = mean < 0 and math.isclose(math.exp(min(-mean, 700)), value, rel_tol=1e-6)
+    return {item: -value * log for item, log in values.items()} if is_perplexity else None
 
 
 def as_table(rows: list[Row]) -> str:
@@ -437,7 +466,8 @@ def as_table(rows: list[Row]) -> str:
 
 
 def _with_error(value: float, error: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.4f}" + ("" if error is None else f" ± {error:.4f}")
+    as_text = lambda number, sign="": f"{number:{sign}.4f}" if abs(number) < 1e6 else f"{number:{sign}.4g}"  # noqa: E731
+    return as_text(value, sign) + ("" if error is None else f" ± {as_text(error)}")
 
 
 # --- one model -------------------------------------------------------------------------------------------------
@@ -454,7 +484,7 @@ class Model(NamedTuple):
 
     @classmethod
     def open(cls, base: str, quantized: str | None, bits: int | None) -> "Model":
-        folder = modelutils.resolve_model(base)
+        folder = modelutils.resolve_model(base, modelutils.HUB_FILES if quantized is None else modelutils.FILES_BESIDE_WEIGHTS)
         config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
         try:
             checkpoint = open_checkpoint(quantized or folder)
@@ -494,6 +524,8 @@ class Model(NamedTuple):
     def check_memory(self, dtype: torch.dtype, device: str) -> None:
         """Raise InputError if not even packed weights fit this machine, for tasks, which need the whole model. (What does not fit the
         GPUs waits on the host.)"""
+        if self.foreign:  # whose loader knows what it holds
+            return
         needed, free = self.bytes_held(dtype, rebuilt=False), free_host_bytes() + free_gpu_bytes(device)
         if needed > free:
             what = f"{self.quantized or self.base} takes {needed / 1e9:.2f} GB in memory and {free / 1e9:.2f} GB are free"
@@ -521,8 +553,6 @@ def evaluate(model: Model, tokenizer, dtype, windows: list[Windows], tasks: Task
     device = pick_device(args.device)
     sequences = args.eval_batch_size or default_batch_size(args.seqlen, device)
     whole = bool(model.foreign) or model.fits(dtype, args.device)
-    if tasks and not whole:
-        model.check_memory(dtype, args.device)
     if whole or not windows:
         runner, losses = model.load(dtype, args.device), whole_losses
     else:
@@ -643,6 +673,8 @@ def check(args: argparse.Namespace) -> None:
         raise InputError(f"--seed is {args.seed}: give 0 to 4294967295")
     if args.use_bf16 and args.dtype not in ("auto", "bfloat16"):
         raise InputError(f"--use_bf16 and --dtype {args.dtype} contradict each other: give one of them")
+    if args.leanquant_path == "":
+        raise InputError("--leanquant_path is empty: give the quantized file or folder, or leave the flag out for the original model")
     if args.compare and not args.leanquant_path:
         raise InputError("--compare needs two models: give the quantized one with --leanquant_path")
     for source in args.perplexity:
@@ -653,12 +685,16 @@ def check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     check(args)
     device = pick_device(args.device)
+    matched = match_tasks(args.tasks, args.include_path) if args.tasks else None
     model = Model.open(args.base_model_name_or_path, args.leanquant_path, args.bits)
+    base = Model.open(args.base_model_name_or_path, None, None) if args.compare else None
     dtype = torch.bfloat16 if args.use_bf16 else pick_dtype(args.dtype, model.checkpoint, device)
     if args.perplexity:
         modelutils.check_seqlen(model.folder, args.seqlen)
     set_seeds(args.seed)
-    tasks = find_tasks(args.tasks, args.include_path) if args.tasks else None
+    for opened in (model, base) if matched and base else (model,) if matched else ():
+        opened.check_memory(dtype, args.device)
+    tasks = load_tasks(matched, args.include_path) if matched else None
     tokenizer = modelutils.load_tokenizer(model.folder)
     windows = [Windows.of(source, tokenizer, args.seqlen, args.stride) for source in args.perplexity]
     print(describe(model, dtype), flush=True)
@@ -667,8 +703,7 @@ def run(args: argparse.Namespace) -> None:
         if found.results:
             print(f"\n{as_table(found.rows(tasks, None))}", flush=True)
         write_results(args, model, dtype, tasks, found, None)  # what is measured is not lost to what comes after
-    if args.compare:
-        base = Model.open(args.base_model_name_or_path, None, None)
+    if base:
         print(f"\n{describe(base, dtype)}", flush=True)
         *_, original = evaluate(base, tokenizer, dtype, windows, tasks, args)
         print(f"\n{as_table(found.rows(tasks, original))}", flush=True)
@@ -692,7 +727,10 @@ def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, f
         "bits": model.bits,
         "settings": model.settings,
         "dtype": str(dtype).removeprefix("torch."),
-        **{name: getattr(args, name) for name in ("device", "eval_batch_size", "seed", "limit", "num_fewshot")},
+        "device": str(pick_device(args.device)),
+        "eval_batch_size": args.eval_batch_size or "auto",
+        "include_path": args.include_path and str(args.include_path),
+        **{name: getattr(args, name) for name in ("seed", "limit", "num_fewshot")},
         "versions": {name: version(name) for name in ("torch", "transformers", "lm-eval", "datasets", "tokenizers")}
         | {"leanquant": leanquant.__version__},
         "rows": [row._asdict() for row in found.rows(tasks, original)],

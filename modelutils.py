@@ -27,12 +27,13 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from activations import Activations, Place, helper_thread, mapped
-from leanquant.errors import InputError
+from leanquant.errors import InputError, first_line
 from leanquant.experts import Experts, first_token_to_all, on_routing, routers, split_experts, use_model_names
 from leanquant.foreign import METHODS
 from leanquant.packing import Checkpoint
 
-HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.jinja", "tokenizer*"]
+FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.jinja", "tokenizer*"]
+HUB_FILES = ["*.safetensors", *FILES_BESIDE_WEIGHTS]
 NOT_HUB_FILES = ["original/*", "consolidated*"]
 # Parameters of glibc's mallopt, and their values in bytes.
 M_TRIM_THRESHOLD, KEPT_AT_THE_END = -1, 2**24
@@ -49,12 +50,11 @@ def resolve_model(name_or_path: str, files: Sequence[str] = HUB_FILES) -> Path:
     if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
         raise InputError(f"{name_or_path} is neither a model folder nor a hub name: check the path")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(name_or_path, allow_patterns=list(files), ignore_patterns=NOT_HUB_FILES))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # the hub's, the network's, the disk's: their libraries have no common ancestor
+        reason = first_line(error)
         raise InputError(f"cannot get {name_or_path} from the hub ({reason}): check the name, the network and your access") from None
 
 

@@ -20,20 +20,24 @@ ITEM = {CODES: "U8", SCALE: "F16", ZERO: "U8"}
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """What is at `path`, a .safetensors file or a folder, ours or another's. Raises InputError for anything unreadable."""
-    checkpoint = Checkpoint.open(path)
-    config = _quantization_config(Path(path))
-    if config is None:
-        return checkpoint
-    return ForeignCheckpoint(list(dict.fromkeys(checkpoint.files.values())), config)
+    checkpoint, told = Checkpoint.open(path), _json_of(Path(path) / "config.json")
+    if "anyprec" in told:
+        raise InputError(f"{path} is in the layout of any-precision's kernels, which nobody else reads: give what it was made from")
+    config = _quantization_config(told, Path(path))
+    if config.get("quant_method") in METHODS:
+        return ForeignCheckpoint(list(dict.fromkeys(checkpoint.files.values())), config)
+    if config.get("quant_method") == "leanquant":
+        checkpoint.settings = checkpoint.settings or {name: value for name, value in config.items() if name != "quant_method"}
+    return checkpoint
 
 
-def _quantization_config(folder: Path) -> dict | None:
-    """What the folder's config.json says of a quantization that is read here, or, where it says nothing, AutoGPTQ's own file does; None
-    if there is none, or another."""
-    config = _json_of(folder / "config.json").get("quantization_config")
+def _quantization_config(told: dict, folder: Path) -> dict:
+    """What a folder's config.json, which says `told`, says of a quantization, or, where it says nothing, AutoGPTQ's own file does; empty
+    if there is none."""
+    config = told.get("quantization_config")
     if config is None and (old := _json_of(folder / OLD_CONFIG)):
         config = {"quant_method": "gptq"} | old
-    return config if isinstance(config, dict) and config.get("quant_method") in METHODS else None
+    return config if isinstance(config, dict) else {}
 
 
 def _json_of(file: Path) -> dict:

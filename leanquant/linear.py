@@ -151,7 +151,8 @@ class QuantizedLinear(nn.Linear):
 
     def _apply(self, fn, recurse=True):
         """Levels and scales move with the model, but `model.half()` and the like do not round them again."""
-        stored = {name: self._buffers[name] for name in ("quant_grid", "scale") if self._buffers[name] is not None}
+        kept = ("quant_grid", "scale", "levels")
+        stored = {name: self._buffers[name] for name in kept if self._buffers.get(name) is not None}
         super()._apply(fn, recurse)
         for name, tensor in stored.items():
             self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
@@ -235,17 +236,24 @@ def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
                 raise InputError(f"the file has a tensor {name}, which the base model lacks: is it the right base model?")
 
 
-def check_values(model: nn.Module) -> None:
-    """Raise InputError, with its name, for a tensor of the loaded `model` that no writer of this format writes."""
+def check_values(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raise InputError, with its name, for a tensor of the `model` that was loaded from `checkpoint` that no writer of this format
+    writes. What is offloaded is read from the files."""
     for name, module in model.named_modules():
         if isinstance(module, QuantizedLinear):
-            if not module._levels.is_meta:  # else it is offloaded, and was checked on its way
+            if module._levels.is_meta:
+                checkpoint.packed(name, module.out_features, module.in_features)
+            else:
                 module.packed().check_values(name, module.bits, module.in_features)
             continue
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
-            if tensor is not None and not tensor.is_meta and tensor.is_floating_point() and not is_finite(tensor):
-                if leaf not in module._non_persistent_buffers_set:
-                    raise InputError(f"{name}.{leaf} holds NaN or infinity: the file is damaged, get it again")
+            if tensor is None or not tensor.is_floating_point() or leaf in module._non_persistent_buffers_set:
+                continue
+            stored = f"{name}.{leaf}"
+            if tensor.is_meta:
+                tensor = checkpoint.get(stored) if stored in checkpoint else torch.zeros(1)  # one that is tied to another
+            if not is_finite(tensor):
+                raise InputError(f"{stored} holds NaN or infinity: the file is damaged, get it again")
 
 
 def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> None:

@@ -329,7 +329,8 @@ class Checkpoint:
             return bits
         if type(said) is not int or said not in (2, 3, 4):
             raise InputError(
-                f"{linear}{CODES}: an affine file's leanquant metadata must give its bits, 2, 3 or 4, not {said!r}: quantize again"
+                f"{linear}{CODES}: an affine file's leanquant metadata, or the config.json beside it, must give its bits, 2, 3 or 4, not "
+                f"{said!r}: get the file or the whole folder again"
             )
         return said
 
@@ -397,20 +398,23 @@ class Checkpoint:
             raise InputError(f"{path} holds {held} bits, not {bits}: correct the bits or leave them out")
 
     def check_plain_dtypes(self) -> None:
-        """Raise InputError unless the tensors that are not quantized are floating point, of one 16-bit kind, and the levels too."""
+        """Raise InputError unless the tensors that are not quantized are floating point, of one 16-bit kind. The levels are of one too,
+        perhaps of the other: they are not rounded again where a model is cast."""
         kinds = {}
         for name, kind in self.dtypes.items():
             if not name.endswith((CODES, SCALE, ZERO)):
                 if kind not in ("F16", "BF16", "F32"):
                     raise InputError(f"{name} is {kind}, not F16, BF16 or F32: the file is damaged, get it again")
-                kinds.setdefault(kind, name)
-        if {"F16", "BF16"} <= set(kinds):
-            raise InputError(f"{kinds['F16']} is F16 and {kinds['BF16']} is BF16: the file is damaged, get it again")
+                kinds.setdefault((kind, name.endswith(GRID)), name)
+        for are_levels in (False, True):
+            one, other = (kinds.get((kind, are_levels)) for kind in ("F16", "BF16"))
+            if one and other:
+                raise InputError(f"{one} is F16 and {other} is BF16: the file is damaged, get it again")
 
     @property
     def stored_dtype(self) -> torch.dtype:
-        """The 16-bit type of the model: bfloat16 if most of its tensors are (codes, scales and zeros aside), else float16."""
-        kinds = [kind for name, kind in self.dtypes.items() if not name.endswith((CODES, SCALE, ZERO))]
+        """The 16-bit type of the model: bfloat16 if most of its tensors are (those of quantized linears aside), else float16."""
+        kinds = [kind for name, kind in self.dtypes.items() if not name.endswith(SUFFIXES)]
         return torch.bfloat16 if kinds.count("BF16") > len(kinds) / 2 else torch.float16
 
     def packed(self, linear: str, rows: int, columns: int) -> PackedLinear:
@@ -423,9 +427,12 @@ class Checkpoint:
 
     def packed_shapes(self, linear: str) -> PackedLinear:
         """`packed` on the meta device: shapes and dtypes, nothing read."""
-        kinds = {CODES: torch.uint8, GRID: self.stored_dtype, SCALE: torch.float16, ZERO: torch.uint8}
-        found = {suffix: self.shapes.get(linear + suffix) for suffix in kinds}
-        return PackedLinear(*(s and torch.empty(s, dtype=kinds[suffix], device="meta") for suffix, s in found.items()))
+        return PackedLinear(
+            *(
+                torch.empty(self.shapes[name], dtype=TORCH_DTYPES[self.dtypes[name]], device="meta") if name in self else None
+                for name in (linear + suffix for suffix in SUFFIXES)
+            )
+        )
 
     def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> torch.Tensor:
         """Tensor `name` in `dtype` on `device`, dequantized there if it is a quantized linear's.

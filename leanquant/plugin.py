@@ -46,13 +46,16 @@ class LeanQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: nn.Module, checkpoint_files=None, **kwargs) -> None:
         checkpoint = Checkpoint(checkpoint_files)
         checkpoint.settings = checkpoint.settings or self.quantization_config.settings
+        self.quantization_config.settings = checkpoint.settings  # saved as they are read, whatever config.json says of them
+        self._checkpoint = checkpoint
         checkpoint.check_bits(None, checkpoint_files[0])
         checkpoint.check_plain_dtypes()
         replace_linears(model, checkpoint)
         check_names(model, checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
-        check_values(model)
+        check_values(model, self._checkpoint)
+        del self._checkpoint
         prepare_linears(model, model.dtype, "auto")
         return model
 

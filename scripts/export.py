@@ -52,7 +52,7 @@ def run(args: argparse.Namespace, command: str) -> None:
     if args.base is None and not Path(args.quantized).is_dir():
         raise InputError(f"{args.quantized} is a single file, without config and tokenizer: name the unquantized model with --base")
     checkpoint = open_checkpoint(args.quantized)
-    base = modelutils.resolve_model(args.base or args.quantized)
+    base = modelutils.resolve_model(args.base or args.quantized, modelutils.FILES_BESIDE_WEIGHTS)
     perplexity = read_perplexity(args.report)
     export(checkpoint, base, args.to, args.out, args.overwrite, perplexity, command, int(args.max_shard_size * 1e9))
     print(f"{args.out}: {args.to}, every weight read back and compared", flush=True)

@@ -68,6 +68,8 @@ def read_questions(path: Path | None) -> list[dict]:
             raise ValueError("it is empty")
         if not all(isinstance(q["turns"], list) and q["turns"] and all(isinstance(turn, str) for turn in q["turns"]) for q in questions):
             raise ValueError("turns that are no list of texts")
+        if not all(type(q["question_id"]) is int for q in questions):
+            raise ValueError("a question_id that is no whole number")
         return [{"question_id": q["question_id"], "category": q["category"], "turns": q["turns"]} for q in questions]
     except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path} is not FastChat's question.jsonl ({first_line(error)}): get it again") from None
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
     questions = [question for question in read_questions(args.questions) if question["question_id"] not in done]
     if args.base is None and not Path(args.path).is_dir():
         raise InputError(f"{args.path} is no folder with config and tokenizer: name the unquantized model with --base")
-    base = modelutils.resolve_model(args.base or args.path)
+    base = modelutils.resolve_model(args.base or args.path, modelutils.FILES_BESIDE_WEIGHTS)
     tokenizer = modelutils.load_tokenizer(base)
     if not tokenizer.chat_template:
         raise InputError(f"{base} has no chat template: MT-Bench needs a chat model")

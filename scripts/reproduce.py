@@ -54,7 +54,7 @@ def run(job: Job, p: Protocol, work: Path, with_tasks: bool, keep: bool) -> None
     if with_tasks and done.get("task_command") != evaluate and job.bits != 16 and not file.is_file():
         done = {}  # the model is needed again
     if done.get("command") != quantize:
-        done = {"command": quantize, "date": date.today().isoformat(), "machine": machine()}
+        done = {"command": quantize, "date": date.today().isoformat(), "machine": machine(), "code": code()}
         done |= {"report": without_details(call(quantize, report))}
         write(store, done)
     if with_tasks and done.get("task_command") != evaluate:
@@ -70,7 +70,14 @@ def machine() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of its threads a run"
+    return f"a CPU with {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} of {os.cpu_count()} cores a run"
+
+
+def code() -> str | None:
+    """The commit that makes a run; None outside a checkout."""
+    with contextlib.suppress(OSError):  # no git
+        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    return None
 
 
 def without_details(report: dict) -> dict:
@@ -494,8 +501,8 @@ def prepare_demo() -> None:
 
 
 def conditions(p: Protocol, work: Path) -> str:
-    machines = dict.fromkeys(stored(store).get("machine") for store in sorted(work.glob("*.json")) if store.name != "kernels.json")
-    machines = [machine for machine in machines if machine]
+    stores = [stored(store) for store in sorted(work.glob("*.json")) if store.name != "kernels.json"]
+    machines, commits = (list(dict.fromkeys(store[name] for store in stores if store.get(name))) for name in ("machine", "code"))
     flags = f" (`{' '.join(p.task_flags)}`)" if p.task_flags else ""
     return (
         f"Calibration: `{' '.join(p.calibration)}`. Perplexity in windows of {p.seqlen} tokens. Tasks: {', '.join(p.tasks)}{flags}. "
@@ -507,6 +514,8 @@ def conditions(p: Protocol, work: Path) -> str:
             if wanted != used
         )
         + (f" Times are of {' or '.join(machines)}." if machines else "")
+        + (f" The code is that of {' or '.join(commits)}." if commits else "")
+        + (f" {p.note}" if p.note else "")
     )
 
 

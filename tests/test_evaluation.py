@@ -18,6 +18,7 @@ import datautils
 import eval_quantized
 from conftest import make_text
 from leanquant import LeanQuantModelForCausalLM
+from leanquant.errors import InputError
 from test_cli import GRIDS, quantize
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -278,10 +279,34 @@ def test_paired_error_is_that_of_the_items_differences():
     assert eval_quantized._paired_error(ours, theirs, "t", "acc", "none") is None
 
 
+def test_a_perplexity_is_paired_by_its_items_log_likelihoods():
+    def results(logs):
+        samples = {"t": [{"doc_id": number, "perplexity": log} for number, log in enumerate(logs)]}
+        return {"samples": samples, "results": {"t": {"perplexity,none": math.exp(-sum(logs) / len(logs))}}}
+
+    logs = [-1.0, -2.5, -0.2, -4.0]
+    shift = [0.02, 0.01, 0.03, 0.02]
+    ours, theirs = results(logs), results([a + b for a, b in zip(logs, shift, strict=True)])
+    found = eval_quantized._paired_error(ours, theirs, "t", "perplexity", "none")
+    values = [result["results"]["t"]["perplexity,none"] for result in (ours, theirs)]
+    pairs = zip(logs, shift, strict=True)
+    assert found == pytest.approx(eval_quantized.standard_error([values[0] * a - values[1] * (a + b) for a, b in pairs]))
+    assert eval_quantized._paired_error(ours, ours, "t", "perplexity", "none") == 0
+
+
+def test_an_error_of_any_size_has_a_readable_length():
+    assert eval_quantized._with_error(3.25, 0.5) == "3.2500 ± 0.5000"
+    assert eval_quantized._with_error(3.25e31, 4e30, "+") == "+3.25e+31 ± 4e+30"
+
+
+def found_tasks(names, include_path) -> eval_quantized.Tasks:
+    return eval_quantized.load_tasks(eval_quantized.match_tasks(names, include_path), include_path)
+
+
 def test_patterns_take_each_task_once(task_folder):
-    tasks = eval_quantized.find_tasks(["mine_*"], task_folder)
+    tasks = found_tasks(["mine_*"], task_folder)
     assert list(tasks.leaves.values()) == [["mine_a", "mine_b"]]
-    assert list(eval_quantized.find_tasks(["mine_?"], task_folder).leaves) == ["mine_a", "mine_b"]
+    assert list(found_tasks(["mine_?"], task_folder).leaves) == ["mine_a", "mine_b"]
 
 
 def test_a_group_may_hold_lm_evals_own_tasks(task_folder, monkeypatch):
@@ -297,7 +322,7 @@ def test_a_group_may_hold_lm_evals_own_tasks(task_folder, monkeypatch):
         return {"tasks": {"mine_a": None, "arithmetic_1dc": None}, "groups": {}}  # its data lies on the hub
 
     monkeypatch.setattr(TaskManager, "load", load)
-    assert eval_quantized.find_tasks(["mixed"], task_folder).leaves == {"mixed": ["mine_a", "arithmetic_1dc"]}
+    assert found_tasks(["mixed"], task_folder).leaves == {"mixed": ["mine_a", "arithmetic_1dc"]}
     assert len(managers) == 2
 
 
@@ -315,16 +340,59 @@ def test_what_was_measured_survives_a_task_that_fails(tiny_model, test_text, tas
     assert json.loads((tmp_path / "e.json").read_text())["rows"][0]["metric"] == "perplexity"
 
 
+def test_the_hub_is_asked_for_no_more_than_is_needed(tiny_model, quantized, test_text, task_folder, monkeypatch, capsys):
+    """Nothing for an unknown task; for a quantized file what lies beside the weights, and for --compare the weights, before the work."""
+    asked = []
+
+    def download(name, allow_patterns, **_):
+        asked.append(allow_patterns)
+        return tiny_model()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    base = ["--base_model_name_or_path", "someone/tiny", "--leanquant_path", quantized]
+    assert "unknown task mine_aa" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_aa")
+    assert asked == []
+    assert eval_quantized.main(list(map(str, [*base, "--perplexity", test_text, "--seqlen", 32]))) == 0
+    assert [[pattern for pattern in patterns if "safetensors" in pattern] for patterns in asked] == [[]]
+    asked.clear()
+
+    def evaluate(*_):
+        raise InputError("the work began")
+
+    monkeypatch.setattr(eval_quantized, "evaluate", evaluate)
+    assert "the work began" in refusal(capsys, *base, "--perplexity", test_text, "--seqlen", 32, "--compare")
+    assert ["*.safetensors" in patterns for patterns in asked] == [False, True]
+
+
+def test_a_connection_that_breaks_is_one_sentence(tiny_model, test_text, monkeypatch, capsys):
+    import datasets
+
+    class ReadTimeout(Exception):
+        """Of the hub client's HTTP library, whose errors are not OSErrors."""
+
+    def broken(*_, **__):
+        raise ReadTimeout("The read operation timed out")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    monkeypatch.setattr(datasets, "load_dataset", broken)
+    assert "someone/tiny from the hub (The read operation" in refusal(
+        capsys, "--base_model_name_or_path", "someone/tiny", "--perplexity", test_text
+    )
+    options = ["--base_model_name_or_path", tiny_model(), "--seqlen", 32]
+    assert "wikitext from the hub (The read operation" in refusal(capsys, *options, "--perplexity", "wikitext2")
+
+
 def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantized, task_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_quantized, "evaluate", lambda *_: pytest.fail("evaluation began"))
     base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized]
-    assert "hellaswag," in refusal(capsys, *base, "--tasks", "hellaswagg")
+    assert "hellaswag," in refusal(capsys, *base, "--tasks", "HellaSwagg")
     assert re.search("unknown task mine_aa.*mine_a", refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_aa"))
     assert "not a folder" in refusal(capsys, *base, "--include_path", tmp_path / "none", "--tasks", "mine_a")
     assert "twice, once within a group" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_tag", "mine_a")
     assert "mine_a twice: leave" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_a, mine_a")
     assert "--include_path names the folder" in refusal(capsys, *base, "--tasks", "mine_a")
     assert "--tasks names nothing" in refusal(capsys, *base, "--tasks", " , ")
+    assert "--leanquant_path is empty" in refusal(capsys, base[0], tiny_model(), "--leanquant_path", "", "--tasks", "mine_a")
     assert "nothing to evaluate" in refusal(capsys, *base)
     assert "--compare" in refusal(capsys, "--base_model_name_or_path", tiny_model(), "--tasks", "mine_a", "--compare")
     assert "--limit" in refusal(capsys, *base, "--tasks", "mine_a", "--limit", 0)
@@ -334,7 +402,7 @@ def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantiz
     assert "contradict" in refusal(capsys, *base, "--tasks", "mine_a", "--use_bf16", "--dtype", "float16")
     (task_folder / "broken.yaml").write_text("task: mine_d\nmetric_list: [\n")
     assert re.search("broken.yaml cannot be read .*line 3", refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_d"))
-    assert eval_quantized.find_tasks(["mine_a"], task_folder).leaves == {"mine_a": ["mine_a"]}, "it is in nobody's way"
+    assert found_tasks(["mine_a"], task_folder).leaves == {"mine_a": ["mine_a"]}, "it is in nobody's way"
     (task_folder / "broken.yaml").unlink()
     (task_folder / "unsafe.yaml").write_text(TASK.format(name="mine_c", count=3) + "unsafe_code: true\n")
     assert "runs code that the model writes" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_c")
@@ -435,7 +503,7 @@ def test_models_of_other_software_are_left_to_transformers(tiny_model, test_text
 def test_task_pack_runs_with_lm_eval_and_keeps_to_held_out_articles(monkeypatch):
     import demo_data
 
-    tasks = eval_quantized.find_tasks(["demo_words,demo_continuations"], ROOT / "scripts" / "tasks")
+    tasks = found_tasks(["demo_words,demo_continuations"], ROOT / "scripts" / "tasks")
     words, continuations = (task.dataset["test"] for task in tasks.objects)
     assert len(words) >= 500 and len(continuations) >= 500
     calibration, tests = ("\n".join(texts) for texts in demo_data.split_articles(demo_data.articles(), demo_data.CALIBRATION_SHARE))

@@ -221,6 +221,8 @@ def test_dense_and_any_precision_hold_free_levels(nonuniform, tmp_path):
     config = json.loads((tmp_path / "planes/config.json").read_text())["anyprec"]
     assert (config["arch_config"]["model_name"], config["arch_config"]["layers_name"]) == ("model", "layers")
     assert "mlp.up_proj" in config["arch_config"]["module_names"] and config["parent_precision"] == 3
+    with pytest.raises(InputError, match="any-precision's kernels"):
+        open_checkpoint(tmp_path / "planes")
 
 
 def test_the_folder_is_complete_and_says_what_it_is(nonuniform, quantized, tiny_model, text_file, tmp_path):

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from accelerate import cpu_offload
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -283,3 +284,75 @@ def test_a_weight_can_be_looked_at_and_not_written_to(folder):
         with pytest.raises(ValueError, match="cannot be written to"):
             write(linear.weight)
     assert torch.equal(linear.weight.float(), plain)
+
+
+# --- what comes back after a save, and what is damaged ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LeanQuantModelForCausalLM])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_model_of_any_type_comes_back(folder, tmp_path, loader, dtype):
+    """Levels keep theirs, whatever the rest was cast to."""
+    model = loader.from_pretrained(folder, dtype=dtype)
+    model.save_pretrained(tmp_path / "again")
+    stored, again = Checkpoint.open(folder), Checkpoint.open(tmp_path / "again")
+    levels = [name for name in stored.shapes if name.endswith(".quant_grid")]
+    assert all(torch.equal(stored.get(name), again.get(name)) for name in levels)
+    for reader in (AutoModelForCausalLM, LeanQuantModelForCausalLM):
+        torch.testing.assert_close(logits(reader.from_pretrained(tmp_path / "again", dtype=dtype)), logits(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("where", ["a norm", "levels or scales"])
+def test_what_waits_on_the_disk_is_checked_too(folder, tmp_path, where):
+    shutil.copytree(folder, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model.safetensors"
+    with safe_open(file, "pt") as f:
+        metadata = f.metadata()
+    tensors = load_file(file)
+    suffixes = ("input_layernorm.weight",) if where == "a norm" else (".quant_grid", ".scale")
+    name = [name for name in sorted(tensors) if name.startswith("model.layers.0") and name.endswith(suffixes)][0]
+    device_map = {"model.embed_tokens": "cpu", "lm_head": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "model.layers": "disk"}
+    load = lambda: AutoModelForCausalLM.from_pretrained(  # noqa: E731
+        tmp_path / "damaged", dtype=torch.float32, device_map=device_map, offload_folder=tmp_path / "offloaded"
+    )
+    torch.testing.assert_close(logits(load()), logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)))
+    tensors[name].view(-1)[0] = float("nan")
+    save_file(tensors, file, metadata)
+    with pytest.raises(InputError, match=name.removesuffix(".weight").replace(".", "[.]")):
+        load()
+
+
+def test_a_folder_without_metadata_in_its_file_is_read_by_its_config(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "bare")
+    file = tmp_path / "bare" / "model.safetensors"
+    save_file(load_file(file), file, {"format": "pt"})
+    for loader in (AutoModelForCausalLM, LeanQuantModelForCausalLM):
+        torch.testing.assert_close(
+            logits(loader.from_pretrained(tmp_path / "bare", dtype=torch.float32)), logits_of(folder), rtol=0, atol=0
+        )
+
+
+def logits_of(folder) -> torch.Tensor:
+    return logits(LeanQuantModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+
+
+def test_what_config_json_says_wrongly_is_not_written_into_the_file(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "lying")
+    config = json.loads((tmp_path / "lying" / "config.json").read_text())
+    config["quantization_config"]["bits"] = 2 if config["quantization_config"]["bits"] != 2 else 4
+    (tmp_path / "lying" / "config.json").write_text(json.dumps(config))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "lying", dtype=torch.float32).save_pretrained(tmp_path / "again")
+    assert Checkpoint.open(tmp_path / "again").settings == Checkpoint.open(folder).settings
+    torch.testing.assert_close(logits_of(tmp_path / "again"), logits_of(folder), rtol=0, atol=0)
+
+
+def test_a_cast_does_not_round_what_the_kernels_read(folder):
+    model = LeanQuantModelForCausalLM.from_pretrained(folder, dtype=torch.float32, dequantize="never")
+    linears = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    for linear in linears:
+        linear.prepare("tiles", torch.float16)
+    before = [None if linear.levels is None else linear.levels.clone() for linear in linears]
+    for linear in linears:
+        linear.bfloat16().half()
+    for linear, levels in zip(linears, before, strict=True):
+        assert levels is linear.levels is None or torch.equal(linear.levels, levels)
