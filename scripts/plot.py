@@ -14,6 +14,7 @@ Without --out they lie beside the first report, under its name: report-loss.png.
 import argparse
 import json
 import sys
+import textwrap
 from pathlib import Path
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]
@@ -102,6 +103,28 @@ def save(figure, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+LETTER = 0.6 / 72  # inches that a letter takes, rather more than on average, for each point of the font's size
+
+
+def wrapped(text: str, inches: float, size: float) -> str:
+    """In lines that are no wider than that."""
+    return textwrap.fill(text, int(inches / (LETTER * size)))
+
+
+def add_legend(figure, size: float = 9) -> None:
+    """Each label of the axes once, beneath them, in as many columns as fit; the figure grows by it, so that the axes do not shrink."""
+    handles = {label: handle for axis in figure.axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    if not handles:
+        return
+    width, height = figure.get_size_inches()
+    labels = [wrapped(label, width - 1, size) for label in handles]
+    longest = max(len(line) for label in labels for line in label.split("\n"))
+    columns = max(1, int((width - 0.2) / (LETTER * size * longest + 0.6)))  # 0.6: the handle and the space between columns
+    lines = -(-len(labels) // columns) * max(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(height + 0.19 * lines)
+    figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns, fontsize=size)
+
+
 def losses_by_layer(report: dict) -> dict[int, float]:
     """Number of each layer, from 1 -> the sum of its linears' losses."""
     losses: dict[int, float] = {}
@@ -126,14 +149,18 @@ def plot_losses(reports: list[dict]):
             axis.plot(*zip(*points, strict=True), ".-", color=COLORS[number % len(COLORS)], lw=1, label=name) if points else None
         axis.set(yscale="log", ylim=(low, high), xlabel="decoder layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_title(f"{report['label']}, {report['settings']['bits']} bits", fontsize=10)
+        axis.set_title(wrapped(title(report), 4.2, 10), fontsize=10)
         axis.grid(alpha=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("loss: squared output error a token")
     for axis in axes.flat[len(reports) :]:
         axis.remove()
-    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    add_legend(figure)
     return figure
+
+
+def title(report: dict) -> str:
+    return f"{report['label']}, {report['settings']['bits']} bits"
 
 
 def loss_range(reports: list[dict]) -> tuple[float, float]:
@@ -146,7 +173,9 @@ def plot_times(reports: list[dict]):
     reports = [report for report in reports if report.get("phase_seconds")]
     if not reports:
         return None
-    figure, axes = new_figure(1, 1, figsize=(9, 1.6 + 0.45 * len(reports)))
+    titles = [wrapped(title(report), 3.2, 9) for report in reports]
+    lines = max(text.count("\n") + 1 for text in titles)
+    figure, axes = new_figure(1, 1, figsize=(9, 1 + (0.3 + 0.15 * lines) * len(titles)))
     axis = axes[0, 0]
     total = max(sum(report["phase_seconds"].values()) for report in reports)
     phases = list(dict.fromkeys(name for report in reports for name in report["phase_seconds"]))
@@ -157,10 +186,10 @@ def plot_times(reports: list[dict]):
         widths = [sum(report["phase_seconds"].get(phase, 0) for phase in members) for report in reports]
         axis.barh(range(len(reports)), widths, left=lefts, color=COLORS[number % len(COLORS)], label=name, alpha=1 if number < 7 else 0.5)
         lefts = [left + width for left, width in zip(lefts, widths, strict=True)]
-    axis.set_yticks(range(len(reports)), [f"{report['label']}, {report['settings']['bits']} bits" for report in reports], fontsize=9)
+    axis.set_yticks(range(len(reports)), titles, fontsize=9)
     axis.invert_yaxis()
     axis.set_xlabel("seconds to quantize")
-    figure.legend(loc="outside lower center", ncols=5, fontsize=9)
+    add_legend(figure)
     return figure
 
 
@@ -176,9 +205,9 @@ def plot_grids(reports: list[dict]):
     for row in examples:
         axis = axes[names.index(row["linear"]), layers.index(row["layer"])]
         draw_row(axis, row["example"])
-        axis.set_title(f"layer {row['layer'] + 1}, {row['linear']}, row {row['example']['row']}", fontsize=9)
-    figure.suptitle(f"{report['label']}, {report['settings']['bits']} bits: rows of its linears", fontsize=11)
-    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+        axis.set_title(wrapped(f"layer {row['layer'] + 1}, {row['linear']}, row {row['example']['row']}", 4.4, 9), fontsize=9)
+    figure.suptitle(wrapped(f"{title(report)}: rows of its linears", 4.4 * len(layers), 11), fontsize=11)
+    add_legend(figure)
     for empty in (axis for axis in axes.flat if not axis.has_data()):
         empty.remove()
     return figure
@@ -212,7 +241,7 @@ def plot_pareto(reports: list[dict]):
     measured = [report for report in reports if report.get("perplexity") and (report.get("bits_per_weight") or is_original(report))]
     if len(measured) < 2:
         return None
-    figure, axes = new_figure(1, 1, figsize=(7.5, 5))
+    figure, axes = new_figure(1, 1, figsize=(7.5, 4.5))
     axis, text = axes[0, 0], measured[0]["perplexity"][0]["source"]
     curves: dict[str, list] = {}
     for report in measured:
@@ -227,7 +256,7 @@ def plot_pareto(reports: list[dict]):
     axis.grid(alpha=0.3, which="both")
     for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
         formatter("{x:g}")
-    figure.legend(loc="outside lower center", ncols=2, fontsize=9)
+    add_legend(figure)
     return figure
 
 

@@ -74,6 +74,34 @@ def test_curves_hold_the_reports_numbers(reports):
     assert sum(bar.get_width() for bar in bars) == pytest.approx(sum(sum(r.get("phase_seconds", {}).values()) for r in read))
 
 
+def assert_texts_fit(figure) -> None:
+    """Titles, labels and the legend lie within the figure, and none covers another."""
+    figure.draw_without_rendering()
+    texts = [*figure.legends, *figure.texts]
+    for axis in figure.axes:
+        texts += [axis.title, axis.xaxis.label, axis.yaxis.label]
+        texts += axis.get_yticklabels() if axis.get_yscale() == "linear" else []  # a logarithmic axis has some outside, not drawn
+    boxes = [text.get_window_extent() for text in texts if text in figure.legends or text.get_text()]
+    for number, box in enumerate(boxes):
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and 0 <= box.y0 and box.y1 <= figure.bbox.y1
+        assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+LONG = "LeanQuant non-uniform, recipe published, groups of 128, mixed, percdamp 0.01, calibration another-text.jsonl, seed {}"
+
+
+@pytest.mark.parametrize("count", [1, 2, 9])
+@pytest.mark.parametrize("draw", [plot.plot_losses, plot.plot_times, plot.plot_grids, plot.plot_pareto])
+def test_long_labels_stay_within_the_picture(reports, draw, count):
+    read = [plot.read_report(reports / f"n{2 + number % 2}.json") | {"label": LONG.format(number)} for number in range(count)]
+    if draw == plot.plot_pareto and count == 1:
+        assert draw(read) is None
+        return
+    assert_texts_fit(figure := draw(read))
+    first = figure.axes[0].get_window_extent()
+    assert len(figure.axes) > 1 or first.width > figure.bbox.width / 2 and first.height > 50, "texts leave the axes little room"
+
+
 @pytest.mark.parametrize("name", ["n", "a"])
 def test_example_rows_are_those_of_the_file(reports, tiny_model, name):
     report = json.loads((reports / f"{name}3.json").read_text())
