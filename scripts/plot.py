@@ -19,6 +19,10 @@ from pathlib import Path
 
 COLORS = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#555555"]
 METHODS = {"leanquant": "LeanQuant", "gptq": "GPTQ", "rtn": "round to nearest", "none": "original"}
+RECIPES = {  # flags.py's, which would bring torch
+    "best": {"kmeans": "exact", "round_levels": True, "shift": 0.5, "residual": True, "shift_head": True, "refine": 2},
+    "published": {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "shift_head": False, "refine": 0},
+}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -79,14 +83,31 @@ def label(report: dict) -> str:
 
 def label_all(reports: list[dict]) -> list[dict]:
     """Labels that tell the reports apart: where methods and widths agree, by the settings that do not."""
+    pieces = tuple(RECIPES["best"])
+    names = ("exponent", "sensitivity", "recipe", *pieces, "percdamp", "act_order", "true_sequential", "n_layers")
+    names += ("calibration", "nsamples", "seqlen", "seed", "base_model")
     for report in reports:
-        alike = [other["settings"] for other in reports if other["label"] == report["label"]]
-        names = ("exponent", "sensitivity", "kmeans", "round_levels", "shift", "residual", "shift_head", "refine")
-        names += ("percdamp", "act_order", "true_sequential", "n_layers", "calibration", "nsamples", "seqlen", "seed", "base_model")
-        differing = [name for name in names if len({repr(settings.get(name)) for settings in alike}) > 1]
-        values = [f"{name} {Path(str(report['settings'].get(name))).name}" for name in differing]  # of paths the last part
-        report["full_label"] = ", ".join([report["label"], *values])
+        alike = [with_recipe(other["settings"]) for other in reports if other["label"] == report["label"]]
+        settings = with_recipe(report["settings"])
+        differing = [name for name in names if len({in_words(its, name) for its in alike}) > 1]
+        values = [in_words(settings, name) for name in differing if name not in pieces or not settings["recipe"]]
+        report["full_label"] = ", ".join([report["label"], *filter(None, values)])
     return [report | {"label": report["full_label"]} for report in reports]
+
+
+def with_recipe(settings: dict) -> dict:
+    """Settings and the name of the recipe that they are, if they are one. A piece that a report lacks is younger than its recipe."""
+    pieces = {name: settings[name] for name in RECIPES["best"] if name in settings}
+    named = (name for name, recipe in RECIPES.items() if pieces and pieces.items() <= recipe.items())
+    return settings | {"recipe": next(named, None)}
+
+
+def in_words(settings: dict, name: str) -> str:
+    """A setting with its value, of paths the last part. Empty where it is off or, in an older report, missing."""
+    value = settings.get(name)
+    if value is None or value is False:
+        return ""
+    return name if value is True else f"{name} {Path(str(value)).name}"
 
 
 def new_figure(*args, **options):
@@ -173,7 +194,7 @@ def plot_times(reports: list[dict]):
     reports = [report for report in reports if report.get("phase_seconds")]
     if not reports:
         return None
-    titles = [wrapped(title(report), 3.2, 9) for report in reports]
+    titles = [wrapped(title(report), 3.6, 9) for report in reports]
     lines = max(text.count("\n") + 1 for text in titles)
     figure, axes = new_figure(1, 1, figsize=(9, 1 + (0.3 + 0.15 * lines) * len(titles)))
     axis = axes[0, 0]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import flags
 import hessian
 import llama
 import plot
@@ -18,8 +19,8 @@ def reports(tiny_model, text_file, tmp_path_factory):
     """Reports of two methods at two widths each, and of the original."""
     folder, text = tmp_path_factory.mktemp("reports"), text_file
     for bits in (2, 3):
-        for name, flags in {"n": GRIDS["nonuniform"], "a": [*GRIDS["affine"], "--groupsize", 16]}.items():
-            options = ["--wbits", bits, *flags, *SEQUENTIAL, "--report", folder / f"{name}{bits}.json"]
+        for name, grid in {"n": GRIDS["nonuniform"], "a": [*GRIDS["affine"], "--groupsize", 16]}.items():
+            options = ["--wbits", bits, *grid, *SEQUENTIAL, "--report", folder / f"{name}{bits}.json"]
             quantize(tiny_model(), text, *options, "--save_path", folder / f"{name}{bits}.safetensors", evaluate=text)
     quantize(tiny_model(), text, "--wbits", 16, "--report", folder / "original.json", evaluate=text)
     return folder
@@ -58,6 +59,32 @@ def test_models_and_texts_tell_curves_apart(reports):
     read[1]["settings"] = read[1]["settings"] | {"base_model": "/models/another", "calibration": "texts/other.txt", "n_layers": 1}
     labels = [report["label"] for report in plot.label_all(read)]
     assert labels[1] == "LeanQuant non-uniform, n_layers 1, calibration other.txt, base_model another" and labels[0] != labels[1]
+
+
+def labels_of(report: dict, *changes: dict) -> list[str]:
+    """Labels of reports that differ from `report` in some settings; those that are None are missing."""
+    settings = [{k: v for k, v in (report["settings"] | change).items() if v is not None} for change in changes]
+    return [its["label"] for its in plot.label_all([report | {"settings": its} for its in settings])]
+
+
+def test_recipes_are_called_by_their_names(reports):
+    assert plot.RECIPES == {"best": flags.BEST, "published": flags.PUBLISHED}
+    report, name = plot.read_report(reports / "n3.json"), "LeanQuant non-uniform"
+    assert report["settings"].items() >= flags.BEST.items()
+    assert labels_of(report, {}, flags.PUBLISHED) == [f"{name}, recipe best", f"{name}, recipe published"]
+    assert labels_of(report, {}, {"shift_head": None}) == [name] * 2, "a report older than that piece"
+    named, other = labels_of(report, flags.PUBLISHED, {"refine": 5, "seed": 1})
+    assert named == f"{name}, recipe published, seed 0"
+    assert other == f"{name}, kmeans exact, round_levels, shift 0.5, residual, shift_head, refine 5, seed 1"
+    assert labels_of(report, {}, {"refine": 5}) == [f"{name}, recipe best", f"{name}, refine 5"]
+
+
+def test_a_missing_setting_is_one_that_is_off(reports):
+    report = plot.read_report(reports / "n3.json") | {"label": "GPTQ"}
+    for pieces in (flags.PUBLISHED, flags.PUBLISHED | {"shift": 0.5}):  # the latter are no recipe
+        older, newer = pieces | {"shift_head": None, "act_order": None}, pieces | {"act_order": False}
+        assert labels_of(report, older, newer) == ["GPTQ", "GPTQ"]
+        assert labels_of(report, older, newer | {"act_order": True}) == ["GPTQ", "GPTQ, act_order"]
 
 
 def test_curves_hold_the_reports_numbers(reports):
