@@ -2,17 +2,19 @@
 
     python scripts/plot.py report.json [more.json ...] [--out FOLDER]
 
-FOLDER/loss.png   loss of each linear by layer, a panel a report
+FOLDER/loss.png   loss of each linear by layer, of a mixture's experts their sum, a panel a report
 FOLDER/time.png   seconds of each phase, a bar a report
 FOLDER/grid.png   weights of one row of each linear (first, middle, last layer of the first report that has them, or the rows that
                   llama.py --example_rows chose), its levels, and the weights at outliers of the inverse Hessian's diagonal, where
-                  an error costs most
+                  an error costs most; of a mixture's experts the first that has rows
 FOLDER/pareto.png perplexity against bits a weight, over reports that have both
 Without --out they lie beside the first report, under its name: report-loss.png.
 """
 
 import argparse
 import json
+import math
+import re
 import sys
 import textwrap
 from pathlib import Path
@@ -154,6 +156,21 @@ def losses_by_layer(report: dict) -> dict[int, float]:
     return losses
 
 
+def linear_name(row: dict) -> str:
+    """One name for a linear of all experts: there may be hundreds."""
+    return re.sub(r"\bexperts\.\d+\.", "experts.*.", row["linear"])
+
+
+def losses_by_linear(report: dict) -> dict[str, dict[int, float]]:
+    """Name of each linear -> number of each layer, from 1 -> its loss, of experts the sum; without losses that no logarithm has."""
+    losses: dict[str, dict[int, float]] = {}
+    for row in report["linears"]:
+        if row["loss"] and math.isfinite(row["loss"]):
+            layers = losses.setdefault(linear_name(row), {})
+            layers[row["layer"] + 1] = layers.get(row["layer"] + 1, 0.0) + row["loss"]
+    return losses
+
+
 def plot_losses(reports: list[dict]):
     """A panel a report, a line a linear."""
     reports = [report for report in reports if report["linears"]]
@@ -162,13 +179,14 @@ def plot_losses(reports: list[dict]):
     columns = min(3, len(reports))
     rows = -(-len(reports) // columns)
     figure, axes = new_figure(rows, columns, figsize=(5 * columns + 1, 3.4 * rows))
-    names = list(dict.fromkeys(row["linear"] for report in reports for row in report["linears"]))
-    low, high = loss_range(reports)
-    for axis, report in zip(axes.flat, reports, strict=False):
-        for number, name in enumerate(names):
-            points = [(row["layer"] + 1, row["loss"]) for row in report["linears"] if row["linear"] == name and row["loss"]]
-            axis.plot(*zip(*points, strict=True), ".-", color=COLORS[number % len(COLORS)], lw=1, label=name) if points else None
-        axis.set(yscale="log", ylim=(low, high), xlabel="decoder layer")
+    losses = [losses_by_linear(report) for report in reports]
+    names = list(dict.fromkeys(name for linears in losses for name in linears))
+    values = [value for linears in losses for layers in linears.values() for value in layers.values()]
+    limits = min(values, default=1) / 1.5, max(values, default=1) * 1.5
+    for axis, report, linears in zip(axes.flat, reports, losses, strict=False):
+        for name, layers in linears.items():
+            axis.plot(list(layers), list(layers.values()), ".-", color=COLORS[names.index(name) % len(COLORS)], lw=1, label=name)
+        axis.set(yscale="log", ylim=limits, xlabel="decoder layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(wrapped(title(report), 4.2, 10), fontsize=10)
         axis.grid(alpha=0.3)
@@ -182,11 +200,6 @@ def plot_losses(reports: list[dict]):
 
 def title(report: dict) -> str:
     return f"{report['label']}, {report['settings']['bits']} bits"
-
-
-def loss_range(reports: list[dict]) -> tuple[float, float]:
-    losses = [row["loss"] for report in reports for row in report["linears"] if row["loss"]]
-    return min(losses, default=1) / 1.5, max(losses, default=1) * 1.5
 
 
 def plot_times(reports: list[dict]):
@@ -219,12 +232,14 @@ def plot_grids(reports: list[dict]):
     report = next((report for report in reports if any("example" in row for row in report["linears"])), None)
     if report is None:
         return None
-    examples = [row for row in report["linears"] if "example" in row]
-    layers = list(dict.fromkeys(row["layer"] for row in examples))
-    names = list(dict.fromkeys(row["linear"] for row in examples))
+    examples: dict[tuple[str, int], dict] = {}
+    for row in report["linears"]:
+        if "example" in row:
+            examples.setdefault((linear_name(row), row["layer"]), row)
+    names, layers = (list(dict.fromkeys(values)) for values in zip(*examples, strict=True))
     figure, axes = new_figure(len(names), len(layers), figsize=(4.6 * len(layers), 1.9 * len(names) + 1))
-    for row in examples:
-        axis = axes[names.index(row["linear"]), layers.index(row["layer"])]
+    for (name, layer), row in examples.items():
+        axis = axes[names.index(name), layers.index(layer)]
         draw_row(axis, row["example"])
         axis.set_title(wrapped(f"layer {row['layer'] + 1}, {row['linear']}, row {row['example']['row']}", 4.4, 9), fontsize=9)
     figure.suptitle(wrapped(f"{title(report)}: rows of its linears", 4.4 * len(layers), 11), fontsize=11)

@@ -1,8 +1,10 @@
 """scripts/plot.py on reports that llama.py wrote: which pictures there are, and what is in them."""
 
 import json
+import math
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -127,6 +129,32 @@ def test_long_labels_stay_within_the_picture(reports, draw, count):
     assert_texts_fit(figure := draw(read))
     first = figure.axes[0].get_window_extent()
     assert len(figure.axes) > 1 or first.width > figure.bbox.width / 2 and first.height > 50, "texts leave the axes little room"
+
+
+def test_experts_are_one_line_and_one_of_them_is_shown(reports):
+    """Else a mixture of 128 has 388 lines in its legend, and as many rows of grids."""
+    report, experts = plot.read_report(reports / "n3.json"), 128
+    linears = [
+        row | {"linear": row["linear"].replace("mlp.", f"mlp.experts.{number}.")}
+        for row in report["linears"]
+        for number in range(experts if row["linear"].startswith("mlp.") else 1)
+    ]
+    mixture = report | {"linears": linears}
+    assert_texts_fit(figure := plot.plot_losses([mixture]))
+    before, after = ({line.get_label(): line.get_ydata() for line in f.axes[0].lines} for f in (plot.plot_losses([report]), figure))
+    assert list(after) == [name.replace("mlp.", "mlp.experts.*.") for name in before]
+    for name, losses in before.items():
+        assert after[name.replace("mlp.", "mlp.experts.*.")] == pytest.approx(np.array(losses) * (experts if "mlp" in name else 1))
+    assert_texts_fit(grids := plot.plot_grids([mixture]))
+    titles = [axis.get_title() for axis in grids.axes]
+    assert len(titles) == 14 and all("experts.0." in title for title in titles if "experts" in title)
+
+
+def test_losses_that_are_no_numbers_are_left_out(reports):
+    report = plot.read_report(reports / "n3.json")
+    damaged = [row | {"loss": value} for row, value in zip(report["linears"], (math.nan, math.inf, None, 0.0), strict=False)]
+    (axis,) = plot.plot_losses([report | {"linears": damaged + report["linears"][4:]}]).axes
+    assert sum(len(line.get_ydata()) for line in axis.lines) == len(report["linears"]) - 4 and math.isfinite(axis.get_ylim()[1])
 
 
 @pytest.mark.parametrize("name", ["n", "a"])
