@@ -244,6 +244,8 @@ def plot_grids(reports: list[dict]):
         axis.set_title(wrapped(f"layer {row['layer'] + 1}, {row['linear']}, row {row['example']['row']}", 4.4, 9), fontsize=9)
     figure.suptitle(wrapped(f"{title(report)}: rows of its linears", 4.4 * len(layers), 11), fontsize=11)
     add_legend(figure)
+    for column in axes.T:
+        [axis for axis in column if axis.has_data()][-1].set_xlabel("weight")
     for empty in (axis for axis in axes.flat if not axis.has_data()):
         empty.remove()
     return figure

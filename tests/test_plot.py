@@ -147,6 +147,7 @@ def test_experts_are_one_line_and_one_of_them_is_shown(reports):
         assert after[name.replace("mlp.", "mlp.experts.*.")] == pytest.approx(np.array(losses) * (experts if "mlp" in name else 1))
     assert_texts_fit(grids := plot.plot_grids([mixture]))
     titles = [axis.get_title() for axis in grids.axes]
+    assert [axis.get_xlabel() for axis in grids.axes] == [""] * 12 + ["weight"] * 2
     assert len(titles) == 14 and all("experts.0." in title for title in titles if "experts" in title)
 
 
@@ -186,6 +187,7 @@ def test_chosen_rows_are_drawn(tiny_model, text_file, tmp_path):
     assert {f"model.layers.{r['layer']}.{r['linear']}": r["example"]["row"] for r in rows if "example" in r} == chosen
     axes = plot.plot_grids([plot.read_report(tmp_path / "r.json")]).axes
     assert [axis.get_title() for axis in axes] == ["layer 1, self_attn.q_proj, row 3", "layer 2, mlp.down_proj, row 0"]
+    assert [axis.get_xlabel() for axis in axes] == ["weight", "weight"], "each is the lowest of its column"
 
 
 Q, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj"
