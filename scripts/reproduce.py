@@ -337,6 +337,11 @@ def plot_exponents(table: Table, done: dict, model: str, p: Protocol):
     return figure
 
 
+def is_number(value: float | None) -> bool:
+    """Neither missing nor nan or infinite, as what a model broken by its quantization gives."""
+    return value is not None and math.isfinite(value)
+
+
 def plot_bars(table: Table, done: dict, model: str, p: Protocol):
     """The table's columns side by side, a bar a run with its standard error, published values as crosses."""
     rows = {job: cells(job, contents, table.columns, model, p) for job, contents in done.items()}
@@ -349,16 +354,17 @@ def plot_bars(table: Table, done: dict, model: str, p: Protocol):
     for axis, heading in zip(axes[0], headings, strict=True):
         for place, (job, row) in enumerate(rows.items()):
             cell = row.get(heading, Cell(None))
-            if cell.value is not None:
-                color = "#555555" if job.bits == 16 else COLORS[BITS.index(job.bits)]
-                axis.barh(place, cell.value, xerr=cell.error, color=color, error_kw={"elinewidth": 1})
+            if is_number(cell.value):
+                color, error = "#555555" if job.bits == 16 else COLORS[BITS.index(job.bits)], cell.error if is_number(cell.error) else None
+                axis.barh(place, cell.value, xerr=error, color=color, error_kw={"elinewidth": 1})
             if cell.published is not None:
                 axis.plot(cell.published, place, "kx", label="published")
-        values = [row[heading].value for row in rows.values() if heading in row and row[heading].value]
-        if max(values) > 30 * min(values):
+        values = [row[heading].value for row in rows.values() if heading in row and is_number(row[heading].value)]
+        positive = [value for value in values if value > 0]
+        if positive and min(values) >= 0 and max(values) > 30 * min(positive):
             axis.set_xscale("log")
-        elif heading.startswith("perplexity"):
-            axis.set_xlim(0.9 * min(values))
+        elif positive and heading.startswith("perplexity"):
+            axis.set_xlim(0.9 * min(positive))
         axis.set_title(heading, fontsize=8)
         axis.set_yticks([])
         axis.set_ylim(len(rows) - 0.5, -0.5)  # the same rows in all panels, whichever of them have a value

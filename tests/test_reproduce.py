@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import shlex
 import shutil
@@ -195,6 +196,27 @@ def test_all_panels_of_a_picture_have_the_same_rows(project, tmp_path):
     done = {job: reproduce.stored(tmp_path / "work" / f"{p.name(job)}.json") for job in table.jobs}
     figure = reproduce.plot_bars(table, done, "tiny", p)
     assert {axis.get_ylim() for axis in figure.axes} == {(len(table.jobs) - 0.5, -0.5)} and len(figure.axes) > 1
+
+
+BARS = {
+    "all zero": ([0.0, 0.0, 0.0], "linear"),
+    "one that is not a number": ([math.nan], "linear"),
+    "an infinite one": ([math.inf, 20.0, 21.0], "linear"),
+    "far apart, and zero": ([0.0, 1.0, 100.0], "log"),
+    "far apart, and negative": ([-0.1, 1.0, 100.0], "linear"),
+}
+
+
+@pytest.mark.parametrize("heading", ["perplexity", "value"])
+@pytest.mark.parametrize(("values", "scale"), BARS.values(), ids=BARS)
+def test_bars_are_drawn_of_whatever_was_measured(tmp_path, monkeypatch, heading, values, scale):
+    rows = {job: {heading: reproduce.Cell(value, abs(value))} for job, value in zip(paper.MAIN, values, strict=False)}
+    monkeypatch.setattr(reproduce, "cells", lambda job, *_: rows[job])
+    figure = reproduce.plot_bars(paper.TABLES["matrix"], rows, "tiny", paper.protocol("tiny"))
+    reproduce.save(figure, tmp_path / "bars.png")
+    (axis,) = figure.axes
+    assert [bar.get_width() for bar in axis.patches] == [value for value in values if math.isfinite(value)]
+    assert axis.get_xscale() == scale and all(map(math.isfinite, axis.get_xlim()))
 
 
 @pytest.mark.parametrize(
