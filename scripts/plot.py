@@ -126,6 +126,12 @@ def save(figure, path: Path) -> None:
     figure.savefig(path, dpi=100)
 
 
+def style(number: int) -> dict:
+    """How a line looks: there are more lines than colors that can be told apart."""
+    turn = number // len(COLORS)
+    return {"color": COLORS[number % len(COLORS)], "marker": "os^Dv"[turn % 5], "ls": ("-", "--", ":", "-.")[turn % 4]}
+
+
 LETTER = 0.6 / 72  # inches that a letter takes, rather more than on average, for each point of the font's size
 
 
@@ -185,7 +191,7 @@ def plot_losses(reports: list[dict]):
     limits = min(values, default=1) / 1.5, max(values, default=1) * 1.5
     for axis, report, linears in zip(axes.flat, reports, losses, strict=False):
         for name, layers in linears.items():
-            axis.plot(list(layers), list(layers.values()), ".-", color=COLORS[names.index(name) % len(COLORS)], lw=1, label=name)
+            axis.plot(list(layers), list(layers.values()), **style(names.index(name)), ms=3, lw=1, label=name)
         axis.set(yscale="log", ylim=limits, xlabel="decoder layer")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_title(wrapped(title(report), 4.2, 10), fontsize=10)
@@ -289,7 +295,7 @@ def plot_pareto(reports: list[dict]):
         elif value:
             curves.setdefault(report["label"], []).append((report["bits_per_weight"], value))
     for number, (name, points) in enumerate(curves.items()):
-        axis.plot(*zip(*sorted(points), strict=True), "o-", color=COLORS[number % len(COLORS)], label=name)
+        axis.plot(*zip(*sorted(points), strict=True), **style(number), label=name)
     axis.set(yscale="log", xlabel="bits a weight, with levels or scales", ylabel=f"perplexity on {Path(text).name}")
     axis.grid(alpha=0.3, which="both")
     for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):

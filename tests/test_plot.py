@@ -131,6 +131,15 @@ def test_long_labels_stay_within_the_picture(reports, draw, count):
     assert len(figure.axes) > 1 or first.width > figure.bbox.width / 2 and first.height > 50, "texts leave the axes little room"
 
 
+def test_no_two_lines_look_alike(reports):
+    """Of a mixture with attention of low rank there are more lines than colors."""
+    read = [plot.read_report(reports / "n3.json") | {"label": str(number)} for number in range(20)]
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in plot.plot_pareto(read).axes[0].lines}
+    many = read[0] | {"linears": [row | {"linear": f"{row['linear']}{n}"} for row in read[0]["linears"] for n in range(2)]}
+    lines = plot.plot_losses([many]).axes[0].lines
+    assert len(looks) == 20 and len(lines) == len({(line.get_color(), line.get_marker()) for line in lines}) == 14
+
+
 def test_experts_are_one_line_and_one_of_them_is_shown(reports):
     """Else a mixture of 128 has 388 lines in its legend, and as many rows of grids."""
     report, experts = plot.read_report(reports / "n3.json"), 128
