@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from demo_data import write_text
 from paper import BITS, GROUPS, PUBLISHED, PUBLISHED_COSTS, TABLES, Job, Protocol, Table, protocol
-from plot import COLORS, losses_by_layer, new_figure, save
+from plot import COLORS, add_legend, losses_by_layer, new_figure, save
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -303,37 +303,42 @@ def plot_kernels(work: Path):
 def plot_layers(table: Table, done: dict, model: str, p: Protocol):
     """Loss of each layer, summed over its linears, by grid; a panel a width."""
     widths = [bits for bits in BITS if any(job.bits == bits for job in done)]
-    figure, axes = new_figure(1, len(widths), figsize=(4.5 * len(widths), 3.8))
+    methods = list(dict.fromkeys(job.method for job in done))
+    figure, axes = new_figure(1, len(widths), figsize=(4.5 * len(widths), 3.6))
     for axis, bits in zip(axes[0], widths, strict=True):
-        for number, (job, contents) in enumerate((j, c) for j, c in done.items() if j.bits == bits):
+        for job, contents in ((j, c) for j, c in done.items() if j.bits == bits):
             losses = losses_by_layer(contents["report"])
-            axis.plot(list(losses), list(losses.values()), ".-", color=COLORS[number], label=job.method)
+            axis.plot(list(losses), list(losses.values()), ".-", color=COLORS[methods.index(job.method)], label=job.method)
         axis.set(yscale="log", xlabel="decoder layer", title=f"{bits} bits")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("sum of losses")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    add_legend(figure)
     return figure
+
+
+def reading_of(job: Job) -> str:
+    return job.method.rpartition(", ")[2] if "affine" not in job.method else "affine"
 
 
 def plot_exponents(table: Table, done: dict, model: str, p: Protocol):
     """Perplexity against the exponent, a line a reading, a panel a width."""
     widths = [bits for bits in BITS if any(job.bits == bits for job in done)]
-    figure, axes = new_figure(1, len(widths), figsize=(4.2 * len(widths), 3.6))
+    readings = list(dict.fromkeys(reading_of(job) for job in done))
+    figure, axes = new_figure(1, len(widths), figsize=(4.2 * len(widths), 3.4))
     for axis, bits in zip(axes[0], widths, strict=True):
         lines: dict[str, list] = {}
         for job, contents in done.items():
             if job.bits == bits:
                 exponent = float(re.search(r"exponent (\d+)", job.method)[1])
-                reading = job.method.rpartition(", ")[2] if "affine" not in job.method else "affine"
-                lines.setdefault(reading, []).append((exponent, contents["report"]["perplexity"][0]["perplexity"]))
-        for number, (reading, points) in enumerate(lines.items()):
-            axis.plot(*zip(*points, strict=True), "o-", color=COLORS[number], label=reading)
+                lines.setdefault(reading_of(job), []).append((exponent, contents["report"]["perplexity"][0]["perplexity"]))
+        for reading, points in lines.items():
+            axis.plot(*zip(*points, strict=True), "o-", color=COLORS[readings.index(reading)], label=reading)
         axis.set(yscale="log", xlabel="exponent", title=f"{bits} bits")
         for formatter in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formatter("{x:g}")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel(f"perplexity, {Path(p.texts[0]).name}")
-    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    add_legend(figure)
     return figure
 
 
@@ -371,9 +376,7 @@ def plot_bars(table: Table, done: dict, model: str, p: Protocol):
         axis.tick_params(labelsize=7)
         axis.grid(alpha=0.3, axis="x")
     axes[0][0].set_yticks(range(len(rows)), [f"{job.bits} bits, {shown(job, p)}" for job in rows], fontsize=7)
-    crosses = [mark for axis in axes[0] for mark in axis.get_legend_handles_labels()[0]]
-    if crosses:
-        figure.legend(crosses[:1], ["published"], loc="outside lower center")
+    add_legend(figure)
     return figure
 
 

@@ -20,6 +20,7 @@ import paper
 import reproduce
 from test_cli import GRIDS, quantize
 from test_evaluation import task_folder  # noqa: F401
+from test_plot import assert_texts_fit
 
 COSTS = {"brute force": 60.0, "exhaustive": 2.0, "coarse to fine": 0.5}
 MODELS = ("demo", "meta-llama/Meta-Llama-3-8B")
@@ -196,6 +197,17 @@ def test_all_panels_of_a_picture_have_the_same_rows(project, tmp_path):
     done = {job: reproduce.stored(tmp_path / "work" / f"{p.name(job)}.json") for job in table.jobs}
     figure = reproduce.plot_bars(table, done, "tiny", p)
     assert {axis.get_ylim() for axis in figure.axes} == {(len(table.jobs) - 0.5, -0.5)} and len(figure.axes) > 1
+
+
+@pytest.mark.parametrize(("table", "draw"), [("loss", reproduce.plot_layers), ("exponent", reproduce.plot_exponents)])
+def test_a_curve_has_one_color_in_all_panels_and_the_legend_fits(table, draw):
+    """Whichever runs are there: of some widths the first ones may be missing."""
+    report = {"linears": [{"layer": layer, "loss": 1.0 + layer} for layer in range(3)], "perplexity": [{"perplexity": 20.0}]}
+    jobs, p = paper.TABLES[table].jobs, paper.protocol("tiny")
+    for some in ([job for job in jobs if job.bits == 4], [job for job in jobs if job.bits == 4 or job is jobs[-1]]):
+        assert_texts_fit(figure := draw(paper.TABLES[table], {job: {"report": report} for job in some}, "tiny", p))
+        lines = {(line.get_label(), line.get_color()) for axis in figure.axes for line in axis.lines}
+        assert len(lines) == len(figure.legends[0].texts) == len(dict(lines))
 
 
 BARS = {
