@@ -123,16 +123,20 @@ def describe(checkpoint: Checkpoint) -> dict:
 
 
 def load_tokenizer(args: argparse.Namespace):
+    open_checkpoint(args.path)  # a path that is not there is told before anything is looked up
+    if args.base is None and not Path(args.path).is_dir():
+        raise InputError(f"{args.path} is a single file, without config and tokenizer: name the unquantized model with --base")
     from transformers import AutoTokenizer
 
+    from .modeling import where_to_look
+
     base = args.base or args.path
-    if args.base is None and not Path(args.path).is_dir():
-        Checkpoint.open(args.path)  # a file that is not there is the more useful thing to say
-        raise InputError(f"{args.path} is a single file, without config and tokenizer: name the unquantized model with --base")
+    where = where_to_look(base)
     try:
-        return AutoTokenizer.from_pretrained(base, trust_remote_code=args.trust_remote_code)
+        return AutoTokenizer.from_pretrained(base, trust_remote_code=args.trust_remote_code, **where)
     except Exception as error:  # files that lie fail in many ways
-        raise InputError(f"{base} has no usable tokenizer ({first_line(error)}): copy its tokenizer files there") from None
+        remedy = "copy its tokenizer files there" if Path(base).is_dir() else "check the name and your access to it"
+        raise InputError(f"{base} has no usable tokenizer ({first_line(error)}): {remedy}") from None
 
 
 def load(args: argparse.Namespace):

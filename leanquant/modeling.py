@@ -4,16 +4,19 @@ Reads this project's files and folders, and the published model zoo's. Weights g
 device: nothing is initialised at random and no second copy of the model is made.
 """
 
+import os
 import warnings
 from pathlib import Path
 
 import torch
 from accelerate import dispatch_model, infer_auto_device_map, init_empty_weights
 from accelerate.utils import get_balanced_memory
+from huggingface_hub import get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-from .errors import InputError
+from .errors import InputError, first_line
 from .foreign import open_checkpoint
 from .linear import QuantizedLinear, check_names, prepare_linears, replace_linears
 from .packing import Checkpoint
@@ -21,6 +24,7 @@ from .plugin import mark_quantized
 
 DEQUANTIZE = ("auto", "always", "never")
 SPREAD = ("auto", "balanced", "sequential")
+HUB_SECONDS = 5  # to wait for the hub's answer
 
 
 class LeanQuantModelForCausalLM:
@@ -57,7 +61,8 @@ class LeanQuantModelForCausalLM:
         checkpoint = open_checkpoint(base_model_name_or_path if path is None else path)
         checkpoint.check_bits(bits, path or base_model_name_or_path)
         checkpoint.check_plain_dtypes()
-        config = read_config(base_model_name_or_path, trust_remote_code)
+        where = where_to_look(base_model_name_or_path)
+        config = read_config(base_model_name_or_path, trust_remote_code, **where)
         check_depth(config, checkpoint)
         device_map = _checked_map(device_map) if isinstance(device_map, dict) else device_map
         single = _single(device, device_map)
@@ -76,13 +81,35 @@ class LeanQuantModelForCausalLM:
             model = dispatch_model(model, devices, offload_buffers=True)
         else:
             model.to(next(iter(devices.values())))  # buffers that are not in the file
-        _load_generation_config(model, base_model_name_or_path)
+        _load_generation_config(model, base_model_name_or_path, **where)
         return model
 
 
-def read_config(base: str | Path, trust_remote_code: bool):
+def where_to_look(base: str | Path) -> dict:
+    """What transformers' `from_pretrained` must be told to find `base`: nothing if it is here or the hub answers, else to look in the cache
+    alone. Raises InputError if it is not there either. Asked once: the libraries ask for each file, and again for 23 s without an answer.
+    """
+    if os.path.exists(base):
+        return {}
     try:
-        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        get_hf_file_metadata(hf_hub_url(str(base), "config.json"), timeout=HUB_SECONDS)
+    except HfHubHTTPError:
+        pass  # an answer: who loads says what is wrong
+    except HFValidationError:
+        raise InputError(f"{base} is neither a folder here nor a hub name: check the path") from None
+    except Exception as error:  # of whatever library speaks to the hub
+        if not isinstance(try_to_load_from_cache(str(base), "config.json"), str):
+            raise InputError(
+                f"{base} is neither a folder here nor in the cache, and the hub cannot be reached ({first_line(error)}): "
+                "give a folder, or check the name and the network"
+            ) from None
+        return {"local_files_only": True}
+    return {}
+
+
+def read_config(base: str | Path, trust_remote_code: bool, **where):
+    try:
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **where)
     except Exception as error:  # a config that lies fails in as many ways as there are fields
         raise InputError(f"{base} has no usable config.json ({_one_line(error)}): check the name, or get it again") from None
     if hasattr(config, "quantization_config"):
@@ -211,9 +238,9 @@ def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.
                 setattr(module, leaf, read(leaf, buffer))
 
 
-def _load_generation_config(model: nn.Module, base) -> None:
+def _load_generation_config(model: nn.Module, base, **where) -> None:
     try:
-        model.generation_config = GenerationConfig.from_pretrained(base)
+        model.generation_config = GenerationConfig.from_pretrained(base, **where)
     except Exception as error:
         if isinstance(error, OSError) and not (Path(base) / "generation_config.json").is_file():
             return  # the base has none: the one made from the config stays
