@@ -3,11 +3,12 @@
 import argparse
 import math
 import os
+import signal
 import sys
 from collections import Counter
 from pathlib import Path
 
-from .errors import InputError, exit_code, first_line, printable
+from .errors import InputError, end_at_once, exit_code, first_line, printable
 from .foreign import open_checkpoint
 from .packing import GRID, SCALE, Checkpoint
 
@@ -169,6 +170,8 @@ def chat(args: argparse.Namespace) -> None:
     if not tokenizer.chat_template:
         raise InputError("the model has no chat template: it is not made for conversation, use generate")
     model, messages = load(args), []
+    if signal.getsignal(signal.SIGINT) is end_at_once:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on it ends an answer
     print(f"{args.path}: type your message, an empty line ends", flush=True)
     while text := said():
         messages.append({"role": "user", "content": text})
@@ -204,10 +207,12 @@ def answer(model, tokenizer, inputs, args: argparse.Namespace, skip_prompt: bool
     streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
     inputs = inputs.to(model.device)
     settings = {"max_new_tokens": args.max_new_tokens, "num_beams": 1, "pad_token_id": tokenizer.eos_token_id}
+    settings |= {"return_dict_in_generate": False, "tokenizer": tokenizer}  # for stop_strings
     try:
         out = model.generate(**inputs, streamer=streamer, **settings, **sampling(args.temperature))
-    except ValueError as error:  # settings that contradict each other
-        raise InputError(f"the model cannot generate ({first_line(error)}): see its generation_config.json") from None
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:  # settings that contradict each other, or lie
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"the model cannot generate ({reason}): see its generation_config.json") from None
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 

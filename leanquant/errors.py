@@ -1,6 +1,7 @@
 """What is the user's to mend, bad input and disks, and how commands end with it."""
 
 import errno
+import os
 import sys
 from collections.abc import Callable
 
@@ -35,6 +36,12 @@ def exit_code(command: Callable[[], None], interrupted: str) -> int:
         return 130
     print(f"error: {printable(what)}", file=sys.stderr)
     return 2
+
+
+def end_at_once(*_) -> None:
+    """What Ctrl-C does while there is nothing to lose. An exception would be lost in imports of compiled code, or make them fail."""
+    os.write(2, b"interrupted: nothing is lost\n")
+    os._exit(130)
 
 
 def first_line(error: Exception) -> str:

@@ -1,7 +1,9 @@
 """python -m leanquant: info without loading, generation and chat in the terminal."""
 
+import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,7 @@ from transformers import AutoTokenizer
 
 import llama
 from leanquant import __main__ as cli
-from leanquant import packing
+from leanquant import errors, packing
 
 FIXTURES = Path(__file__).with_name("fixtures")
 ROOT = Path(__file__).resolve().parent.parent
@@ -124,6 +126,41 @@ def test_whoever_reads_may_stop_early(folder):
     assert ran.returncode == 2 and ran.stderr.startswith("error: ") and len(ran.stderr.splitlines()) == 1
 
 
+# A module that is interrupted while it is imported, and loses the exception, as those in C++ do.
+INTERRUPTED = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    for _ in range(100000): pass
+except KeyboardInterrupt:
+    pass
+"""
+
+
+def test_ctrl_c_ends_the_imports_with_a_word(tmp_path):
+    (tmp_path / "torch.py").write_text(INTERRUPTED)
+    ran = run("info", "x", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (ran.returncode, ran.stderr) == (130, b"interrupted: nothing is lost\n")
+
+
+def test_info_does_not_wait_for_transformers(folder, tmp_path):
+    (tmp_path / "transformers.py").write_text("raise ImportError('not needed')")
+    ran = run("info", folder, env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert ran.returncode == 0 and b"non-uniform levels" in ran.stdout, ran.stderr
+
+
+def test_a_package_that_is_run_has_all_that_it_imports_from_here(tmp_path):
+    (tmp_path / "tool").mkdir()
+    (tmp_path / "tool/__init__.py").write_text("import leanquant\n")
+    (tmp_path / "tool/__main__.py").write_text(
+        "import leanquant\nfrom transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as known\n"
+        "print('leanquant' in known, leanquant.LeanQuantModelForCausalLM.__name__)\n"
+    )
+    command = [sys.executable, "-m", "tool", "leanquant"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert ran.stdout.split() == ["True", "LeanQuantModelForCausalLM"], ran.stderr
+
+
 def test_a_terminal_without_letters_or_input(folder):
     short = ["--max_new_tokens", 3, "--temperature", 0]
     ran = run("generate", folder, "Café", *short, env=os.environ | {"PYTHONIOENCODING": "ascii"})
@@ -162,12 +199,55 @@ def test_files_of_the_model_that_cannot_be_used(folder, tmp_path, monkeypatch, c
     assert says in (said := capsys.readouterr().err) and "Traceback" not in said
 
 
+def with_generation_config(folder: Path, copy: Path, **settings) -> Path:
+    shutil.copytree(folder, copy)
+    (copy / "generation_config.json").write_text(json.dumps({"bos_token_id": 0, "eos_token_id": 1} | settings))
+    return copy
+
+
+@pytest.mark.parametrize("settings", [{"return_dict_in_generate": True}, {"stop_strings": ["river"]}, {"stop_strings": "river"}])
+def test_generation_configs_that_may_be(folder, tmp_path, capsys, settings):
+    copy = with_generation_config(folder, tmp_path / "copy", **settings)
+    assert cli.main(["generate", str(copy), "the", "--max_new_tokens", "3"]) == 0
+    assert capsys.readouterr().out.startswith("the")
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"eos_token_id": "x"},
+        {"bos_token_id": "x"},
+        {"max_time": "x"},
+        {"forced_eos_token_id": 1000000},
+        {"exponential_decay_length_penalty": [1]},
+        {"exponential_decay_length_penalty": {"a": 1}},
+        {"stop_strings": [1]},
+        {"guidance_scale": 10**30},
+    ],
+)
+def test_generation_configs_that_lie(folder, tmp_path, capsys, settings):
+    copy = with_generation_config(folder, tmp_path / "copy", **settings)
+    assert cli.main(["generate", str(copy), "the", "--max_new_tokens", "3"]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: the model cannot generate (") and said.endswith("): see its generation_config.json")
+
+
 def test_escapes_in_names_do_not_reach_the_terminal(folder, tmp_path, capsys):
     copy = shutil.copytree(folder, tmp_path / "copy")
     tensors = load_file(copy / "model.safetensors")
     save_file(tensors | {"evil\x1b]0;pwn\x07.weight_codes": torch.zeros(2, 2, dtype=torch.uint8)}, copy / "model.safetensors")
     assert cli.main(["generate", str(copy), "the"]) == 2
     assert "evil?]0;pwn?" in (said := capsys.readouterr().err) and "\x1b" not in said
+
+
+def test_a_loaded_chat_can_be_interrupted(folder, monkeypatch):
+    before, seen = signal.signal(signal.SIGINT, errors.end_at_once), []
+    monkeypatch.setattr("builtins.input", lambda _: seen.append(signal.getsignal(signal.SIGINT)) or "")
+    try:
+        assert cli.main(["chat", str(folder)]) == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert seen == [signal.default_int_handler]
 
 
 def test_an_answer_that_is_interrupted_does_not_end_the_chat(folder, capsys, monkeypatch):
