@@ -89,6 +89,8 @@ def where_to_look(base: str | Path) -> dict:
     """What transformers' `from_pretrained` must be told to find `base`: nothing if it is here or the hub answers, else to look in the cache
     alone. Raises InputError if it is not there either. Asked once: the libraries ask for each file, and again for 23 s without an answer.
     """
+    if os.path.isfile(base) and not str(base).endswith(".json"):  # all of it would be read as a config
+        raise InputError(f"{base} is a single file, without config.json: name the unquantized model first, as the base")
     if os.path.exists(base):
         return {}
     try:

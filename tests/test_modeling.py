@@ -123,6 +123,14 @@ def test_plain_model_is_refused_with_a_remedy(tiny_model):
         LeanQuantModelForCausalLM.from_pretrained(tiny_model(), tiny_model() / "model.safetensors")
 
 
+def test_a_single_file_as_the_base_is_refused_unread(monkeypatch):
+    monkeypatch.setattr(modeling.AutoConfig, "from_pretrained", lambda *_, **__: pytest.fail("it is read as a config"))
+    file = FIXTURES / "llama_4bit.safetensors"
+    for arguments in ([file], [file, file]):
+        with pytest.raises(InputError, match="llama_4bit.safetensors is a single file, .*: name the unquantized model first"):
+            LeanQuantModelForCausalLM.from_pretrained(*arguments)
+
+
 def test_eval_quantized_refuses_wrong_bits(tiny_model, text_file, capsys):
     arguments = ["--base_model_name_or_path", str(FIXTURES / "llama_base"), "--leanquant_path", str(FIXTURES / "llama_4bit.safetensors")]
     assert eval_quantized.main([*arguments, "--bits", "2", "--perplexity", str(text_file)]) == 2
