@@ -24,6 +24,7 @@ from .plugin import mark_quantized
 
 DEQUANTIZE = ("auto", "always", "never")
 SPREAD = ("auto", "balanced", "sequential")
+COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # as configs call them
 HUB_SECONDS = 5  # to wait for the hub's answer
 
 
@@ -63,7 +64,7 @@ class LeanQuantModelForCausalLM:
         checkpoint.check_plain_dtypes()
         where = where_to_look(base_model_name_or_path)
         config = read_config(base_model_name_or_path, trust_remote_code, **where)
-        check_depth(config, checkpoint)
+        check_counts(config, checkpoint)
         device_map = _checked_map(device_map) if isinstance(device_map, dict) else device_map
         single = _single(device, device_map)
         on_cpu = _on_cpu(single, device_map)
@@ -116,14 +117,27 @@ def read_config(base: str | Path, trust_remote_code: bool, **where):
         raise InputError(f"{base} has no usable config.json ({_one_line(error)}): check the name, or get it again") from None
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    _forget_kernels(config)
     return config
 
 
-def check_depth(config, checkpoint: Checkpoint) -> None:
-    """Raise InputError for a model of more layers than the file has tensors: only building it would take for ever."""
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(checkpoint.shapes):
-        raise InputError(f"config.json says {layers} layers and the file has {len(checkpoint.shapes)} tensors: is it the right base model?")
+def _forget_kernels(config) -> None:
+    """Attention that the config takes from a repository on the hub is code from there: transformers chooses its own instead."""
+    if "/" in str(config._attn_implementation):
+        config._attn_implementation_internal = None
+    for part in config.sub_configs:
+        if getattr(config, part, None) is not None:
+            _forget_kernels(getattr(config, part))
+
+
+def check_counts(config, checkpoint: Checkpoint) -> None:
+    """Raise InputError for more layers, or experts, than the file has tensors for: only building such a model would take for ever."""
+    most = max([len(checkpoint.shapes), *(shape[0] for shape in checkpoint.shapes.values() if len(shape) == 3)])  # 3-D: experts in one
+    for field in COUNTS:
+        count = getattr(config.get_text_config(), field, None)
+        if isinstance(count, int) and count > most:
+            what = f"{count} {field.rpartition('_')[2]} and the file has {len(checkpoint.shapes)} tensors"
+            raise InputError(f"config.json says {what}: is it the right base model?")
 
 
 def has_own_head(model: nn.Module) -> bool:
@@ -146,6 +160,8 @@ def build_model(config, dtype: torch.dtype, trust_remote_code: bool, attention: 
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code, **options).eval()
     except Exception as error:
+        if "allocate memory" in str(error) or "verflow" in str(error):
+            raise InputError("the sizes in the base model's config.json do not fit into memory: is it the right base model?") from None
         raise InputError(f"no causal language model can be made of the base model's config.json ({_one_line(error)})") from None
 
 

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV3Config, Gemma3Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 import datautils
 import eval_quantized
 import llama
 import modelutils
+from conftest import SIZES
 from leanquant import InputError, LeanQuantModelForCausalLM, modeling
 from leanquant.linear import QuantizedLinear, free_host_bytes, replace_linears
 from leanquant.packing import Checkpoint
@@ -331,11 +332,53 @@ def test_dtypes_and_places_that_there_are_not(plain_folder, options, says):
         LeanQuantModelForCausalLM.from_pretrained(plain_folder, **options)
 
 
+def changed_config(folder: Path, **changes) -> None:
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | changes))
+
+
 def test_more_layers_than_tensors_are_refused_at_once(plain_folder):
-    config = plain_folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 200_000}))
+    changed_config(plain_folder, num_hidden_layers=200_000)
     with pytest.raises(InputError, match="config.json says 200000 layers"):
         LeanQuantModelForCausalLM.from_pretrained(plain_folder)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"), [(MixtralConfig, "num_local_experts"), (Qwen3MoeConfig, "num_experts"), (DeepseekV3Config, "n_routed_experts")]
+)
+def test_more_experts_than_tensors_are_refused_at_once(plain_folder, config, field):
+    config(**(SIZES | {field: 10**7})).save_pretrained(plain_folder)
+    with pytest.raises(InputError, match="config.json says 10000000 experts and the file has [0-9]+ tensors: is it"):
+        LeanQuantModelForCausalLM.from_pretrained(plain_folder)
+
+
+def test_experts_in_one_tensor_are_not_too_many(plain_folder):
+    checkpoint = Checkpoint.open(plain_folder)
+    checkpoint.shapes = {"model.layers.0.mlp.experts.down_proj": (8, 64, 96)}
+    modeling.check_counts(MixtralConfig(**(SIZES | {"num_local_experts": 8, "num_hidden_layers": 1})), checkpoint)
+
+
+@pytest.mark.parametrize("sizes", [{"vocab_size": 10**13}, {"vocab_size": 10**30}, {"intermediate_size": 10**18}])
+def test_sizes_beyond_any_memory_are_the_config_s(plain_folder, sizes):
+    changed_config(plain_folder, **sizes)
+    with pytest.raises(InputError, match="sizes in the base model's config.json do not fit into memory: is it"):
+        LeanQuantModelForCausalLM.from_pretrained(plain_folder)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("attention", ["evil/repo", {"": "evil/repo@main:run"}, ["evil/repo"]])
+def test_a_config_brings_no_attention_from_the_hub(plain_folder, monkeypatch, name, attention):
+    monkeypatch.setattr("transformers.modeling_utils.lazy_import_flash_attention", lambda *_, **__: pytest.fail("it is loaded"))
+    changed_config(plain_folder, **{name: attention})
+    assert LeanQuantModelForCausalLM.from_pretrained(plain_folder).config._attn_implementation == "sdpa"
+    changed_config(plain_folder, **{name: "eager"})
+    assert LeanQuantModelForCausalLM.from_pretrained(plain_folder).config._attn_implementation == "eager"
+
+
+def test_a_part_of_a_config_brings_no_attention_from_the_hub(tmp_path):
+    Gemma3Config().save_pretrained(tmp_path)
+    changed_config(tmp_path, text_config={"attn_implementation": "evil/repo"})
+    assert modeling.read_config(tmp_path, False).text_config._attn_implementation is None
 
 
 @pytest.mark.parametrize("apart", [False, True])
