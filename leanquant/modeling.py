@@ -72,6 +72,8 @@ class LeanQuantModelForCausalLM:
         model = build_model(config, dtype, trust_remote_code, attn_implementation)
         replace_linears(model, checkpoint)
         check_names(model, checkpoint)
+        if dequantize == "always":
+            _reserve_dense(model, dtype)
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
         if not has_own_head(model):
@@ -213,8 +215,15 @@ def _on_cpu(single, device_map) -> bool:
     return set(device_map.values()) == {"cpu"} if isinstance(device_map, dict) else not torch.cuda.is_available()
 
 
+def _reserve_dense(model: nn.Module, dtype: torch.dtype) -> None:
+    """Have every quantized linear hold the shape of its rebuilt weight, which `prepare_linears` will put there."""
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module._hold("dense", torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta"))
+
+
 def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) -> dict:
-    """Module path -> device; {"": device} for a single one. Sizes are those of the packed model."""
+    """Module path -> device; {"": device} for a single one. Sizes are those of what `model` holds on the meta device."""
     if isinstance(device_map, dict) and single is None:
         return device_map
     if single is not None or on_cpu:
@@ -226,8 +235,8 @@ def _device_map(model: nn.Module, single, device_map, max_memory, on_cpu: bool) 
         raise InputError("the model does not fit the GPUs and the host memory: raise max_memory or use a larger machine")
     offloaded = [name for name, where in devices.items() if where == "cpu"]
     if offloaded:
-        tensors = (t for name in offloaded for t in model.get_submodule(name).state_dict().values())
-        size = sum(t.numel() * t.element_size() for t in tensors)
+        parts = [model.get_submodule(name) for name in offloaded]
+        size = sum(t.nbytes for part in parts for t in (*part.parameters(), *part.buffers()))
         warnings.warn(f"{size / 1e9:.1f} GB of the model do not fit the GPUs and stay in host memory, which is slow", stacklevel=3)
     return devices
 

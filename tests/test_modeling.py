@@ -247,6 +247,25 @@ def test_what_fits_no_gpu_is_said_and_stays_on_the_host(unfilled):
         placement(model, "sequential", {0: whole - 2 * layer, "cpu": layer})
 
 
+@pytest.mark.parametrize(("dequantize", "dtype"), [("always", torch.float16), ("always", torch.float32), ("never", torch.float16)])
+def test_what_will_be_held_is_what_is_spread(tiny_model, text_file, tmp_path, monkeypatch, dequantize, dtype):
+    """Rebuilt weights too: a map made for packed ones would overfill the GPUs."""
+    out = quantized_file(tiny_model(), text_file, tmp_path / "q.safetensors", "--wbits", "4", "--exponent", "4")
+    held = lambda model: sum(t.nbytes for t in (*model.parameters(), *model.buffers()))  # noqa: E731
+    spread, sizes = modeling._device_map, []
+    monkeypatch.setattr(modeling, "_device_map", lambda model, *rest: sizes.append(held(model)) or spread(model, *rest))
+    model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), out, device="cpu", dtype=dtype, dequantize=dequantize)
+    assert sizes == [held(model)]
+
+
+def test_rebuilt_weights_take_the_second_gpu(unfilled):
+    model, layer, whole = unfilled
+    room = {0: 2 * whole, 1: 2 * whole, "cpu": 10**9}
+    assert set().union(*placement(model, "sequential", room).values()) == {0}
+    modeling._reserve_dense(model, torch.float16)
+    assert set().union(*placement(model, "sequential", room).values()) == {0, 1}
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("bits", [4, 2])
