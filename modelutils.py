@@ -30,6 +30,7 @@ from activations import Activations, Place, helper_thread, mapped
 from leanquant.errors import InputError, first_line
 from leanquant.experts import Experts, first_token_to_all, on_routing, routers, split_experts, use_model_names
 from leanquant.foreign import METHODS
+from leanquant.modeling import where_to_look
 from leanquant.packing import Checkpoint
 
 FILES_BESIDE_WEIGHTS = ["*.json", "*.model", "*.jinja", "tokenizer*"]
@@ -51,8 +52,9 @@ def resolve_model(name_or_path: str, files: Sequence[str] = HUB_FILES) -> Path:
         raise InputError(f"{name_or_path} is neither a model folder nor a hub name: check the path")
     from huggingface_hub import snapshot_download
 
+    where = where_to_look(name_or_path)
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(files), ignore_patterns=NOT_HUB_FILES))
+        return Path(snapshot_download(name_or_path, allow_patterns=list(files), ignore_patterns=NOT_HUB_FILES, **where))
     except Exception as error:  # the hub's, the network's, the disk's: their libraries have no common ancestor
         reason = first_line(error)
         raise InputError(f"cannot get {name_or_path} from the hub ({reason}): check the name, the network and your access") from None

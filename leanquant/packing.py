@@ -188,9 +188,9 @@ class Checkpoint:
     def open(cls, path: str | Path) -> "Checkpoint":
         """`path` is a .safetensors file or a model folder. Raises InputError for anything unreadable."""
         path = Path(path)
-        if path.is_file():
+        if os.path.isfile(path):  # which is no error for a name that is too long for a file
             return cls([path])
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise InputError(f"{path} does not exist: give a .safetensors file or a model folder")
         index = path / "model.safetensors.index.json"
         if (path / "model.safetensors").is_file():  # first, as transformers does: an index beside it is of an older model

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import datautils
 import eval_quantized
+import modelutils
 from conftest import make_text
 from leanquant import LeanQuantModelForCausalLM
 from leanquant.errors import InputError
@@ -349,6 +350,7 @@ def test_the_hub_is_asked_for_no_more_than_is_needed(tiny_model, quantized, test
         return tiny_model()
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(modelutils, "where_to_look", lambda _: {})
     base = ["--base_model_name_or_path", "someone/tiny", "--leanquant_path", quantized]
     assert "unknown task mine_aa" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_aa")
     assert asked == []
@@ -374,6 +376,7 @@ def test_a_connection_that_breaks_is_one_sentence(tiny_model, test_text, monkeyp
         raise ReadTimeout("The read operation timed out")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", broken)
+    monkeypatch.setattr(modelutils, "where_to_look", lambda _: {})
     monkeypatch.setattr(datasets, "load_dataset", broken)
     assert "someone/tiny from the hub (The read operation" in refusal(
         capsys, "--base_model_name_or_path", "someone/tiny", "--perplexity", test_text
