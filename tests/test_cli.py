@@ -906,6 +906,25 @@ def test_importing_loads_nothing_optional():
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
 
 
+PACKAGE_ALONE = """
+import importlib, pathlib, sys
+folder, root = map(pathlib.Path, sys.argv[1:])
+sys.path[:] = [str(folder), *(place for place in sys.path if pathlib.Path(place or ".").resolve() != root)]
+for file in (folder / "leanquant").glob("*.py"):
+    importlib.import_module(f"leanquant.{file.stem}".removesuffix(".__init__"))
+ours = {file.stem for file in root.glob("*.py")}
+print(sys.modules["leanquant"].__path__[0] == str(folder / "leanquant"), *sorted((ours | {"datasets", "lm_eval"}) & set(sys.modules)))
+"""
+
+
+def test_the_package_needs_nothing_beside_it(tmp_path):
+    """It is installed without the files that quantize."""
+    shutil.copytree(ROOT / "leanquant", tmp_path / "leanquant")
+    command = [sys.executable, "-c", PACKAGE_ALONE, str(tmp_path), str(ROOT)]
+    done = subprocess.run(command, env=environment(), cwd="/", capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "True"), done.stderr
+
+
 # --- GPUs ------------------------------------------------------------------------------------------------------
 
 ONE_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -5,12 +5,14 @@ Damage of each kind by hand, then seeded mutations of real files: each is refuse
 
 import json
 import random
+import shutil
 import struct
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import leanquant
 import llama
@@ -18,7 +20,7 @@ from leanquant import InputError, LeanQuantModelForCausalLM
 from leanquant import __main__ as info
 from leanquant.packing import Checkpoint
 
-Q = "model.layers.1.mlp.up_proj"
+Q, NORM = "model.layers.1.mlp.up_proj", "model.layers.1.input_layernorm.weight"
 IDS = torch.arange(20).view(1, -1) + 5
 KINDS = {
     "non-uniform, 4 bits": ["--wbits", "4", "--exponent", "4"],
@@ -105,7 +107,12 @@ DAMAGE = {
     "a norm of another size": (NU, setter("model.norm.weight", lambda t: t[:-1].contiguous()), "model.norm.weight is"),
     "a norm with NaN": (NU, setter("model.norm.weight", with_value(float("nan"))), "model.norm.weight holds NaN"),
     "a norm of integers": (NU, setter("model.norm.weight", lambda t: t.int()), "model.norm.weight is I32"),
-    "a norm of the other 16-bit kind": (NU, setter("model.norm.weight", lambda t: t.view(torch.bfloat16)), "model.norm.weight is BF16"),
+    "norms of two 16-bit kinds": (
+        NU,
+        lambda tensors: tensors.update({"model.norm.weight": torch.ones(64).bfloat16(), NORM: torch.ones(64).half()}),
+        "layernorm.weight is F16 and model.norm.weight is BF16",
+    ),
+    "levels of two 16-bit kinds": (NU, setter(Q + ".quant_grid", lambda t: t.view(torch.bfloat16)), "F16 and .*up_proj.quant_grid is BF16"),
     "an unknown tensor": (NU, lambda tensors: tensors.update({"model.extra": torch.ones(3).half()}), "tensor model.extra"),
     "an unknown linear": (NU, lambda tensors: tensors.update({"model.x.weight_codes": tensors[Q + ".weight_codes"].clone()}), "model.x"),
 }
@@ -324,3 +331,26 @@ def test_700_mutations_are_refused_or_harmless(tiny_model, files, tmp_path, kind
         for name in original:
             assert torch.equal(state[name], original[name]), (number, name)
     assert 300 < refused < 700
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_mutations_are_refused_or_harmless_in_transformers_own_loader_too(tiny_model, files, tmp_path, kind):
+    folder, data = tmp_path / "folder", files[kind].read_bytes()
+    shutil.copytree(tiny_model(), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "leanquant"}}))
+    (folder / "model.safetensors").write_bytes(data)
+    original = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    rng, refused = random.Random(1), 0
+    for number in range(60):
+        changed = mutated(data, rng)
+        (folder / "model.safetensors").write_bytes(changed)
+        try:
+            state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+        except InputError as error:
+            assert str(error)
+            refused += 1
+            continue
+        if changed.endswith(header_of(data)[1]):  # a byte too many before them may have pushed the values along, then cut by another
+            assert all(torch.equal(state[name], original[name]) for name in original), number
+    assert 20 < refused < 60

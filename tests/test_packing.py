@@ -410,7 +410,7 @@ def test_bits_of_an_affine_file_come_from_its_settings(tmp_path):
     save_file(packed.named("m"), tmp_path / "bare.safetensors")
     merge_files([tmp_path / "bare.safetensors"], tmp_path / "told.safetensors", SETTINGS)
     assert Checkpoint.open(tmp_path / "told.safetensors").bits_of("m") == 3
-    with pytest.raises(InputError, match="quantize again"):
+    with pytest.raises(InputError, match="the whole folder again"):
         Checkpoint.open(tmp_path / "bare.safetensors").bits_of("m")
 
 
