@@ -3,6 +3,7 @@
 Damage of each kind by hand, then seeded mutations of real files: each is refused, or gives the very model that was written.
 """
 
+import copy
 import json
 import random
 import shutil
@@ -340,17 +341,15 @@ def test_mutations_are_refused_or_harmless_in_transformers_own_loader_too(tiny_m
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "leanquant"}}))
     (folder / "model.safetensors").write_bytes(data)
-    original = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    original = copy.deepcopy(AutoModelForCausalLM.from_pretrained(folder).state_dict())  # which maps the file
     rng, refused = random.Random(1), 0
     for number in range(60):
-        changed = mutated(data, rng)
-        (folder / "model.safetensors").write_bytes(changed)
+        (folder / "model.safetensors").write_bytes(mutated(data, rng))
         try:
             state = AutoModelForCausalLM.from_pretrained(folder).state_dict()
         except InputError as error:
             assert str(error)
             refused += 1
             continue
-        if changed.endswith(header_of(data)[1]):  # a byte too many before them may have pushed the values along, then cut by another
-            assert all(torch.equal(state[name], original[name]) for name in original), number
+        assert all(torch.equal(state[name], original[name]) for name in original), number
     assert 20 < refused < 60
