@@ -533,7 +533,10 @@ def render(model: str, p: Protocol, work: Path, out: Path) -> Path:
     (out / "reproduction").mkdir(parents=True, exist_ok=True)
     title = "SmolLM2-135M-Instruct" if model == "demo" else model
     command = f"python scripts/reproduce.py --table all --model {model}"
-    sections = [f"# {title}: the paper's tables\n\n`{command}`, rendered {date.today()}.\n\n{conditions(p, work)}"]
+    jobs = wanted(list(TABLES), p)
+    made = sum((work / f"{p.name(job)}.json").is_file() for job, _ in jobs)
+    so_far = "" if made == len(jobs) else f" {made} of {len(jobs)} runs are made so far."
+    sections = [f"# {title}: the paper's tables\n\n`{command}`, rendered {date.today()}.{so_far}\n\n{conditions(p, work)}"]
     for name, table in TABLES.items():
         if not any((work / f"{file}.json").is_file() for file in [p.name(job) for job in table.jobs] or [name]):
             continue

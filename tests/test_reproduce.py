@@ -104,6 +104,7 @@ def reproduce_in(folder: Path, *options) -> str:
 
 def test_tables_are_made_and_what_is_done_is_not_done_again(project, tmp_path):
     text = reproduce_in(tmp_path, "--table", "matrix")
+    assert f"8 of {len(reproduce.wanted(list(reproduce.TABLES), reproduce.protocol('tiny')))} runs are made so far." in text
     assert [call[0] for call in project] == ["llama.py", "eval_quantized.py"] * 8
     assert "LeanQuant affine, groups of 16" in text and "groups of 64" not in text
     rows = [line.split(" | ") for line in text.split("\n## ")[1].splitlines() if line.startswith("| 3 |") or line.startswith("| 16 |")]
