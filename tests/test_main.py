@@ -139,7 +139,8 @@ except KeyboardInterrupt:
 
 def test_ctrl_c_ends_the_imports_with_a_word(tmp_path):
     (tmp_path / "torch.py").write_text(INTERRUPTED)
-    ran = run("info", "x", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (it is ignored by what runs in the background)
+    ran = run("info", "x", env=os.environ | {"PYTHONPATH": str(tmp_path)}, preexec_fn=heeded)
     assert (ran.returncode, ran.stderr) == (130, b"interrupted: nothing is lost\n")
 
 
