@@ -692,7 +692,7 @@ def run(args: argparse.Namespace) -> None:
     if args.perplexity:
         modelutils.check_seqlen(model.folder, args.seqlen)
     set_seeds(args.seed)
-    for opened in (model, base) if matched and base else (model,) if matched else ():
+    for opened in filter(None, (model, base)) if matched else ():
         opened.check_memory(dtype, args.device)
     tasks = load_tasks(matched, args.include_path) if matched else None
     tokenizer = modelutils.load_tokenizer(model.folder)
