@@ -366,7 +366,8 @@ def plot_bars(table: Table, done: dict, model: str, p: Protocol):
                 axis.plot(cell.published, place, "kx", label="published")
         values = [row[heading].value for row in rows.values() if heading in row and is_number(row[heading].value)]
         positive = [value for value in values if value > 0]
-        if positive and min(values) >= 0 and max(values) > (5 if "perplexity" in heading else 30) * min(positive):
+        is_share, far = heading.endswith((", acc", ", acc_norm")), 5 if "perplexity" in heading else 30
+        if not is_share and positive and min(values) >= 0 and max(values) > far * min(positive):
             axis.set_xscale("log")
         elif positive and heading.startswith("perplexity"):
             axis.set_xlim(0.9 * min(positive))
