@@ -279,7 +279,7 @@ def _read_parquet(path: Path) -> list[str]:
     try:
         return [str(text) for text in pyarrow.parquet.read_table(path, columns=["text"])["text"].drop_null().to_pylist()]
     except (pyarrow.ArrowException, KeyError, OSError) as error:
-        raise InputError(f"{path} is not a parquet file with a text column ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{path} is not a parquet file with a text column ({first_line(error)})") from None
 
 
 def _hub_documents(corpus: Corpus, selection: dict) -> Sequence[str]:

@@ -175,18 +175,18 @@ class Tasks(NamedTuple):
 
 
 class Matches(NamedTuple):
-    """What --tasks named, not loaded yet: each name with all that lm-eval's `manager` knows by it."""
+    """What --tasks named, not loaded yet: each name with all that lm-eval's `manager` knows by it. with_own: lm-eval's own tasks too."""
 
     found: list[tuple[str, list[str]]]
     manager: object
+    with_own: bool
 
     @classmethod
     def of(cls, names: list[str], include_path: Path | None, with_own: bool = True) -> "Matches":
-        """with_own: of lm-eval's own tasks too."""
         from lm_eval.tasks import TaskManager
 
         manager = TaskManager(include_path=str(include_path) if include_path else None, include_defaults=with_own)
-        return cls([(name, manager.match_tasks([name])) for name in names], manager)
+        return cls([(name, manager.match_tasks([name])) for name in names], manager, with_own)
 
 
 def match_tasks(names: list[str], include_path: Path | None) -> Matches:
@@ -225,7 +225,7 @@ def _check_yaml(folder: Path) -> None:
 
 def load_tasks(matched: Matches, include_path: Path | None) -> Tasks:
     """With their data. Raises InputError for what cannot be had."""
-    if include_path:
+    if not matched.with_own:
         with contextlib.suppress(InputError):  # groups of the user's may hold tasks of lm-eval's own
             return _load_all(matched)
         matched = Matches.of([name for name, _ in matched.found], include_path)

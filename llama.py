@@ -42,7 +42,7 @@ from flags import Run, parse, quant_config, run_settings
 from hessian import Statistics
 from journal import ON_THE_WAY, Journal, Saver, files_of, has_result
 from leanquant import export, packing
-from leanquant.errors import InputError, disk_trouble
+from leanquant.errors import InputError, disk_trouble, first_line
 from leanquant.foreign import open_checkpoint
 from ranks import Ending, RankLost, Ranks
 from report import example_row, peak_host_bytes, peak_memory, print_summary, settings_of, versions, write_report
@@ -810,7 +810,7 @@ def main(argv: list[str] | None = None) -> int:
         if not modelutils.is_out_of_memory(error):
             raise
         what = "give a smaller --batch_size or --offload_threshold, --activations host or disk, or more memory (--plan shows what fits)"
-        return ranks.leave(Ending(2, f"out of memory ({str(error).splitlines()[0]}): {what}", True), kept(error))
+        return ranks.leave(Ending(2, f"out of memory ({first_line(error)}): {what}", True), kept(error))
     except OSError as error:
         if (what := disk_trouble(error)) is None:
             raise

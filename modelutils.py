@@ -64,7 +64,7 @@ def load_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder} has no usable tokenizer ({str(error).splitlines()[0]}): copy its tokenizer files there") from None
+        raise InputError(f"{folder} has no usable tokenizer ({first_line(error)}): copy its tokenizer files there") from None
 
 
 def check_seqlen(folder: Path, seqlen: int) -> None:
@@ -205,7 +205,7 @@ class StreamedModel:
             with init_empty_weights(include_buffers=False):
                 self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype).eval()
         except ValueError as error:
-            raise InputError(f"{folder} is not a causal language model that transformers knows ({str(error).splitlines()[0]})") from None
+            raise InputError(f"{folder} is not a causal language model that transformers knows ({first_line(error)})") from None
         split_experts(self.model)
         self._bare = dict(self.model.named_parameters(remove_duplicate=False))  # without values, to be put back in their place
         use_model_names(checkpoint, self.model)
@@ -747,7 +747,7 @@ def read_config(folder: Path):
     try:
         config = AutoConfig.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{folder}/config.json cannot be used ({str(error).splitlines()[0]})") from None
+        raise InputError(f"{folder}/config.json cannot be used ({first_line(error)})") from None
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{folder} is an encoder-decoder model ({config.model_type}): only stacks of decoder layers are supported")
     if getattr(config.get_text_config(), "hidden_size_per_layer_input", None):

@@ -225,9 +225,15 @@ def best_of(table: Table, rows: dict, bits: int, heading: str) -> float | None:
     """The best value of a width, for columns of quality."""
     values = [row[heading].value for job, row in rows.items() if job.bits == bits and heading in row and row[heading].value is not None]
     values = [value for value in values if math.isfinite(value)]
-    if len(values) < 2 or not heading.startswith(("perplexity", "sum")) and not heading.endswith((", acc", ", acc_norm", ", perplexity")):
+    is_quality = is_share(heading) or heading.startswith(("perplexity", "sum")) or heading.endswith(", perplexity")
+    if len(values) < 2 or not is_quality:
         return None
-    return max(values) if heading.endswith((", acc", ", acc_norm")) else min(values)
+    return max(values) if is_share(heading) else min(values)
+
+
+def is_share(heading: str) -> bool:
+    """Is the column one of right answers, from 0 to 1 and the more the better?"""
+    return heading.endswith((", acc", ", acc_norm"))
 
 
 def emphasised(cell: Cell | None, best: float | None) -> str:
@@ -366,8 +372,8 @@ def plot_bars(table: Table, done: dict, model: str, p: Protocol):
                 axis.plot(cell.published, place, "kx", label="published")
         values = [row[heading].value for row in rows.values() if heading in row and is_number(row[heading].value)]
         positive = [value for value in values if value > 0]
-        is_share, far = heading.endswith((", acc", ", acc_norm")), 5 if "perplexity" in heading else 30
-        if not is_share and positive and min(values) >= 0 and max(values) > far * min(positive):
+        far = 5 if "perplexity" in heading else 30
+        if not is_share(heading) and positive and min(values) >= 0 and max(values) > far * min(positive):
             axis.set_xscale("log")
         elif positive and heading.startswith("perplexity"):
             axis.set_xlim(0.9 * min(positive))

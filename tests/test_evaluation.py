@@ -325,6 +325,10 @@ def test_a_group_may_hold_lm_evals_own_tasks(task_folder, monkeypatch):
     monkeypatch.setattr(TaskManager, "load", load)
     assert found_tasks(["mixed"], task_folder).leaves == {"mixed": ["mine_a", "arithmetic_1dc"]}
     assert len(managers) == 2
+    monkeypatch.setattr(TaskManager, "load", lambda self, names: managers.append(self) or 1 / 0)
+    with pytest.raises(InputError, match="cannot be loaded"):
+        found_tasks(["arithmetic_1dc"], task_folder)
+    assert len(managers) == 3, "lm-eval's own task, which fails, is not tried twice"
 
 
 def test_tasks_that_draw_while_they_load_are_reproducible(tiny_model, task_folder, tmp_path):

@@ -108,6 +108,11 @@ DAMAGE = {
     "a norm of another size": (NU, setter("model.norm.weight", lambda t: t[:-1].contiguous()), "model.norm.weight is"),
     "a norm with NaN": (NU, setter("model.norm.weight", with_value(float("nan"))), "model.norm.weight holds NaN"),
     "a norm of integers": (NU, setter("model.norm.weight", lambda t: t.int()), "model.norm.weight is I32"),
+    "a norm of the other 16-bit kind": (
+        NU,
+        setter("model.norm.weight", lambda t: t.view(torch.bfloat16)),
+        "tensor model.norm.weight is .128",
+    ),
     "norms of two 16-bit kinds": (
         NU,
         lambda tensors: tensors.update({"model.norm.weight": torch.ones(64).bfloat16(), NORM: torch.ones(64).half()}),

@@ -341,6 +341,8 @@ def test_mt_bench_refuses_what_it_cannot_use(chat_model, tiny_model, tmp_path, m
     assert "it is empty" in refused("--questions", tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTIONS[0] | {"turns": "Say hi."}))
     assert "no list of texts" in refused("--questions", tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text(json.dumps(QUESTIONS[0] | {"question_id": "81"}))
+    assert "no whole number" in refused("--questions", tmp_path / "q.jsonl")
     (tmp_path / "q.jsonl").write_text(json.dumps(QUESTIONS[0]))
     assert "--max-new-tokens is 0" in refused("--questions", tmp_path / "q.jsonl", "--max-new-tokens", 0)
     assert "--base" in refused("--questions", tmp_path / "q.jsonl", "--path", tmp_path / "q.safetensors")
