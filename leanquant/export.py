@@ -16,7 +16,7 @@ from . import packing
 from .errors import InputError
 from .experts import Experts, split_experts
 from .foreign import open_checkpoint
-from .layouts import LAYOUTS, Affine, Layout, Linear, Model, weight_of
+from .layouts import LAYOUTS, Layout, Linear, Model, Stored, weight_of
 from .modeling import build_model, read_config
 from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, unpack_codes, write_synced
 
@@ -219,7 +219,7 @@ def verify(source: Checkpoint, written: Checkpoint, layout: Layout, sizes: dict[
 
 def verify_config(folder: Path, model: Model, layout: Layout) -> None:
     """Raise RuntimeError unless the config.json in `folder` says what `model` is, to our reader of others' folders."""
-    if not isinstance(layout, Affine):
+    if not isinstance(layout, Stored):
         return
     try:
         read = open_checkpoint(folder)

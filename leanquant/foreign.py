@@ -1,7 +1,7 @@
-"""Read other software's quantized folders as if they were ours: GPTQ, AWQ and compressed-tensors with 4, 3 and 2 bits.
+"""Read other software's quantized folders as if they were ours: GPTQ, AWQ, compressed-tensors, any-precision with 4, 3 and 2 bits.
 
-A `ForeignCheckpoint` shows a linear's codes, scale and zero under this project's names and decodes them as they are read, so that
-whoever reads a Checkpoint reads these too. Layouts are layouts.py's. Not here: 8 bits, floating point, act-order in groups.
+A `ForeignCheckpoint` shows a linear's codes, and its levels or scale and zero, under this project's names and decodes them as they are
+read, so that whoever reads a Checkpoint reads these too. Layouts are layouts.py's. Not here: 8 bits, floating point, act-order in groups.
 """
 
 import json
@@ -10,31 +10,30 @@ from pathlib import Path
 import torch
 
 from .errors import InputError
-from .layouts import LAYOUTS, Affine
-from .packing import CODES, OLD_CONFIG, SCALE, ZERO, Checkpoint, is_finite, pack_codes, packed_width
+from .layouts import LAYOUTS, AnyPrecision, Stored
+from .packing import ANY_PRECISION, CODES, GRID, OLD_CONFIG, SCALE, ZERO, Checkpoint, is_finite, pack_codes, packed_width
 
 METHODS = ("gptq", "awq", "compressed-tensors")  # what config.json calls them
 CONFIG_BYTES = 2**24  # no config.json is longer
-ITEM = {CODES: "U8", SCALE: "F16", ZERO: "U8"}
+ITEM = {CODES: "U8", GRID: "F16", SCALE: "F16", ZERO: "U8"}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """What is at `path`, a .safetensors file or a folder, ours or another's. Raises InputError for anything unreadable."""
-    checkpoint, told = Checkpoint.open(path), _json_of(Path(path) / "config.json")
-    if "anyprec" in told:
-        raise InputError(f"{path} is in the layout of any-precision's kernels, which nobody else reads: give what it was made from")
-    config = _quantization_config(told, Path(path))
-    if config.get("quant_method") in METHODS:
+    checkpoint, config = Checkpoint.open(path), _quantization_config(Path(path))
+    if config.get("quant_method") in (*METHODS, AnyPrecision.name):
         return ForeignCheckpoint(list(dict.fromkeys(checkpoint.files.values())), config)
     if config.get("quant_method") == "leanquant":
         checkpoint.settings = checkpoint.settings or {name: value for name, value in config.items() if name != "quant_method"}
     return checkpoint
 
 
-def _quantization_config(told: dict, folder: Path) -> dict:
-    """What a folder's config.json, which says `told`, says of a quantization, or, where it says nothing, AutoGPTQ's own file does; empty
-    if there is none."""
+def _quantization_config(folder: Path) -> dict:
+    """What a folder's config.json says of a quantization, or, where it says nothing, AutoGPTQ's own file does; empty if there is none."""
+    told = _json_of(folder / "config.json")
     config = told.get("quantization_config")
+    if config is None and isinstance(widths := told.get(ANY_PRECISION), dict):
+        config = widths | {"quant_method": AnyPrecision.name}
     if config is None and (old := _json_of(folder / OLD_CONFIG)):
         config = {"quant_method": "gptq"} | old
     return config if isinstance(config, dict) else {}
@@ -80,7 +79,7 @@ class ForeignCheckpoint(Checkpoint):
         for suffix, name in names.items():
             if self.dtypes[name] not in (kinds := self.layout.suffixes[suffix]):
                 raise InputError(f"{name} is {self.dtypes[name]}, not {' or '.join(kinds)}: the file is damaged, get it again")
-            wanted = 1 if suffix in (".g_idx", ".weight_g_idx", ".weight_shape") else 2
+            wanted = self.layout.dimensions.get(suffix, 2)
             if len(self.shapes[name]) != wanted or 0 in self.shapes[name]:
                 raise InputError(f"{name} is {list(self.shapes[name])}, not of {wanted} dimensions: the file is damaged, get it again")
         shapes = {suffix: self.shapes[name] for suffix, name in names.items()}
@@ -90,7 +89,8 @@ class ForeignCheckpoint(Checkpoint):
         self._sizes[linear], self._stored[linear] = (bits, rows, columns), names
         for name in names.values():
             del self.files[name], self.shapes[name], self.dtypes[name]
-        shown = {CODES: (rows, packed_width(columns, bits)), SCALE: (rows, groups), ZERO: (rows, groups)}
+        grid = {SCALE: (rows, groups), ZERO: (rows, groups)} if self.layout.uniform else {GRID: (rows, 2**bits)}
+        shown = {CODES: (rows, packed_width(columns, bits)), **grid}
         for suffix, shape in shown.items():
             self.files[linear + suffix] = self._raw.files[names[self.layout.required[0]]]
             self.shapes[linear + suffix], self.dtypes[linear + suffix] = shape, ITEM[suffix]
@@ -108,6 +108,8 @@ class ForeignCheckpoint(Checkpoint):
             return super().get(name)
         bits, rows, columns = self._sizes[linear]
         read = lambda *parts: {s: self._raw.get(n) for s, n in self._stored[linear].items() if any(part in s for part in parts)}  # noqa: E731
+        if "." + leaf == GRID:
+            return self.layout.decode_grid(read("lut"), bits)
         if "." + leaf == SCALE:
             scale = self.layout.decode_scale(read("scale")).half()
             if not is_finite(scale):
@@ -122,9 +124,11 @@ class ForeignCheckpoint(Checkpoint):
 
     def _check_order(self, linear: str, tensors: dict[str, torch.Tensor], columns: int) -> None:
         """Raise InputError unless each group is of consecutive columns."""
-        groups = self.shapes[linear + SCALE][1]
         for suffix in (".g_idx", ".weight_g_idx"):
-            if suffix in tensors and not torch.equal(tensors[suffix].long(), torch.arange(columns) // (columns // groups)):
+            if suffix not in tensors:
+                continue
+            groupsize = columns // self.shapes[linear + SCALE][1]
+            if not torch.equal(tensors[suffix].long(), torch.arange(columns) // groupsize):
                 raise InputError(
                     f"{linear}{suffix} does not group the columns in their order (act-order), which is not read here: load the folder "
                     "with transformers, or quantize it again without"
@@ -134,11 +138,13 @@ class ForeignCheckpoint(Checkpoint):
 # --- config.json -----------------------------------------------------------------------------------------------
 
 
-def _layout_of(config: dict) -> tuple[Affine, int, int]:
+def _layout_of(config: dict) -> tuple[Stored, int, int]:
     """The layout that a quantization_config names, its bits and group size. Raises InputError for what is not read here."""
     method = config["quant_method"]
     if method == "compressed-tensors":
         name, bits, groupsize = method, *_compressed_tensors(config)
+    elif method == AnyPrecision.name:
+        name, bits, groupsize = method, _widest(config.get("seed_precision"), config.get("parent_precision")), -1
     else:
         kind = config.get("checkpoint_format") or config.get("format") or config.get("version") or {"gptq": "gptq", "awq": "gemm"}[method]
         kind = kind.lower() if isinstance(kind, str) else kind
@@ -151,7 +157,8 @@ def _layout_of(config: dict) -> tuple[Affine, int, int]:
             raise InputError("config.json gives linears settings of their own (dynamic), which is not read here: load it with transformers")
     if type(bits) is not int or bits not in LAYOUTS[name].bits:
         held = " or ".join(map(str, LAYOUTS[name].bits))
-        raise InputError(f"config.json says {bits!r} bits: {name} folders are read here with {held} bits; load this one with transformers")
+        other = "transformers" if LAYOUTS[name].uniform else "its makers' code"
+        raise InputError(f"config.json says {bits!r} bits: {name} folders are read here with {held} bits; load this one with {other}")
     if type(groupsize) is not int or groupsize != -1 and groupsize < 1:
         raise InputError(f"config.json says a group size of {groupsize!r}, not -1 or a number of columns: get the folder again")
     return LAYOUTS[name], bits, groupsize
@@ -171,3 +178,10 @@ def _compressed_tensors(config: dict) -> tuple[object, object]:
     if strategy not in ("channel", "group"):
         raise InputError(f"compressed-tensors with the strategy {strategy!r} is not read here: load the folder with transformers")
     return weights[0].get("num_bits"), -1 if strategy == "channel" else weights[0].get("group_size")
+
+
+def _widest(seed: object, parent: object) -> object:
+    """The most bits that are read here, of an any-precision model that has all widths from `seed` to `parent`; else `seed`, which is not."""
+    if type(seed) is not int or type(parent) is not int or seed > parent:
+        return None
+    return max((bits for bits in AnyPrecision.bits if seed <= bits <= parent), default=seed)

@@ -14,6 +14,7 @@ import numpy
 import torch
 
 from .errors import InputError
+from .packing import ANY_PRECISION
 
 PIECE = 2**22  # codes handled at a time: the temporaries take some 16 bytes each
 
@@ -104,11 +105,12 @@ def weight_of(linear: Linear) -> torch.Tensor:
     return torch.from_numpy((scale * (grouped - zero)).reshape(codes.shape))
 
 
-class Affine(Layout):
-    """Layouts of scale and zero, which are read here too."""
+class Stored(Layout):
+    """Layouts with tensors of their own for a linear, which are read here too."""
 
     suffixes: dict[str, tuple[str, ...]]  # of the tensors' names, with their dtypes in the file
     required: tuple[str, ...]
+    dimensions: dict[str, int] = {}  # of a tensor that is no matrix
 
     def measure(self, linear: str, shapes: dict[str, tuple[int, ...]], bits: int, groupsize: int) -> tuple[int, int, int]:
         """(O, I, G) from the shapes of a linear's tensors, by suffix (of weight_shape the two numbers in it).
@@ -119,6 +121,10 @@ class Affine(Layout):
 
     def decode_codes(self, tensors: dict[str, torch.Tensor], bits: int, rows: int, columns: int) -> torch.Tensor:
         raise NotImplementedError
+
+
+class Affine(Stored):
+    """Layouts of scale and zero."""
 
     def decode_scale(self, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
         raise NotImplementedError
@@ -144,6 +150,7 @@ class GPTQ(Affine):
     groupsizes = (16, 32, 64, 128, 256, 512, 1024)
     suffixes = {".qweight": ("I32",), ".qzeros": ("I32",), ".scales": ("F16", "BF16"), ".g_idx": ("I32",)}
     required = (".qweight", ".qzeros", ".scales")
+    dimensions = {".g_idx": 1}
 
     def check(self, model: Model) -> None:
         super().check(model)
@@ -300,6 +307,7 @@ class CompressedTensors(Affine):
         ".weight_g_idx": ("I32",),
     }
     required = (".weight_packed", ".weight_scale")
+    dimensions = {".weight_shape": 1, ".weight_g_idx": 1}
 
     def encode(self, linear: Linear, model: Model) -> dict[str, torch.Tensor]:
         tensors = {
@@ -364,11 +372,13 @@ def _agree(linear: str, suffix: str, shape: tuple[int, ...], wanted: tuple[float
         raise InputError(f"{linear}{suffix} is {list(shape)}, but its config.json and other tensors want [{expected}]: get the files again")
 
 
-# --- any-precision, dense --------------------------------------------------------------------------------------
+# --- any-precision ---------------------------------------------------------------------------------------------
 
 
-class AnyPrecision(Layout):
+class AnyPrecision(Stored):
     """qweight int32 [b, O, I / 32]: bit planes, the highest first; lut{b} fp16 [O, 2**b]: the levels of each row.
+
+    A model of several widths has a lut for each, and the planes of the widest: codes of fewer bits are the higher bits of its.
 
     Words are laid out for the threads of its kernels. A plane's bytes (weight 8 i in the highest bit of byte i) are taken by
     blocks of 128, the last of which may be shorter: of a block of 4 T bytes, word t holds bytes t, T + t, 2 T + t, 3 T + t, the first
@@ -376,6 +386,9 @@ class AnyPrecision(Layout):
     """
 
     name, uniform, dtype = "any-precision", False, torch.float16
+    suffixes = {".qweight": ("I32",), **{f".lut{bits}": ("F16",) for bits in range(2, 9)}}
+    required = (".qweight",)
+    dimensions = {".qweight": 3}
 
     def check_size(self, linear: str, rows: int, columns: int, bits: int) -> None:
         if columns % 32:
@@ -393,13 +406,27 @@ class AnyPrecision(Layout):
                 qweight[plane, :, start // 32 : start // 32 + threads] = pack_words(by_thread.flip(2).flatten(1), 1)
         return {".qweight": qweight, f".lut{bits}": linear.grid.half()}
 
-    def decode(self, tensors: dict[str, torch.Tensor], bits: int, rows: int, columns: int) -> Linear:
+    def measure(self, linear, shapes, bits, groupsize):
+        planes, rows, words = shapes[".qweight"]
+        if f".lut{bits}" not in shapes:
+            raise InputError(f"the file has no tensor {linear}.lut{bits}, which its config.json wants: get the files again")
+        _agree(linear, ".qweight", shapes[".qweight"], (max(planes, bits), rows, words))
+        _agree(linear, f".lut{bits}", shapes[f".lut{bits}"], (rows, 2**bits))
+        return rows, 32 * words, 1
+
+    def decode_codes(self, tensors, bits, rows, columns):
         codes = numpy.zeros((rows, columns), numpy.uint8)
-        for plane in tensors[".qweight"].numpy():
+        for plane in tensors[".qweight"][:bits].numpy():
             stored = plane.view(numpy.uint8).reshape(rows, -1)
             ordered = numpy.concatenate([_unshuffled(stored[:, i : i + 128]) for i in range(0, stored.shape[1], 128)], 1)
             codes = codes << 1 | numpy.unpackbits(ordered, axis=1)
-        return Linear(torch.from_numpy(codes), tensors[f".lut{bits}"])
+        return torch.from_numpy(codes)
+
+    def decode_grid(self, tensors: dict[str, torch.Tensor], bits: int) -> torch.Tensor:
+        return tensors[f".lut{bits}"]
+
+    def decode(self, tensors: dict[str, torch.Tensor], bits: int, rows: int, columns: int) -> Linear:
+        return Linear(self.decode_codes(tensors, bits, rows, columns), self.decode_grid(tensors, bits))
 
     def config(self, model: Model, version: str) -> dict:
         layers = [name.split(".") for name in model.linears]
@@ -409,7 +436,7 @@ class AnyPrecision(Layout):
             "model_name": ".".join(layers[0][: at - 1]),
             "layers_name": layers[0][at - 1],
         }
-        return {"anyprec": {"seed_precision": model.bits, "parent_precision": model.bits, "arch_config": architecture}}
+        return {ANY_PRECISION: {"seed_precision": model.bits, "parent_precision": model.bits, "arch_config": architecture}}
 
 
 def _unshuffled(block: numpy.ndarray) -> numpy.ndarray:
@@ -449,4 +476,4 @@ def unpack_words(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     return torch.from_numpy(found)
 
 
-LAYOUTS: dict[str, Layout] = {layout.name: layout for layout in (AWQ(), GPTQ(), GPTQv2(), CompressedTensors(), AnyPrecision())}
+LAYOUTS: dict[str, Stored] = {layout.name: layout for layout in (AWQ(), GPTQ(), GPTQv2(), CompressedTensors(), AnyPrecision())}

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from .errors import InputError, first_line
 from .foreign import open_checkpoint
 from .linear import QuantizedLinear, check_names, prepare_linears, replace_linears
-from .packing import Checkpoint
+from .packing import SAYS_QUANTIZED, Checkpoint
 from .plugin import mark_quantized
 
 DEQUANTIZE = ("auto", "always", "never")
@@ -117,8 +117,9 @@ def read_config(base: str | Path, trust_remote_code: bool, **where):
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code, **where)
     except Exception as error:  # a config that lies fails in as many ways as there are fields
         raise InputError(f"{base} has no usable config.json ({_one_line(error)}): check the name, or get it again") from None
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for field in SAYS_QUANTIZED:
+        if hasattr(config, field):
+            delattr(config, field)
     _forget_kernels(config)
     return config
 

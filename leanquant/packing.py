@@ -45,6 +45,8 @@ WORK_FILE = re.compile(
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 CARD = "README.md"  # an exported folder also has this
 OLD_CONFIG = "quantize_config.json"  # where older readers of GPTQ look for what config.json says
+ANY_PRECISION = "anyprec"  # what config.json says of a quantization lies under this, or
+SAYS_QUANTIZED = ("quantization_config", ANY_PRECISION)
 
 
 # --- codes -----------------------------------------------------------------------------------------------------
@@ -767,8 +769,7 @@ def _write_shards(parts: list[Path], folder: Path, settings: dict, max_bytes: in
 def _write_config_files(base: Path, folder: Path, changes: dict) -> None:
     """The base's config.json with `changes` in place of its own quantization, and its tokenizer, template and generation files."""
     config = json.loads((base / "config.json").read_text())
-    config.pop("quantization_config", None)
-    config |= changes
+    config = {name: value for name, value in config.items() if name not in SAYS_QUANTIZED} | changes
     write_synced(folder / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     for file in sorted(base.iterdir()):
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")

@@ -2,6 +2,7 @@
 in the real loaders, verification that cannot be forgotten; and that such folders, ours and others', are read back or refused in words."""
 
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -25,7 +26,7 @@ from leanquant import __main__ as info
 from leanquant.export import FORMATS, export
 from leanquant.foreign import open_checkpoint
 from leanquant.layouts import LAYOUTS, Linear, Model, pack_words
-from leanquant.packing import Checkpoint
+from leanquant.packing import Checkpoint, unpack_codes
 from test_hostile_files import mutated
 
 IDS = torch.arange(20).view(1, -1) + 5
@@ -221,8 +222,55 @@ def test_dense_and_any_precision_hold_free_levels(nonuniform, tmp_path):
     config = json.loads((tmp_path / "planes/config.json").read_text())["anyprec"]
     assert (config["arch_config"]["model_name"], config["arch_config"]["layers_name"]) == ("model", "layers")
     assert "mlp.up_proj" in config["arch_config"]["module_names"] and config["parent_precision"] == 3
-    with pytest.raises(InputError, match="any-precision's kernels"):
-        open_checkpoint(tmp_path / "planes")
+
+
+def test_any_precision_is_read_back_as_it_was(nonuniform, tmp_path, capsys):
+    """By the loader, the evaluation and export.py, and what those write says nothing of it any more."""
+    base, file = nonuniform
+    export(Checkpoint.open(file), base, "any-precision", tmp_path / "planes")
+    back = LeanQuantModelForCausalLM.from_pretrained(tmp_path / "planes", bits=3, device="cpu", torch_dtype=torch.float16)
+    ours = LeanQuantModelForCausalLM.from_pretrained(base, file, device="cpu", torch_dtype=torch.float16)
+    assert open_checkpoint(tmp_path / "planes").format == "any-precision"
+    for linear, packed in ours.state_dict().items():
+        assert torch.equal(back.state_dict()[linear].half(), packed.half()), linear  # levels are float16 there
+    back.save_pretrained(tmp_path / "ours")
+    same = LeanQuantModelForCausalLM.from_pretrained(tmp_path / "ours", device="cpu", torch_dtype=torch.float16)
+    assert torch.equal(logits(same), logits(back))
+    assert export_cli.main([str(tmp_path / "planes"), "--to", "dense", "--out", str(tmp_path / "dense")]) == 0
+    dense = eval_quantized.Model.open(str(tmp_path / "dense"), None, None)
+    assert not dense.bits and not dense.checkpoint.quantized
+    assert eval_quantized.Model.open(str(tmp_path / "planes"), None, 3).bits == [3]
+    for command, text in ((["info", str(tmp_path / "planes")], "any-precision"), (["info", str(tmp_path / "ours")], "bits:         3 (")):
+        assert info.main(command) == 0 and text in capsys.readouterr().out
+
+
+def test_an_any_precision_model_of_several_widths_is_read_at_the_most_bits_we_have(nonuniform, tmp_path):
+    """From 2 to 8 bits, as its makers have it: codes of fewer bits are the higher bits, and each width has a table."""
+    base, file = nonuniform
+    export(Checkpoint.open(file), base, "any-precision", tmp_path / "planes")
+    tensors = load_file(tmp_path / "planes/model.safetensors")
+    for name in [name for name in tensors if name.endswith(".lut3")]:
+        linear = name.removesuffix(".lut3")
+        more = torch.randint(-(2**31), 2**31, (5, *tensors[linear + ".qweight"].shape[1:])).int()
+        tensors[linear + ".qweight"] = torch.cat([tensors[linear + ".qweight"], more])
+        tensors |= {f"{linear}.lut{bits}": torch.randn(len(tensors[name]), 2**bits).half() for bits in (2, 4, 5, 6, 7, 8)}
+    save_file(tensors, tmp_path / "planes/model.safetensors")  # without our metadata
+    config = json.loads((tmp_path / "planes/config.json").read_text())
+    for seed, parent, expected in ((2, 8, 4), (2, 3, 3), (2, 2, 2)):
+        config["anyprec"] |= {"seed_precision": seed, "parent_precision": parent}
+        (tmp_path / "planes/config.json").write_text(json.dumps(config))
+        checkpoint = open_checkpoint(tmp_path / "planes")
+        rows, columns = 256, 128
+        assert checkpoint.bits_of(Q) == expected
+        codes = unpack_codes(checkpoint.packed(Q, rows, columns).codes, expected, columns)
+        ours = unpack_codes(Checkpoint.open(file).packed(Q, rows, columns).codes, 3, columns)
+        assert torch.equal(codes >> max(0, expected - 3), ours >> max(0, 3 - expected))
+        assert torch.equal(checkpoint.get(Q + ".quant_grid"), tensors[f"{Q}.lut{expected}"])
+    for seed, parent, said in ((5, 8, "5 bits"), (None, 3, "None bits"), ("2", 8, "None bits"), (4, 3, "None bits")):
+        config["anyprec"] |= {"seed_precision": seed, "parent_precision": parent}
+        (tmp_path / "planes/config.json").write_text(json.dumps(config))
+        with pytest.raises(InputError, match=said):
+            open_checkpoint(tmp_path / "planes")
 
 
 def test_the_folder_is_complete_and_says_what_it_is(nonuniform, quantized, tiny_model, text_file, tmp_path):
@@ -436,12 +484,13 @@ def test_evaluation_reads_what_was_exported(quantized, tiny_model, text_file, tm
 
 
 @pytest.fixture(scope="module")
-def exported(bases, quantized, tmp_path_factory) -> dict[str, Path]:
+def exported(bases, quantized, nonuniform, tmp_path_factory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("exported")
     for name in ("awq", "gptq", "compressed-tensors"):
         symmetric = name == "gptq"
         export(Checkpoint.open(quantized(symmetric=symmetric)), bases["tiny Llama"], name, folder / name)
-    return {name: folder / name for name in ("awq", "gptq", "compressed-tensors")}
+    export(Checkpoint.open(nonuniform[1]), nonuniform[0], "any-precision", folder / "any-precision")
+    return {entry.name: entry for entry in folder.iterdir()}
 
 
 def damaged(folder: Path, out: Path, change=None, **settings) -> Path:
@@ -452,7 +501,7 @@ def damaged(folder: Path, out: Path, change=None, **settings) -> Path:
         change(tensors)
         save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] |= settings
+    config["anyprec" if "anyprec" in config else "quantization_config"] |= settings
     (out / "config.json").write_text(json.dumps(config))
     return out
 
@@ -466,6 +515,11 @@ def scrambled(g_idx: torch.Tensor) -> torch.Tensor:
 
 
 DAMAGE = {
+    "bit planes are missing": ("any-precision", setter(".qweight", lambda t: t[:2].clone()), {}, r"up_proj.qweight is \[2, 256, 4\]"),
+    "levels of another width": ("any-precision", setter(".lut3", lambda t: t[:, :4].clone()), {}, r"up_proj.lut3 is \[256, 4\]"),
+    "no table of the width": ("any-precision", None, {"parent_precision": 4}, r"no tensor model.*\.lut4"),
+    "NaN in a table": ("any-precision", setter(".lut3", lambda t: t.index_fill(1, torch.tensor([0]), math.nan)), {}, "NaN"),
+    "a bit plane alone": ("any-precision", setter(".qweight", lambda t: t[0].clone()), {}, "not of 3 dimensions"),
     "act-order": ("gptq", setter(".g_idx", scrambled), {}, r"up_proj.g_idx does not group.*act-order"),
     "g_idx beyond the groups": ("gptq", setter(".g_idx", lambda t: t + 2**30), {}, "up_proj.g_idx"),
     "g_idx of another length": ("gptq", setter(".g_idx", lambda t: t[:-1].contiguous()), {}, "up_proj.g_idx is"),
@@ -572,7 +626,7 @@ def test_what_version_1_wraps_is_zero(bases, quantized, tmp_path):
     assert (open_checkpoint(folder).get(Q + ".zero") == 0).all()
 
 
-@pytest.mark.parametrize("name", ["awq", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize("name", ["awq", "gptq", "compressed-tensors", "any-precision"])
 def test_200_mutations_are_refused_or_harmless(exported, tmp_path, monkeypatch, name):
     from leanquant import modeling
 
@@ -596,8 +650,9 @@ def test_200_mutations_are_refused_or_harmless(exported, tmp_path, monkeypatch, 
 
 
 def without_quantization(config):
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
+    for field in ("quantization_config", "anyprec"):
+        if hasattr(config, field):
+            delattr(config, field)
     return config
 
 
