@@ -181,7 +181,7 @@ def _compressed_tensors(config: dict) -> tuple[object, object]:
 
 
 def _widest(seed: object, parent: object) -> object:
-    """The most bits that are read here, of an any-precision model that has all widths from `seed` to `parent`; else `seed`, which is not."""
+    """The most bits that are read here of an any-precision model, which has all from `seed` to `parent`; else `seed`, which is not."""
     if type(seed) is not int or type(parent) is not int or seed > parent:
         return None
     return max((bits for bits in AnyPrecision.bits if seed <= bits <= parent), default=seed)
