@@ -65,6 +65,7 @@ NEW_TEST_SETS = ("wikitext2", "ptb-new", "c4-new")
 # Bytes of memory for each byte of a text, and for each of its tokens: from two tokenizers, of 1 and of 4.2 bytes a token.
 TOKENIZING_A_BYTE, TOKENIZING_A_TOKEN = 92, 238
 CACHE_VERSION = 1  # goes up with every change of what windows a text gives
+DRAWS = 5000  # of documents that are too short, before it is found out whether all are; of C4's a few in a hundred have 2048 tokens
 LOCAL_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -206,19 +207,21 @@ def _all_windows(tokens: torch.Tensor, seqlen: int, stride: int, limit: int | No
 
 
 def _random_documents(documents: Sequence[str], tokenizer, count: int, seqlen: int, seed: int, source: str) -> torch.Tensor:
-    """Documents drawn at random until one has `seqlen` tokens, then one random window of it; `count` times."""
+    """Documents drawn at random until one has `seqlen` tokens, then one random window of it; `count` times.
+
+    Where the first draws find none, all are looked at once: however rare long ones are, they are drawn until there are enough.
+    """
     rng = random.Random(seed)
-    windows, longest, misses = [], 0, 0
+    windows, misses = [], 0
     while len(windows) < count:
         tokens = _tokens(documents[rng.randint(0, len(documents) - 1)], tokenizer)
         if len(tokens) >= seqlen:
             start = rng.randint(0, max(0, len(tokens) - seqlen - 1))
             windows.append(tokens[start : start + seqlen])
-            misses = 0
-        else:
-            longest, misses = max(longest, len(tokens)), misses + 1
-        if misses > 5000:  # where such documents exist at all, a few in a hundred are long enough
-            _no_document(source, seqlen, longest)
+            continue
+        misses += 1
+        if misses == DRAWS and not windows and (longest := max(len(_tokens(text, tokenizer)) for text in documents)) < seqlen:
+            raise InputError(f"no document of {source} has {seqlen} tokens (the longest has {longest}): give a smaller --seqlen")
     return torch.stack(windows)
 
 
@@ -237,10 +240,6 @@ def _permuted_documents(documents: Sequence[str], tokenizer, count: int, seqlen:
         f"{source} has {len(windows)} documents of {seqlen} tokens (the longest has {longest}) and --nsamples wants {count}: "
         "ask for fewer or a smaller --seqlen"
     )
-
-
-def _no_document(source: str, seqlen: int, longest: int):
-    raise InputError(f"no document of {source} has {seqlen} tokens (the longest seen has {longest}): give a smaller --seqlen")
 
 
 # --- reading ---------------------------------------------------------------------------------------------------
@@ -286,7 +285,12 @@ def _hub_documents(corpus: Corpus, selection: dict) -> Sequence[str]:
     """The documents of one split, as a column read on demand."""
     import datasets
 
+    from leanquant.modeling import ask_hub
+
+    kept = Path(datasets.config.HF_DATASETS_CACHE) / corpus.repository.replace("/", "___")
     try:
+        if not kept.is_dir() and not Path(corpus.repository).is_dir():
+            ask_hub(corpus.repository, "README.md", "dataset")  # datasets would ask again and again for half a minute
         return datasets.load_dataset(corpus.repository, **selection)[corpus.field]
     except Exception as error:  # its own, the hub's, the network's, the disk's: there is no common ancestor
         reason = first_line(error)

@@ -12,7 +12,6 @@ import argparse
 import contextlib
 import difflib
 import gc
-import json
 import logging
 import math
 import os
@@ -33,7 +32,7 @@ import leanquant
 import modelutils
 from leanquant import LeanQuantModelForCausalLM
 from leanquant.errors import InputError, exit_code, first_line
-from leanquant.foreign import METHODS, open_checkpoint
+from leanquant.foreign import METHODS, json_of, open_checkpoint
 from leanquant.linear import free_host_bytes
 from leanquant.modeling import parse_device
 from leanquant.packing import CODES, Checkpoint, write_json
@@ -485,7 +484,8 @@ class Model(NamedTuple):
     @classmethod
     def open(cls, base: str, quantized: str | None, bits: int | None) -> "Model":
         folder = modelutils.resolve_model(base, modelutils.HUB_FILES if quantized is None else modelutils.FILES_BESIDE_WEIGHTS)
-        config = json.loads((folder / "config.json").read_text()).get("quantization_config") or {}
+        config = json_of(folder / "config.json").get("quantization_config")
+        config = config if isinstance(config, dict) else {}
         try:
             checkpoint = open_checkpoint(quantized or folder)
         except InputError:
@@ -632,7 +632,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--limit", type=float, help="only the first so many items of each task, or that share of them if below 1 (unset: all)")
     add("--perplexity", nargs="+", default=[], metavar="NAME|PATH", help=f"texts: {', '.join(datautils.CORPORA)} or local text files")
     add("--seqlen", type=int, default=2048, help="tokens a window of --perplexity")
-    add("--stride", type=int, help="advance windows by so many tokens; each token is scored once, with more context (unset: --seqlen)")
+    add(
+        "--stride",
+        type=int,
+        help="advance windows by so many tokens: each is scored once, with more context, but for a rest at the end (unset: --seqlen)",
+    )
     add("--compare", action="store_true", help="evaluate the base model too, and print both with the difference and its standard error")
     add("--eval_batch_size", type=batch_size, metavar="N|auto", help="sequences per forward pass (unset: auto)")
     add("--use_bf16", action="store_true", help="compute in bfloat16, same as --dtype bfloat16")

@@ -29,7 +29,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from activations import Activations, Place, helper_thread, mapped
 from leanquant.errors import InputError, first_line
 from leanquant.experts import Experts, first_token_to_all, on_routing, routers, split_experts, use_model_names
-from leanquant.foreign import METHODS
+from leanquant.foreign import METHODS, json_of
 from leanquant.modeling import where_to_look
 from leanquant.packing import Checkpoint
 
@@ -42,28 +42,32 @@ M_MMAP_THRESHOLD, LARGE_BLOCK = -3, 2**22
 
 
 def resolve_model(name_or_path: str, files: Sequence[str] = HUB_FILES) -> Path:
-    """The local folder of a model: the path itself, or the hub's `files` in the local cache."""
+    """The local folder of a model, with a config.json: the path itself, or the hub's `files` in the local cache."""
     path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise InputError(f"{path} has no config.json: give the folder that holds the model's config and weights")
-        return path
-    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/")):
-        raise InputError(f"{name_or_path} is neither a model folder nor a hub name: check the path")
+    folder = path if path.is_dir() else _download(name_or_path, files)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{name_or_path} has no config.json: give the folder, or hub name, that has the model's config and weights")
+    if not json_of(folder / "config.json"):
+        raise InputError(f"{name_or_path} has a config.json that is no JSON object: get it again")
+    return folder
+
+
+def _download(name: str, files: Sequence[str]) -> Path:
+    if Path(name).exists() or name.count("/") != 1 or name.startswith((".", "/")):
+        raise InputError(f"{name} is neither a model folder nor a hub name: check the path")
     from huggingface_hub import snapshot_download
 
-    where = where_to_look(name_or_path)
+    where = where_to_look(name)
     try:
-        return Path(snapshot_download(name_or_path, allow_patterns=list(files), ignore_patterns=NOT_HUB_FILES, **where))
+        return Path(snapshot_download(name, allow_patterns=list(files), ignore_patterns=NOT_HUB_FILES, **where))
     except Exception as error:  # the hub's, the network's, the disk's: their libraries have no common ancestor
-        reason = first_line(error)
-        raise InputError(f"cannot get {name_or_path} from the hub ({reason}): check the name, the network and your access") from None
+        raise InputError(f"cannot get {name} from the hub ({first_line(error)}): check the name, the network and your access") from None
 
 
 def load_tokenizer(folder: Path):
     try:
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # what lies in it fails in as many ways as there are fields
         raise InputError(f"{folder} has no usable tokenizer ({first_line(error)}): copy its tokenizer files there") from None
 
 
@@ -71,7 +75,7 @@ def check_seqlen(folder: Path, seqlen: int) -> None:
     """Raise InputError if windows of `seqlen` tokens exceed the context of the model in `folder`."""
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError):
+    except Exception:
         return  # who builds the model says what is wrong
     limit = getattr(config.get_text_config(), "max_position_embeddings", None)
     if limit and seqlen > limit:
@@ -663,7 +667,7 @@ def in_smaller_batches(model: StreamedModel, streams: list[Stream], phase: Calla
             if not left or size == 1:
                 raise InputError(
                     f"{model.device} ran out of memory with batches of {size} sequences: give a smaller --batch_size (--eval_batch_size) "
-                    "or --seqlen, --activations host or disk, or a smaller --offload_threshold (--plan shows what fits)"
+                    "or --seqlen; llama.py also takes --activations host or disk and a smaller --offload_threshold (--plan shows what fits)"
                 ) from None
         torch.cuda.empty_cache()
         model.halve_batches(streams)
@@ -746,7 +750,7 @@ class PlannedModel(StreamedModel):
 def read_config(folder: Path):
     try:
         config = AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:
         raise InputError(f"{folder}/config.json cannot be used ({first_line(error)})") from None
     if getattr(config, "is_encoder_decoder", False):
         raise InputError(f"{folder} is an encoder-decoder model ({config.model_type}): only stacks of decoder layers are supported")

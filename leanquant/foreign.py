@@ -30,16 +30,16 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _quantization_config(folder: Path) -> dict:
     """What a folder's config.json says of a quantization, or, where it says nothing, AutoGPTQ's own file does; empty if there is none."""
-    told = _json_of(folder / "config.json")
+    told = json_of(folder / "config.json")
     config = told.get("quantization_config")
     if config is None and isinstance(widths := told.get(ANY_PRECISION), dict):
         config = widths | {"quant_method": AnyPrecision.name}
-    if config is None and (old := _json_of(folder / OLD_CONFIG)):
+    if config is None and (old := json_of(folder / OLD_CONFIG)):
         config = {"quant_method": "gptq"} | old
     return config if isinstance(config, dict) else {}
 
 
-def _json_of(file: Path) -> dict:
+def json_of(file: Path) -> dict:
     """What is in `file`; nothing if it is no JSON object: who needs it says what is wrong."""
     try:
         found = json.loads(file.read_text()) if file.stat().st_size <= CONFIG_BYTES else None
@@ -144,7 +144,8 @@ def _layout_of(config: dict) -> tuple[Stored, int, int]:
     if method == "compressed-tensors":
         name, bits, groupsize = method, *_compressed_tensors(config)
     elif method == AnyPrecision.name:
-        name, bits, groupsize = method, _widest(config.get("seed_precision"), config.get("parent_precision")), -1
+        seed, parent = config.get("seed_precision"), config.get("parent_precision")
+        name, bits, groupsize = method, parent if seed == parent else f"{seed} to {parent}", -1
     else:
         kind = config.get("checkpoint_format") or config.get("format") or config.get("version") or {"gptq": "gptq", "awq": "gemm"}[method]
         kind = kind.lower() if isinstance(kind, str) else kind
@@ -178,10 +179,3 @@ def _compressed_tensors(config: dict) -> tuple[object, object]:
     if strategy not in ("channel", "group"):
         raise InputError(f"compressed-tensors with the strategy {strategy!r} is not read here: load the folder with transformers")
     return weights[0].get("num_bits"), -1 if strategy == "channel" else weights[0].get("group_size")
-
-
-def _widest(seed: object, parent: object) -> object:
-    """The most bits that are read here of an any-precision model, which has all from `seed` to `parent`; else `seed`, which is not."""
-    if type(seed) is not int or type(parent) is not int or seed > parent:
-        return None
-    return max((bits for bits in AnyPrecision.bits if seed <= bits <= parent), default=seed)

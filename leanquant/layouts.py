@@ -378,15 +378,13 @@ def _agree(linear: str, suffix: str, shape: tuple[int, ...], wanted: tuple[float
 class AnyPrecision(Stored):
     """qweight int32 [b, O, I / 32]: bit planes, the highest first; lut{b} fp16 [O, 2**b]: the levels of each row.
 
-    A model of several widths has a lut for each, and the planes of the widest: codes of fewer bits are the higher bits of its.
-
     Words are laid out for the threads of its kernels. A plane's bytes (weight 8 i in the highest bit of byte i) are taken by
     blocks of 128, the last of which may be shorter: of a block of 4 T bytes, word t holds bytes t, T + t, 2 T + t, 3 T + t, the first
     in its highest bits.
     """
 
     name, uniform, dtype = "any-precision", False, torch.float16
-    suffixes = {".qweight": ("I32",), **{f".lut{bits}": ("F16",) for bits in range(2, 9)}}
+    suffixes = {".qweight": ("I32",), **{f".lut{bits}": ("F16",) for bits in Layout.bits}}
     required = (".qweight",)
     dimensions = {".qweight": 3}
 
@@ -407,16 +405,16 @@ class AnyPrecision(Stored):
         return {".qweight": qweight, f".lut{bits}": linear.grid.half()}
 
     def measure(self, linear, shapes, bits, groupsize):
-        planes, rows, words = shapes[".qweight"]
+        _, rows, words = shapes[".qweight"]
         if f".lut{bits}" not in shapes:
             raise InputError(f"the file has no tensor {linear}.lut{bits}, which its config.json wants: get the files again")
-        _agree(linear, ".qweight", shapes[".qweight"], (max(planes, bits), rows, words))
+        _agree(linear, ".qweight", shapes[".qweight"], (bits, rows, words))
         _agree(linear, f".lut{bits}", shapes[f".lut{bits}"], (rows, 2**bits))
         return rows, 32 * words, 1
 
     def decode_codes(self, tensors, bits, rows, columns):
         codes = numpy.zeros((rows, columns), numpy.uint8)
-        for plane in tensors[".qweight"][:bits].numpy():
+        for plane in tensors[".qweight"].numpy():
             stored = plane.view(numpy.uint8).reshape(rows, -1)
             ordered = numpy.concatenate([_unshuffled(stored[:, i : i + 128]) for i in range(0, stored.shape[1], 128)], 1)
             codes = codes << 1 | numpy.unpackbits(ordered, axis=1)

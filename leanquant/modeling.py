@@ -4,6 +4,7 @@ Reads this project's files and folders, and the published model zoo's. Weights g
 device: nothing is initialised at random and no second copy of the model is made.
 """
 
+import contextlib
 import os
 import warnings
 from pathlib import Path
@@ -97,9 +98,7 @@ def where_to_look(base: str | Path) -> dict:
     if os.path.exists(base):
         return {}
     try:
-        get_hf_file_metadata(hf_hub_url(str(base), "config.json"), timeout=HUB_SECONDS)
-    except HfHubHTTPError:
-        pass  # an answer: who loads says what is wrong
+        ask_hub(str(base), "config.json")
     except HFValidationError:
         raise InputError(f"{base} is neither a folder here nor a hub name: check the path") from None
     except Exception as error:  # of whatever library speaks to the hub
@@ -110,6 +109,12 @@ def where_to_look(base: str | Path) -> dict:
             ) from None
         return {"local_files_only": True}
     return {}
+
+
+def ask_hub(repository: str, file: str, kind: str = "model") -> None:
+    """Raise what the library raises unless the hub answers, whatever it says: of a file that is not there, say."""
+    with contextlib.suppress(HfHubHTTPError):
+        get_hf_file_metadata(hf_hub_url(repository, file, repo_type=kind), timeout=HUB_SECONDS)
 
 
 def read_config(base: str | Path, trust_remote_code: bool, **where):

@@ -204,8 +204,8 @@ class Checkpoint:
         else:
             pickles = [*path.glob("pytorch_model*.bin"), *path.glob("*.pth"), *path.glob("*.pt")]
             remedy = (
-                f"only pickled weights ({pickles[0].name}), which can run code when loaded: convert them once with "
-                "transformers' save_pretrained, which writes safetensors"
+                f"only pickled weights ({pickles[0].name}), which can run code when loaded: convert them once to "
+                "safetensors (transformers' save_pretrained does so, for what transformers loads)"
                 if pickles
                 else "no model.safetensors and no model.safetensors.index.json: is it a model folder?"
             )

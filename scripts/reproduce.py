@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,15 +30,37 @@ ROOT = Path(__file__).resolve().parent.parent
 # --- runs ------------------------------------------------------------------------------------------------------
 
 
-def quantize_command(job: Job, p: Protocol, model_file: Path, report: Path) -> list[str]:
+class Files(NamedTuple):
+    """Of a run: its JSON, which stays, and what its commands write."""
+
+    store: Path
+    model: Path
+    report: Path
+    tasks: Path
+
+    @classmethod
+    def of(cls, job: Job, p: Protocol, work: Path) -> "Files":
+        return cls(*(work / f"{p.name(job)}.{end}" for end in ("json", "safetensors", "report.json.partial", "tasks.json.partial")))
+
+
+def quantize_command(job: Job, p: Protocol, files: Files) -> list[str]:
     command = ["llama.py", p.model, *p.calibration, "--wbits", str(job.bits), *p.flags(job)]
-    command += ["--eval", *p.texts, "--report", from_root(report)]
-    return command if job.bits == 16 else [*command, "--save_path", from_root(model_file), "--overwrite"]
+    command += ["--eval", *p.texts, "--report", from_root(files.report)]
+    return command if job.bits == 16 else [*command, "--save_path", from_root(files.model), "--overwrite"]
 
 
-def task_command(job: Job, p: Protocol, model_file: Path, output: Path) -> list[str]:
-    command = ["eval_quantized.py", "--base_model_name_or_path", p.model, "--tasks", *p.tasks, *p.task_flags, "--output", from_root(output)]
-    return command if job.bits == 16 else [*command, "--leanquant_path", from_root(model_file)]
+def task_command(job: Job, p: Protocol, files: Files) -> list[str]:
+    command = ["eval_quantized.py", "--base_model_name_or_path", p.model, "--tasks", *p.tasks, *p.task_flags]
+    command += ["--output", from_root(files.tasks)]
+    return command if job.bits == 16 else [*command, "--leanquant_path", from_root(files.model)]
+
+
+def kernel_command(work: Path) -> list[str]:
+    """The benchmark of the kernels: on a GPU the kernels' own, else that of their CPU twins on the demo's rows."""
+    import torch
+
+    script = "bench_quantize.py" if torch.cuda.is_available() else "bench_grid.py"
+    return [f"scripts/{script}", "--out", from_root(work / "bench.json.partial")]
 
 
 def from_root(path: Path) -> str:
@@ -45,23 +68,40 @@ def from_root(path: Path) -> str:
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
+def is_same(one: list[str] | None, other: list[str]) -> bool:
+    """Do two commands say the same, wherever their files lie? A folder of runs may be moved, and rendered elsewhere."""
+    names = lambda command: [Path(argument).name for argument in command]  # noqa: E731
+    return one is not None and names(one) == names(other)
+
+
+def current(job: Job, p: Protocol, work: Path) -> dict:
+    """What is stored of a run, if its commands are still the ones that would be given; without its tasks, if only theirs is another."""
+    files = Files.of(job, p, work)
+    done = stored(files.store)
+    if not is_same(done.get("command"), quantize_command(job, p, files)):
+        return {}
+    if not is_same(done.get("task_command"), task_command(job, p, files)):
+        done.pop("tasks", None)
+    return done
+
+
 def run(job: Job, p: Protocol, work: Path, with_tasks: bool, keep: bool) -> None:
-    """Make the run's JSON, or what it lacks. The model is removed afterwards unless `keep`."""
-    store, file = work / f"{p.name(job)}.json", work / f"{p.name(job)}.safetensors"
-    report, output = (work / f"{p.name(job)}.{kind}.json.partial" for kind in ("report", "tasks"))
-    quantize, evaluate = quantize_command(job, p, file, report), task_command(job, p, file, output)
-    done = stored(store)
-    if with_tasks and done.get("task_command") != evaluate and job.bits != 16 and not file.is_file():
+    """Make the run's JSON, or what it lacks. A model that is made for it is removed afterwards unless `keep`."""
+    files, done = Files.of(job, p, work), current(job, p, work)
+    kept = keep or files.model.is_file()
+    if with_tasks and "tasks" not in done and job.bits != 16 and not files.model.is_file():
         done = {}  # the model is needed again
-    if done.get("command") != quantize:
-        done = {"command": quantize, "date": date.today().isoformat(), "machine": machine(), "code": code()}
-        done |= {"report": without_details(call(quantize, report))}
-        write(store, done)
-    if with_tasks and done.get("task_command") != evaluate:
-        done |= {"task_command": evaluate, "tasks": call(evaluate, output)["rows"]}
-        write(store, done)
-    if not keep:
-        file.unlink(missing_ok=True)
+    if not done:
+        command = quantize_command(job, p, files)
+        done = {"command": command, "date": date.today().isoformat(), "machine": machine(), "code": code()}
+        done |= {"report": without_details(call(command, files.report))}
+        write(files.store, done)
+    if with_tasks and "tasks" not in done:
+        command = task_command(job, p, files)
+        done |= {"task_command": command, "task_code": code(), "tasks": call(command, files.tasks)["rows"]}
+        write(files.store, done)
+    if not kept:
+        files.model.unlink(missing_ok=True)
 
 
 def machine() -> str:
@@ -74,9 +114,11 @@ def machine() -> str:
 
 
 def code() -> str | None:
-    """The commit that makes a run; None outside a checkout."""
+    """The commit that makes a run, with a + if files besides the documents differ from it; None outside a checkout."""
+    git = lambda *arguments: subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)  # noqa: E731
     with contextlib.suppress(OSError):  # no git
-        return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+        commit = git("rev-parse", "--short", "HEAD").stdout.strip()
+        return commit and commit + "+" * git("diff", "--quiet", "HEAD", "--", ".", ":!docs").returncode or None
     return None
 
 
@@ -120,13 +162,8 @@ def write(store: Path, contents: dict) -> None:
 
 
 def run_kernels(work: Path) -> None:
-    """The benchmark of the kernels: on a GPU the kernels' own, else that of their CPU twins on the demo's rows."""
-    import torch
-
-    store = work / "kernels.json"
-    script = "bench_quantize.py" if torch.cuda.is_available() else "bench_grid.py"
-    command = [f"scripts/{script}", "--out", from_root(work / "bench.json.partial")]
-    if stored(store).get("command") != command:
+    store, command = work / "kernels.json", kernel_command(work)
+    if not is_same(stored(store).get("command"), command):
         done = {"command": command, "date": date.today().isoformat(), "machine": machine()}
         write(store, done | {"report": call(command, work / "bench.json.partial")})
 
@@ -185,13 +222,14 @@ def scaled(value: float | None, unit: float = 1e9) -> float | None:
 
 def as_markdown(table: Table, model: str, p: Protocol, work: Path) -> str:
     """The table, empty if nothing of it was measured yet."""
-    rows = {job: cells(job, stored(work / f"{p.name(job)}.json"), table.columns, model, p) for job in table.jobs}
+    done = {job: current(job, p, work) for job in table.jobs}
+    rows = {job: cells(job, contents, table.columns, model, p) for job, contents in done.items()}
     headings = [
         heading
         for heading in dict.fromkeys(h for row in rows.values() for h in row)
         if any(heading in row and row[heading].value is not None for row in rows.values())
     ]
-    if not headings:
+    if not headings or not any(done.values()):
         return ""
     lines = [f"| bits | method | {' | '.join(headings)} |", f"|---|---|{'---|' * len(headings)}"]
     best = {(job.bits, heading): best_of(table, rows, job.bits, heading) for job in table.jobs for heading in headings}
@@ -206,7 +244,7 @@ def as_markdown(table: Table, model: str, p: Protocol, work: Path) -> str:
 
 def layers_markdown(table: Table, p: Protocol, work: Path) -> str:
     """Loss of each layer, a column a run."""
-    found = {job: losses_by_layer(store["report"]) for job in table.jobs if (store := stored(work / f"{p.name(job)}.json"))}
+    found = {job: losses_by_layer(done["report"]) for job in table.jobs if (done := current(job, p, work))}
     headings = [f"{job.bits} bits, {job.method}" for job in found]
     lines = [f"| decoder layer | {' | '.join(headings)} |", f"|---|{'---|' * len(headings)}"]
     for layer in sorted({layer for losses in found.values() for layer in losses}):
@@ -272,7 +310,10 @@ def kernel_rows(work: Path) -> list[tuple[str, str, float]]:
 
 
 def kernel_markdown(work: Path) -> str:
+    """The table, empty if the benchmark was not run yet."""
     rows, done = kernel_rows(work), stored(work / "kernels.json")
+    if not rows:
+        return ""
     brute = {what: cost for what, how, cost in rows if how.startswith("brute")}
     lines = ["| what | how | ms | times faster than brute force |", "|---|---|---|---|"]
     lines += [f"| {what} | {how} | {cost:.2f} | {brute[what] / cost:.0f} |" for what, how, cost in rows]
@@ -290,8 +331,8 @@ def plot(name: str, table: Table, model: str, p: Protocol, work: Path, out: Path
         figure = plot_kernels(work)
     else:
         draw = plot_layers if name == "loss" else plot_exponents if "exponent" in name else plot_bars
-        done = {job: stored(work / f"{p.name(job)}.json") for job in table.jobs}
-        figure = draw(table, {job: contents for job, contents in done.items() if contents}, model, p)
+        done = {job: contents for job in table.jobs if (contents := current(job, p, work))}
+        figure = draw(table, done, model, p)
     save(figure, out)
 
 
@@ -451,10 +492,10 @@ def commands(names: list[str], p: Protocol, work: Path) -> list[str]:
     """What would be run."""
     found = []
     for job, with_tasks in wanted(names, p):
-        found.append(quantize_command(job, p, work / f"{p.name(job)}.safetensors", work / "report.json.partial"))
-        if with_tasks:
-            found.append(task_command(job, p, work / f"{p.name(job)}.safetensors", work / "tasks.json.partial"))
-    return ["python " + " ".join(command) for command in found]
+        files = Files.of(job, p, work)
+        found += [quantize_command(job, p, files)] + [task_command(job, p, files)] * with_tasks
+    found += [kernel_command(work)] * ("kernels" in names)
+    return ["python " + shlex.join(command) for command in found]
 
 
 def refusal(args: argparse.Namespace, is_folder: bool, work: Path, out: Path) -> str | None:
@@ -516,9 +557,11 @@ def prepare_demo() -> None:
     cut_text(make_texts(FULL.folder)[1], FULL)
 
 
-def conditions(p: Protocol, work: Path) -> str:
-    stores = [stored(store) for store in sorted(work.glob("*.json")) if store.name != "kernels.json"]
-    machines, commits = (list(dict.fromkeys(store[name] for store in stores if store.get(name))) for name in ("machine", "code"))
+def conditions(p: Protocol, runs: list[dict]) -> str:
+    """What is true of all tables, of whose `runs` these are the ones that are there."""
+    machines = list(dict.fromkeys(run["machine"] for run in runs))
+    commits = list(dict.fromkeys(run[kind] for run in runs for kind in ("code", "task_code") if run.get(kind)))
+    unknown = sum(not run.get("code") for run in runs)
     flags = f" (`{' '.join(p.task_flags)}`)" if p.task_flags else ""
     return (
         f"Calibration: `{' '.join(p.calibration)}`. Perplexity in windows of {p.seqlen} tokens. Tasks: {', '.join(p.tasks)}{flags}. "
@@ -531,6 +574,7 @@ def conditions(p: Protocol, work: Path) -> str:
         )
         + (f" Times are of {' or '.join(machines)}." if machines else "")
         + (f" The code is that of {' or '.join(commits)}." if commits else "")
+        + (f" Of {unknown} runs it was not recorded." if commits and unknown else "")
         + (f" {p.note}" if p.note else "")
     )
 
@@ -541,12 +585,14 @@ def render(model: str, p: Protocol, work: Path, out: Path) -> Path:
     title = "SmolLM2-135M-Instruct" if model == "demo" else model
     command = f"python scripts/reproduce.py --table all --model {model}"
     jobs = wanted(list(TABLES), p)
-    made = sum((work / f"{p.name(job)}.json").is_file() for job, _ in jobs)
+    runs = [current(job, p, work) for job, _ in jobs]
+    made = sum(bool(done) and ("tasks" in done or not with_tasks) for done, (_, with_tasks) in zip(runs, jobs, strict=True))
     so_far = "" if made == len(jobs) else f" {made} of {len(jobs)} runs are made so far."
-    sections = [f"# {title}: the paper's tables\n\n`{command}`, rendered {date.today()}.{so_far}\n\n{conditions(p, work)}"]
+    if "kernels" in TABLES and not kernel_rows(work):
+        so_far += " The benchmark of the kernels is not made yet."
+    said = conditions(p, list(filter(None, runs)))
+    sections = [f"# {title}: the paper's tables\n\n`{command}`, rendered {date.today()}.{so_far}\n\n{said}"]
     for name, table in TABLES.items():
-        if not any((work / f"{file}.json").is_file() for file in [p.name(job) for job in table.jobs] or [name]):
-            continue
         body = as_markdown(table, model, p, work) if table.jobs else kernel_markdown(work)
         if not body:
             continue

@@ -156,6 +156,15 @@ def test_calibration_on_documents_is_the_published_sampling(corpora, tokenizer, 
     assert_windows(datautils.calibration_windows(source, tokenizer, 16, seqlen, seed), expected)
 
 
+def test_documents_that_are_rare_are_found_and_that_there_are_none_is_said_once_it_is_known(corpora, tokenizer, monkeypatch):
+    monkeypatch.setattr(datautils, "DRAWS", 2)
+    longest = max(len(tokenizer(document).input_ids) for document in corpora["c4/train"])
+    expected = published_c4_windows(tokenizer, corpora["c4/train"], 3, longest - 1, 1)
+    assert_windows(datautils.calibration_windows("c4", tokenizer, 3, longest - 1, 1), expected)
+    with pytest.raises(InputError, match=rf"no document of c4 has {longest + 1} tokens \(the longest has {longest}\): give a smaller"):
+        datautils.calibration_windows("c4", tokenizer, 3, longest + 1, 1)
+
+
 @pytest.mark.parametrize("seed", [0, 42])
 def test_calibration_on_the_permuted_shard_is_the_published_sampling(corpora, tokenizer, seed):
     expected = published_permutation_windows(tokenizer, corpora["c4/train"], 16, 64, seed)

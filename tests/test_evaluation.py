@@ -6,6 +6,7 @@ lm-eval is the real library; its tasks here need no network. What the command re
 import json
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -332,10 +333,23 @@ def test_a_group_may_hold_lm_evals_own_tasks(task_folder, monkeypatch):
 
 
 def test_tasks_that_draw_while_they_load_are_reproducible(tiny_model, task_folder, tmp_path):
-    (task_folder / "items.py").write_text(TASKS_PY.replace("rng = random.Random(0)", "rng = random"))
+    drawn = tmp_path / "drawn"
+    noted = f"open({str(drawn)!r}, 'w').write(str(random.getstate()))\n    rng = random"
+    (task_folder / "items.py").write_text(TASKS_PY.replace("rng = random.Random(0)", noted))
     base = ["--base_model_name_or_path", tiny_model(), "--include_path", task_folder, "--tasks", "mine_a"]
-    found = [evaluate(tmp_path / "e.json", *base, *seed)["rows"] for seed in ([], [], ["--seed", 5], ["--seed", 5], ["--seed", 6])]
+    found = [
+        (evaluate(tmp_path / "e.json", *base, *seed)["rows"], drawn.read_text())
+        for seed in ([], [], ["--seed", 5], ["--seed", 5], ["--seed", 6])
+    ]
     assert found[0] == found[1] and found[2] == found[3]
+    assert len({items for _, items in found}) == 3
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "", "7"])
+def test_a_damaged_config_is_one_sentence(tiny_model, test_text, tmp_path, capsys, text):
+    shutil.copytree(tiny_model(), tmp_path / "m")
+    (tmp_path / "m/config.json").write_text(text)
+    assert "config.json" in refusal(capsys, "--base_model_name_or_path", tmp_path / "m", "--perplexity", test_text, "--seqlen", 32)
 
 
 def test_what_was_measured_survives_a_task_that_fails(tiny_model, test_text, task_folder, tmp_path, capsys):

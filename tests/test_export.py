@@ -26,7 +26,7 @@ from leanquant import __main__ as info
 from leanquant.export import FORMATS, export
 from leanquant.foreign import open_checkpoint
 from leanquant.layouts import LAYOUTS, Linear, Model, pack_words
-from leanquant.packing import Checkpoint, unpack_codes
+from leanquant.packing import Checkpoint
 from test_hostile_files import mutated
 
 IDS = torch.arange(20).view(1, -1) + 5
@@ -242,35 +242,6 @@ def test_any_precision_is_read_back_as_it_was(nonuniform, tmp_path, capsys):
     assert eval_quantized.Model.open(str(tmp_path / "planes"), None, 3).bits == [3]
     for command, text in ((["info", str(tmp_path / "planes")], "any-precision"), (["info", str(tmp_path / "ours")], "bits:         3 (")):
         assert info.main(command) == 0 and text in capsys.readouterr().out
-
-
-def test_an_any_precision_model_of_several_widths_is_read_at_the_most_bits_we_have(nonuniform, tmp_path):
-    """From 2 to 8 bits, as its makers have it: codes of fewer bits are the higher bits, and each width has a table."""
-    base, file = nonuniform
-    export(Checkpoint.open(file), base, "any-precision", tmp_path / "planes")
-    tensors = load_file(tmp_path / "planes/model.safetensors")
-    for name in [name for name in tensors if name.endswith(".lut3")]:
-        linear = name.removesuffix(".lut3")
-        more = torch.randint(-(2**31), 2**31, (5, *tensors[linear + ".qweight"].shape[1:])).int()
-        tensors[linear + ".qweight"] = torch.cat([tensors[linear + ".qweight"], more])
-        tensors |= {f"{linear}.lut{bits}": torch.randn(len(tensors[name]), 2**bits).half() for bits in (2, 4, 5, 6, 7, 8)}
-    save_file(tensors, tmp_path / "planes/model.safetensors")  # without our metadata
-    config = json.loads((tmp_path / "planes/config.json").read_text())
-    for seed, parent, expected in ((2, 8, 4), (2, 3, 3), (2, 2, 2)):
-        config["anyprec"] |= {"seed_precision": seed, "parent_precision": parent}
-        (tmp_path / "planes/config.json").write_text(json.dumps(config))
-        checkpoint = open_checkpoint(tmp_path / "planes")
-        rows, columns = 256, 128
-        assert checkpoint.bits_of(Q) == expected
-        codes = unpack_codes(checkpoint.packed(Q, rows, columns).codes, expected, columns)
-        ours = unpack_codes(Checkpoint.open(file).packed(Q, rows, columns).codes, 3, columns)
-        assert torch.equal(codes >> max(0, expected - 3), ours >> max(0, 3 - expected))
-        assert torch.equal(checkpoint.get(Q + ".quant_grid"), tensors[f"{Q}.lut{expected}"])
-    for seed, parent, said in ((5, 8, "5 bits"), (None, 3, "None bits"), ("2", 8, "None bits"), (4, 3, "None bits")):
-        config["anyprec"] |= {"seed_precision": seed, "parent_precision": parent}
-        (tmp_path / "planes/config.json").write_text(json.dumps(config))
-        with pytest.raises(InputError, match=said):
-            open_checkpoint(tmp_path / "planes")
 
 
 def test_the_folder_is_complete_and_says_what_it_is(nonuniform, quantized, tiny_model, text_file, tmp_path):
@@ -517,7 +488,8 @@ def scrambled(g_idx: torch.Tensor) -> torch.Tensor:
 DAMAGE = {
     "bit planes are missing": ("any-precision", setter(".qweight", lambda t: t[:2].clone()), {}, r"up_proj.qweight is \[2, 256, 4\]"),
     "levels of another width": ("any-precision", setter(".lut3", lambda t: t[:, :4].clone()), {}, r"up_proj.lut3 is \[256, 4\]"),
-    "no table of the width": ("any-precision", None, {"parent_precision": 4}, r"no tensor model.*\.lut4"),
+    "no table of the width": ("any-precision", None, {"seed_precision": 4, "parent_precision": 4}, r"no tensor model.*\.lut4"),
+    "several widths": ("any-precision", None, {"parent_precision": 8}, "'3 to 8' bits: any-precision folders are read here with 4 or 3 or"),
     "NaN in a table": ("any-precision", setter(".lut3", lambda t: t.index_fill(1, torch.tensor([0]), math.nan)), {}, "NaN"),
     "a bit plane alone": ("any-precision", setter(".qweight", lambda t: t[0].clone()), {}, "not of 3 dimensions"),
     "act-order": ("gptq", setter(".g_idx", scrambled), {}, r"up_proj.g_idx does not group.*act-order"),

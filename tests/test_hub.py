@@ -6,9 +6,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import datasets
 import huggingface_hub
 import pytest
+from transformers import AutoTokenizer
 
+import datautils
 import llama
 from leanquant import InputError, LeanQuantModelForCausalLM, modeling
 from leanquant import __main__ as cli
@@ -116,6 +119,28 @@ def test_a_hub_that_never_answers_is_not_waited_for(hub_at, file, monkeypatch):
         hub_at(f"http://127.0.0.1:{silent.getsockname()[1]}")
         with pytest.raises(InputError, match=SAYS):
             LeanQuantModelForCausalLM.from_pretrained(NAME, file)
+
+
+def test_no_hub_is_said_at_once_of_a_corpus_too(hub_at, tiny_model, tmp_path, monkeypatch):
+    """But for one that datasets may have kept, which is left to it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "kept")
+    hub_at(NOBODY)
+    no_retries(monkeypatch)
+    with pytest.raises(InputError, match=r"cannot get Salesforce/wikitext from the hub \(.+\): check the network"):
+        datautils.evaluation_windows("wikitext2", tokenizer, 32)
+    (tmp_path / "kept/Salesforce___wikitext").mkdir(parents=True)
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": 99 * ["the old house "]})
+    assert len(datautils.evaluation_windows("wikitext2", tokenizer, 32)) > 0
+
+
+def test_a_hub_that_answers_is_left_to_datasets(hub, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "kept")
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: {"text": 99 * ["the old house "]})
+    assert len(datautils.evaluation_windows("wikitext2", AutoTokenizer.from_pretrained(tiny_model()), 32)) > 0
+    assert hub == ["/datasets/Salesforce/wikitext/resolve/main/README.md"]
 
 
 def test_offline_mode_asks_nobody(hub, file, monkeypatch):

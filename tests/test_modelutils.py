@@ -532,3 +532,13 @@ def test_hub_name_finds_the_cached_snapshot_without_network(tiny_model, offline,
     found = modelutils.resolve_model("someone/tiny")
     assert found == repository / "snapshots" / ("a" * 40)
     assert_same_logits(found)
+    config = (found / "config.json").read_text()
+    (found / "config.json").unlink()  # a repository of an adapter, or of GGUF files
+    (repository / "snapshots" / ("a" * 40) / "adapter_config.json").write_text(config)
+    assert "cannot be reached" in refusal(modelutils.resolve_model, "someone/tiny")
+
+
+def test_a_hub_repository_without_config_is_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
+    monkeypatch.setattr(modelutils, "where_to_look", lambda _: {})
+    assert "someone/adapter has no config.json: give the folder, or hub name" in refusal(modelutils.resolve_model, "someone/adapter")
