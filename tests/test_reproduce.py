@@ -161,7 +161,7 @@ def test_a_run_is_made_again_for_what_it_lacks_or_if_its_command_changed(project
     assert len(list((tmp_path / "work").glob("*.safetensors"))) == 7, "and are kept: this call has not made them"
 
 
-def test_what_other_commands_made_is_not_shown(project, tmp_path, monkeypatch):
+def test_what_other_commands_made_is_not_shown(project, tmp_path):
     text = reproduce_in(tmp_path, "--table", "matrix")
     shutil.copytree(tmp_path / "work", tmp_path / "elsewhere" / "work")
     assert reproduce_in(tmp_path / "elsewhere", "--render") == text, "a folder of runs may be moved"
