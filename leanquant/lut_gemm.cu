@@ -3,20 +3,24 @@
 // Compiled at run time by kernels.py, without headers. lut_gemm.py has the layout, the torch twins and the checks. The tests
 // build the same source for the host, where tests/host_cuda.h provides the functions below that need assembly.
 //
-// Layout ("tiles", made once at load). A tile is 16 rows x 64 columns, a warp's work; lane 4 g + t holds rows g and g + 8, of
-// each two pieces of 8 columns: 8 t .. 8 t + 7 and 32 + 8 t .. 32 + 8 t + 7, in two steps of 4 columns each. A step is 8 codes in
-// the 8 nibbles of a word: row g in the low half, row g + 8 in the high half. That is the fragment of A that mma.m16n8k16 wants,
-// but for the order of the columns within the tile, which is free as long as x is read in the same order: lane 4 g + t reads
-// token g's columns of the same numbers, 16 bytes twice, and a token's four lanes read 64 contiguous bytes at a time. Words of a
-// tile: [bits][32 lanes].
-//   4 bits: word s is step s.
-//   3 bits: words 0 to 2 are steps 0 to 2; their nibbles' spare bits are the three bits of step 3's codes.
-//   2 bits: word s is step 2 s in the low two bits of each nibble, step 2 s + 1 in the high two.
+// Layout ("tiles", made once at load). A tile is 16 rows x 256 columns, a warp's work. Each bit of the codes is a plane of it, 16 x 256
+// bits, 16 bytes a lane: the fragment of A that mma.m16n8k256 of single bits wants. Word 2 h + r of lane 4 g + t is row g + 8 r, columns
+// 128 h + 32 s + 8 t + 4 q + j in its bits 16 q + 4 j + s; [bits][32 lanes][4 words].
 //
-// Levels are looked up in registers: a row's levels, 16 bits each, lie as a plane of low and a plane of high bytes; a byte
-// permutation picks four bytes by four nibbles. 16 levels take two permutations a plane and one that chooses between them by
-// the nibbles' top bits. Per 4 weights that is 8 permutations (4 for up to 8 levels) and 2.5 other instructions. Look-ups in
-// shared memory, by pairs of codes and in a column of each lane's own, were slower at every width on an H200.
+// One token and free levels (lut_gemv), on GPUs whose tensor cores multiply bits (Ampere, Ada, Hopper), and if x's planes fit in shared
+// memory. No level is looked up. A row's levels are a
+// function of the code's bits, and so a sum over the parities of its subsets S of bits (Walsh and Hadamard):
+//   level(c) = sum over S of h_S (-1)^parity(c & S),   hence   y = sum over S of h_S sum over columns of (-1)^parity x.
+// x, rounded to an integer of 23 bits, is bit planes too, and the inner sums are counts of ones in parity & plane: a product of bits.
+// A tile of 4 bits takes a lane some 60 instructions of logic, where looking up takes 370, and the warp 45 products of bits. At the 0.54
+// a clock that others measured on Hopper that is 49 weights a clock and multiprocessor; its memory delivers 33. Smaller widths have
+// fewer subsets: 105 where memory delivers 43 at 3 bits, 245 and 65 at 2.
+//
+// More tokens (lut_gemm), and whatever else: levels are looked up in registers. A row's levels, 16 bits each, lie as a plane of low and a
+// plane of high bytes; a byte permutation picks four bytes by the four nibbles of a selector, which is made of the codes' bit planes. 16
+// levels take two permutations a plane and one that chooses between them. Then mma.m16n8k16 multiplies; lane 4 g + t reads token g's
+// columns 128 h + 32 s + 8 t and the seven after it, 16 bytes, and a token's four lanes 64 contiguous bytes. Look-ups in shared memory,
+// by pairs of codes and in a column of each lane's own, were slower at every width on an H200.
 
 #define FULL_WARP 0xffffffffu
 typedef unsigned char uint8;
@@ -77,6 +81,38 @@ __device__ bool multiply_on_tensor_cores(float (&c)[4], const unsigned (&a)[4], 
     return false;
 #endif
 }
+
+// C [16, 8] += the number of ones that rows of A [16, 256] and columns of B [256, 8], single bits, have in common.
+__device__ void count_common_ones(int (&c)[4], const unsigned (&a)[4], uint2 b) {
+#if __CUDA_ARCH__ >= 800
+    asm("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b.x), "r"(b.y));
+#endif
+}
+
+// Copy 16 bytes from global to shared memory, in the background where the GPU can; all but the last LATER calls of
+// `end_of_copies` are waited for, by the thread that copied.
+__device__ void copy_16_bytes(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+#else
+    *(uint4*)to = *(const uint4*)from;
+#endif
+}
+
+__device__ void end_of_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int LATER>
+__device__ void wait_for_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
+#endif
+}
 #endif
 
 template <bool BF16>
@@ -117,65 +153,87 @@ __device__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
     if (!multiply_on_tensor_cores<BF16>(c, a, b0, b1)) multiply_by_shuffles<BF16>(c, a, b0, b1);
 }
 
-const int TILE_ROWS = 16, TILE_COLUMNS = 64, PIECE = 8, STEPS = 4;
-const int WARPS = 8;  // of a thread block that dequantizes
+const int TILE_ROWS = 16, TILE_COLUMNS = 256, PIECE = 8, PIECES = 8;  // a piece: consecutive columns of a lane
+const int WARPS = 8;  // of a block that dequantizes; at most, of lut_gemv's
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 const bool BY_SHUFFLES = true;  // products, of some type: they leave registers for less else
 #else
 const bool BY_SHUFFLES = false;
 #endif
-// Rows of tiles that a warp takes; tiles whose codes are under way, for up to 8 and up to 16 tokens.
-const int MOST_ROWS = BY_SHUFFLES ? 1 : 2, FEW_AHEAD = BY_SHUFFLES ? 1 : 3, MORE_AHEAD = BY_SHUFFLES ? 1 : 2;
-
-// Most threads of a block, so that registers suffice; and for which kernels the compiler is to aim at one block a multiprocessor,
-// because with its usual aim it keeps a few bytes in memory.
-constexpr __device__ int most_threads(int tokens, bool affine) {
-    return BY_SHUFFLES || affine || tokens == 8 ? 256 : tokens == 4 ? 384 : 512;
-}
-constexpr __device__ int least_blocks(bool affine) { return BY_SHUFFLES || affine ? 1 : 0; }
+const int MOST_ROWS = BY_SHUFFLES ? 1 : 2;  // rows of tiles that a warp takes
 
 // A weight matrix [O, I] in tiles. `levels` [O, K] in its dtype; or, where that is null, scale (float16) and zero [O, G].
 struct Weight {
-    const unsigned* tiles;
+    const uint4* tiles;
     const uint16 *levels, *scale;
     const uint8* zero;
     int O, I, G;
 
     __device__ int tiles_a_row() const { return (I + TILE_COLUMNS - 1) / TILE_COLUMNS; }
     __device__ int last_tile_row() const { return (O - 1) / TILE_ROWS; }
-    // The lane's words of a row of tiles.
-    __device__ const unsigned* tile_row(int row, int bits) const {
-        return tiles + (long long)row * tiles_a_row() * bits * 32 + threadIdx.x % 32;
+    // The lane's words of a row of tiles; those beyond the last are the last again, whose results are not used.
+    __device__ const uint4* tile_row(int row, int bits) const {
+        return tiles + (long long)min(row, last_tile_row()) * tiles_a_row() * bits * 32 + threadIdx.x % 32;
     }
 };
 
 // The first column of a lane's piece of tile k.
-__device__ int column_of(int k, int piece) { return k * TILE_COLUMNS + TILE_COLUMNS / 2 * piece + PIECE * (threadIdx.x % 4); }
+__device__ int column_of(int k, int piece) { return k * TILE_COLUMNS + TILE_COLUMNS / PIECES * piece + PIECE * (threadIdx.x % 4); }
+
+__device__ unsigned shifted(unsigned x, int left) { return left < 0 ? x >> -left : x << left; }
 
 // One lane's words of a tile.
 template <int BITS>
 struct Words {
-    unsigned words[BITS];
+    unsigned planes[BITS][4];
 
-    // Of tile k of a row of tiles, whose words for the lane begin at `row`.
-    __device__ void load(const unsigned* row, int k) {
+    // From words that lie 32 x 16 bytes apart.
+    __device__ void load(const uint4* from) {
 #pragma unroll
-        for (int i = 0; i < BITS; ++i) words[i] = row[(k * BITS + i) * 32];
+        for (int b = 0; b < BITS; ++b) {
+            const uint4 words = from[b * 32];
+            planes[b][0] = words.x, planes[b][1] = words.y, planes[b][2] = words.z, planes[b][3] = words.w;
+        }
     }
 
-    // The four steps that they hold.
-    __device__ void unpack(unsigned (&steps)[STEPS]) const {
-        if (BITS == 4) {
+    // The codes of a piece of row g or, half = 1, g + 8: nibbles for `permute`; and which half of 16 levels they are in.
+    __device__ void selectors(int piece, int half, unsigned& codes, unsigned& which) const {
+        codes = which = 0;
 #pragma unroll
-            for (int s = 0; s < STEPS; ++s) steps[s] = words[s < BITS ? s : 0];
-        } else if (BITS == 3) {
-#pragma unroll
-            for (int s = 0; s < 3; ++s) steps[s] = words[s < BITS ? s : 0] & 0x77777777;
-            steps[3] = (words[0] >> 3 & 0x11111111) | (words[1] >> 2 & 0x22222222) | (words[BITS > 2 ? 2 : 0] >> 1 & 0x44444444);
-        } else {
-#pragma unroll
-            for (int s = 0; s < STEPS; ++s) steps[s] = words[s / 2] >> (2 * (s % 2)) & 0x33333333;
+        for (int b = 0; b < BITS; ++b) {
+            const unsigned word = planes[b][piece / 4 * 2 + half];
+            if (b < 3)
+                codes |= shifted(word, b - piece % 4) & (0x11111111 << b);
+            else
+                which = (shifted(word, 2 - piece % 4) & 0x44444444) | 0x32103210;
         }
+    }
+};
+
+// The codes of a warp's ROWS rows of tiles, tiles begin .. end - 1 of each, on their way through its part of shared memory, [STAGES, ROWS,
+// BITS, 32] times 16 bytes. A lane copies what it will read, so that none waits for another.
+template <int BITS, int ROWS, int STAGES>
+struct Stream {
+    static const int WORDS = STAGES * ROWS * BITS * 32;  // of 16 bytes, a warp
+    const uint4* tiles[ROWS];
+    uint4* stage;
+    int begin, end;
+
+    __device__ void start(const Weight& weight, int first_row, uint4* all, int from, int to) {
+        stage = all + threadIdx.x / 32 * WORDS + threadIdx.x % 32;
+        begin = from, end = to;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) tiles[r] = weight.tile_row(first_row + r, BITS);
+    }
+
+    __device__ uint4* slot(int k, int r) const { return stage + ((k - begin) % STAGES * ROWS + r) * BITS * 32; }
+
+    __device__ void ask(int k) const {
+        if (k >= end) return;
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r)
+#pragma unroll
+            for (int b = 0; b < BITS; ++b) copy_16_bytes(slot(k, r) + b * 32, tiles[r] + (k * BITS + b) * 32);
     }
 };
 
@@ -216,7 +274,7 @@ struct Table {
         return permute(lower, upper, which);
     }
 
-    // The levels of four codes, as two pairs: by the low 16 bits of `codes` and, with 16 levels, of `which` half they are in.
+    // The levels of four codes, as two pairs: by the low 16 bits of the selectors.
     __device__ void look_up(unsigned codes, unsigned which, unsigned& first, unsigned& second) const {
         const unsigned lows = pick(low, codes, which), highs = pick(high, codes, which);
         first = permute(lows, highs, 0x5140);
@@ -227,17 +285,14 @@ struct Table {
 // A lane's two tables, of rows g and g + 8; affine: those of a group, renewed where another one begins.
 template <int BITS, bool BF16, bool AFFINE>
 struct Decoder {
-    struct Group {  // asked for with the codes, so that it is there in time
-        int number;
-        uint16 scale[2];
-        uint8 zero[2];
-    };
     Table<BITS> first, second;
-    int row, group, group_size;
+    int row, group, next, group_size;
+    uint16 scale[2];  // of group `next`, which is asked for a piece early
+    uint8 zero[2];
 
     __device__ void start(const Weight& weight, int tile_row) {
         row = tile_row * TILE_ROWS + threadIdx.x % 32 / 4;
-        group = -1;
+        group = next = -1;
         group_size = weight.I / weight.G;
         if (AFFINE) return;
         first.load(weight.levels + (long long)min(row, weight.O - 1) * Table<BITS>::K);
@@ -245,149 +300,346 @@ struct Decoder {
     }
 
     // The group of `column`. A piece of a lane's columns lies in one: sizes are multiples of 16.
-    __device__ void ask(const Weight& weight, int column, Group& asked) const {
+    __device__ void ask(const Weight& weight, int column) {
         if (!AFFINE) return;
-        asked.number = column < weight.I ? column / group_size : weight.G - 1;
+        const int number = column < weight.I ? column / group_size : weight.G - 1;
+        if (number == next) return;
+        next = number;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const long long at = (long long)min(row + 8 * half, weight.O - 1) * weight.G + asked.number;
-            asked.scale[half] = weight.scale[at];
-            asked.zero[half] = weight.zero[at];
+            const long long at = (long long)min(row + 8 * half, weight.O - 1) * weight.G + number;
+            scale[half] = weight.scale[at];
+            zero[half] = weight.zero[at];
         }
     }
 
-    __device__ void renew(const Group& wanted) {
-        if (!AFFINE || wanted.number == group) return;
-        group = wanted.number;
-        first.template compute<BF16>(from_half(wanted.scale[0]), wanted.zero[0]);
-        second.template compute<BF16>(from_half(wanted.scale[1]), wanted.zero[1]);
+    __device__ void renew() {
+        if (!AFFINE || next == group) return;
+        group = next;
+        first.template compute<BF16>(from_half(scale[0]), zero[0]);
+        second.template compute<BF16>(from_half(scale[1]), zero[1]);
     }
 
-    // A's fragments for the two steps of a piece.
-    __device__ void fragments(const unsigned (&steps)[STEPS], int piece, unsigned (&a)[2][4]) const {
+    // A's fragments for a piece: its first and its last four columns.
+    __device__ void fragments(const Words<BITS>& words, int piece, unsigned (&a)[2][4]) const {
+        unsigned codes, which;
+        words.selectors(piece, 0, codes, which);
+        first.look_up(codes, which, a[0][0], a[0][2]);
+        first.look_up(upper_half(codes), upper_half(which), a[1][0], a[1][2]);
+        words.selectors(piece, 1, codes, which);
+        second.look_up(codes, which, a[0][1], a[0][3]);
+        second.look_up(upper_half(codes), upper_half(which), a[1][1], a[1][3]);
+    }
+};
+
+// --- one token, by counting bits --------------------------------------------------------------------------------------
+
+// x is an integer below 2^22, times a unit, in 24 bits, of which the last is spare: three groups of 8 planes, the columns of three B.
+const int GROUPS = 3;
+const float LARGEST = 4194300, ROUND = 12582912;  // 1.5 x 2^23: a float of this size has the integer in its lower bits
+const int PLANES_WORDS = GROUPS * 64 + 8;  // of a tile; the 8 are a gap, so that tasks store to different banks
+// Tiles whose codes a warp has under way or at work: 8 KB, or a little less.
+constexpr __device__ int gemv_stages(int bits) { return bits == 4 ? 4 : bits == 3 ? 5 : 8; }
+
+// The bits of |x| that the block's threads saw at most, to all of them: NaN is more than infinity.
+__device__ unsigned block_max(unsigned mine, unsigned* scratch) {
+    for (int by = 16; by; by /= 2) mine = max(mine, __shfl_sync(FULL_WARP, mine, threadIdx.x % 32 ^ by));
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = mine;
+    __syncthreads();
+    for (int warp = 0; warp < (int)blockDim.x / 32; ++warp) mine = max(mine, scratch[warp]);
+    return mine;
+}
+
+// words[i], byte b, bit r -> words[r], byte b, bit i.
+__device__ void transpose_bits(unsigned (&words)[8]) {
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const unsigned step = steps[2 * piece + i], codes = BITS == 4 ? step & 0x77777777 : step;
-            const unsigned which = BITS == 4 ? ((step & 0x88888888) >> 1) + 0x32103210 : 0;
-            first.look_up(codes, which, a[i][0], a[i][2]);
-            second.look_up(upper_half(codes), upper_half(which), a[i][1], a[i][3]);
+    for (int step = 2; step >= 0; --step) {
+        const int by = 1 << step;
+        const unsigned low = by == 4 ? 0x0f0f0f0f : by == 2 ? 0x33333333 : 0x55555555;
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            if (i & by) continue;
+            const unsigned a = words[i], b = words[i + by];
+            words[i] = (a & low) | (b << by & ~low);
+            words[i + by] = (a >> by & low) | (b & ~low);
+        }
+    }
+}
+
+// The planes of x [I], whole tiles of columns: [GROUPS, 32 lanes, 2 words] every PLANES_WORDS, the fragments of B; a column is a plane,
+// and the order of bits in a word is that of the codes. Returns the unit of the integers. All threads of a block.
+template <bool BF16>
+__device__ float write_planes(const uint16* x, unsigned* planes, unsigned* scratch, int count) {
+    // A task is a word of three groups' planes: of x's columns 128 (task / 4) + 32 s + 8 (task % 4) + 0 .. 7.
+    auto piece_of = [&](int task, int s) { return ((const uint4*)x)[task / 4 * 16 + 4 * s + task % 4]; };
+    unsigned most = 0;
+    for (int task = threadIdx.x; task < 8 * count; task += blockDim.x)
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const uint4 piece = piece_of(task, s);
+            const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) most = max(most, max(words[i] & 0x7fff, words[i] >> 16 & 0x7fff));
+        }
+    const float largest = from_bits<BF16>((uint16)block_max(most, scratch));
+    const float unit = (largest < 1e-30f ? 1e-30f : largest - largest == 0 ? largest : __uint_as_float(0x7fffffff)) / LARGEST;
+    const float per_unit = 1 / unit;  // with NaN or infinity in x all is NaN
+    for (int task = threadIdx.x; task < 8 * count; task += blockDim.x) {
+        unsigned integers[32];  // by the bit that they get in a word
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+            const uint4 piece = piece_of(task, s);
+            const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const float value = from_bits<BF16>((uint16)(words[e / 2] >> 16 * (e % 2)));
+                integers[e / 4 * 16 + e % 4 * 4 + s] = __float_as_uint(value * per_unit + ROUND);
+            }
+        }
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group) {
+            unsigned words[8];
+            const unsigned pick = group | (4 + group) << 4;
+#pragma unroll
+            for (int i = 0; i < 8; ++i) {
+                const unsigned low = permute(integers[i], integers[8 + i], pick), high = permute(integers[16 + i], integers[24 + i], pick);
+                words[i] = permute(low, high, 0x5410);
+                if (group == GROUPS - 1) words[i] ^= 0x40404040;  // integers had 2^22 added to them
+            }
+            transpose_bits(words);
+#pragma unroll
+            for (int plane = 0; plane < 8; ++plane)
+                planes[task / 8 * PLANES_WORDS + (group * 32 + 4 * plane + task % 4) * 2 + task / 4 % 2] = words[plane];
+        }
+    }
+    __syncthreads();
+    return unit;
+}
+
+constexpr __device__ int lowest_bit(int i) { return i & 1 ? 0 : i & 2 ? 1 : i & 4 ? 2 : 3; }
+
+// Counts of ones in parity & plane, for a row of tiles' part in one warp: rows g and g + 8, planes 2 t and 2 t + 1 of each group.
+template <int BITS>
+struct Counts {
+    static const int K = 1 << BITS;
+    int counts[K][GROUPS][4], ones[GROUPS];  // by the subset of bits, and of plane g
+
+    __device__ void start() {
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group) {
+            ones[group] = 0;
+#pragma unroll
+            for (int i = 0; i < K * 4; ++i) counts[i / 4][group][i % 4] = 0;
+        }
+    }
+
+    __device__ void add(const Words<BITS>& words, const uint2* planes) {
+        uint2 b[GROUPS];
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group) {
+            b[group] = planes[group * 32 + threadIdx.x % 32];
+            ones[group] += __popc(b[group].x) + __popc(b[group].y);
+        }
+        unsigned parity[4] = {};
+#pragma unroll
+        for (int i = 1; i < K; ++i) {  // subsets in the order of Gray's code: one bit more or less each time
+#pragma unroll
+            for (int word = 0; word < 4; ++word) parity[word] ^= words.planes[lowest_bit(i)][word];
+#pragma unroll
+            for (int group = 0; group < GROUPS; ++group) count_common_ones(counts[i ^ i / 2][group], parity, b[group]);
+        }
+    }
+
+    // y of rows g and g + 8, in units, from the rows' h [16, K + 1], of which the last is not used: in all four lanes of g.
+    __device__ void finish(const float* h, float (&y)[2]) const {
+        const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+        int all[GROUPS];  // ones of this lane's two planes, the second twice
+#pragma unroll
+        for (int group = 0; group < GROUPS; ++group) {
+            unsigned sum = ones[group];
+            sum += __shfl_sync(FULL_WARP, sum, lane ^ 1);
+            sum += __shfl_sync(FULL_WARP, sum, lane ^ 2);
+            all[group] = (int)(__shfl_sync(FULL_WARP, sum, 8 * t) + 2 * __shfl_sync(FULL_WARP, sum, 8 * t + 4));
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum = 0;
+#pragma unroll
+            for (int i = 0; i < K; ++i) {
+                int signed_ones[GROUPS];  // minus where the parity is odd
+#pragma unroll
+                for (int group = 0; group < GROUPS; ++group)
+                    signed_ones[group] = all[group] - 2 * counts[i][group][2 * half] - 4 * counts[i][group][2 * half + 1];
+                // Plane 22 counts -2^22. Its ones are taken from each plane below, where a small negative integer has them too, so that
+                // floats do not lose what is left of large sums; then they count -1.
+                const int negative = (int)__shfl_sync(FULL_WARP, (unsigned)signed_ones[2], lane | 3);
+#pragma unroll
+                for (int group = 0; group < GROUPS; ++group) {
+                    const bool sign = group == 2 && t == 3;
+                    const int integer = sign ? -negative : signed_ones[group] - 3 * negative;
+                    const float weight = sign ? 1.f : (float)(1 << (8 * group + 2 * t));
+                    sum += h[(g + 8 * half) * (K + 1) + i] * (weight * (__int_as_float(integer + __float_as_int(ROUND)) - ROUND));
+                }
+            }
+            sum += __shfl_sync(FULL_WARP, sum, lane ^ 1);
+            sum += __shfl_sync(FULL_WARP, sum, lane ^ 2);
+            y[half] = sum;
         }
     }
 };
 
-// `work(k, loaded)` for k = begin .. end - 1, with what `load(k, loaded)` filled in, called AHEAD of them early. The bulk of them
-// has no condition in it, and loads where it has just read, so that nothing is copied.
-template <class Loaded, int AHEAD, class Load, class Work>
-__device__ void for_tiles(int begin, int end, Load load, Work work) {
-    Loaded ahead[AHEAD];
+// h of a row's levels, as the head of this file has it.
+template <int BITS, bool BF16>
+__device__ void expand_levels(const uint16* levels, float* to) {
+    const int K = 1 << BITS;
+    float h[K];
 #pragma unroll
-    for (int i = 0; i < AHEAD; ++i)
-        if (begin + i < end) load(begin + i, ahead[i]);
-    int k = begin;
-    for (; AHEAD > 1 && k + 2 * AHEAD <= end; k += AHEAD)
+    for (int i = 0; i < K; ++i) h[i] = from_bits<BF16>(levels[i]) / K;
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            work(k + i, ahead[i]);
-            load(k + AHEAD + i, ahead[i]);
+    for (int bit = 0; bit < BITS; ++bit)
+#pragma unroll
+        for (int i = 0; i < K; ++i) {
+            if (i >> bit & 1) continue;
+            const int other = i | 1 << bit;
+            const float a = h[i], b = h[other];
+            h[i] = a + b, h[other] = a - b;
         }
-    for (; k < end; k += AHEAD)
 #pragma unroll
-        for (int i = 0; i < AHEAD; ++i) {
-            if (k + i >= end) break;
-            work(k + i, ahead[i]);
-            if (k + AHEAD + i < end) load(k + AHEAD + i, ahead[i]);
-        }
+    for (int i = 0; i < K; ++i) to[i] = h[i];
 }
 
-// y [N, O] = x W^T + bias for N <= 8 TOKENS. x has whole tiles of columns, zeros beyond I, and, for TOKENS > 1, 8 TOKENS rows; for
-// TOKENS = 1 it has N, and lanes of the others read the last one again. A warp takes ROWS rows of tiles, so that x is read once
-// for them; a thread block `teams` times as many. The warps of a team share the columns' tiles, and so do gridDim.y blocks. Warps
-// add up in shared memory, warps x ROWS x 8 TOKENS x 16 floats, blocks through partial [gridDim.y, N, O], which add_up reads.
+// y [O] = W x + bias, for x [I] with whole tiles of columns, zeros beyond I. The `teams` rows of tiles of a block share the planes of
+// x; the warps of a team share the columns' tiles. Shared memory: planes, PLANES_WORDS for each tile of columns; of each warp its
+// stream, h [16, K + 1] and sums [16] (floats), and a word.
+template <int BITS, bool BF16>
+__device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, int teams) {
+    const int K = 1 << BITS, AHEAD = gemv_stages(BITS) - 1;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, members = warps / teams;
+    const int count = weight.tiles_a_row(), each = (count + members - 1) / members;
+    const int begin = min(warp / teams * each, count), end = min(begin + each, count);
+    const int row = blockIdx.x * teams + warp % teams;
+    Stream<BITS, 1, AHEAD + 1> codes;
+    unsigned* planes = (unsigned*)shared_memory;
+    uint4* streams = (uint4*)(planes + count * PLANES_WORDS);
+    float* expanded = (float*)(streams + warps * codes.WORDS);
+    float *h = expanded + warp * TILE_ROWS * (K + 1), *sums = expanded + warps * TILE_ROWS * (K + 1);
+    codes.start(weight, row, streams, begin, end);
+#pragma unroll
+    for (int k = 0; k < AHEAD; ++k) codes.ask(begin + k), end_of_copies();
+    if (lane < TILE_ROWS)
+        expand_levels<BITS, BF16>(weight.levels + (long long)min(row * TILE_ROWS + lane, weight.O - 1) * K, h + lane * (K + 1));
+    const float unit = write_planes<BF16>(x, planes, (unsigned*)sums + warps * TILE_ROWS, count);
+    Counts<BITS> counts;
+    counts.start();
+    for (int k = begin; k < end; ++k) {
+        Words<BITS> words;
+        codes.ask(k + AHEAD);
+        end_of_copies();
+        wait_for_copies<AHEAD>();
+        words.load(codes.slot(k, 0));
+        counts.add(words, (const uint2*)(planes + k * PLANES_WORDS));
+    }
+    float part[2];
+    counts.finish(h, part);
+    if (lane % 4 == 0) sums[warp * TILE_ROWS + lane / 4] = part[0], sums[warp * TILE_ROWS + lane / 4 + 8] = part[1];
+    __syncthreads();
+    for (int at = threadIdx.x; at < teams * TILE_ROWS; at += blockDim.x) {
+        const int out = blockIdx.x * teams * TILE_ROWS + at;
+        if (out >= weight.O) continue;
+        float sum = 0;
+        for (int member = 0; member < members; ++member) sum += sums[member * teams * TILE_ROWS + at];
+        y[out] = to_bits<BF16>(unit * sum + (bias ? from_bits<BF16>(bias[out]) : 0));
+    }
+}
+
+// --- more tokens, by looking levels up --------------------------------------------------------------------------------
+
+const int COPIES = BY_SHUFFLES ? 1 : 2;  // of tiles of x in shared memory, and of the codes that go with them
+constexpr __device__ int gemm_stages(int tokens) { return tokens > 1 ? COPIES : 3; }
+const int SUMS = TILE_ROWS + 4;  // floats from a token's sums to the next, so that a warp stores to all banks
+
+// Where a tile's 16 bytes of x from a column on lie, from a token's first: odd tokens' are exchanged by halves of 128 bytes, so that
+// the eight lanes that are served at a time, of two tokens, read from all banks.
+__device__ int place_of(int column, int token) { return 2 * column ^ (token & 1) << 6; }
+
+// y [N, O] = x W^T + bias for N <= 8 TOKENS. x [N, whole tiles of columns], zeros beyond I; lanes of other tokens read the last one
+// again. A warp takes ROWS rows of tiles, so that x is read once for them; a thread block `teams` times as many. The warps of a team
+// share the columns' tiles, and so do gridDim.y blocks. For more than 8 tokens x goes through shared memory, COPIES [8 TOKENS, 256], and
+// all warps are of teams of their own; then come the warps' streams. Warps add up in shared memory too, [warps, ROWS, 8 TOKENS, SUMS]
+// floats, blocks through partial [gridDim.y, N, O], which add_up reads.
 template <int BITS, bool BF16, bool AFFINE, int TOKENS, int ROWS>
 __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, float* partial, int N, int teams) {
+    const bool shared_x = TOKENS > 1;
+    const int AHEAD = gemm_stages(TOKENS) - 1, X_BYTES = shared_x ? 8 * TOKENS * 2 * TILE_COLUMNS : 0;  // of a copy
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warps = blockDim.x / 32;
-    const int count = weight.tiles_a_row(), width = count * TILE_COLUMNS, last = weight.last_tile_row();
+    const int count = weight.tiles_a_row(), width = count * TILE_COLUMNS;
     const int members = warps / teams, parts = members * gridDim.y, each = (count + parts - 1) / parts;
     const int begin = min((blockIdx.y * members + warp / teams) * each, count), end = min(begin + each, count);
     const int block_row = blockIdx.x * teams * ROWS, first = block_row + warp % teams * ROWS;
-    const unsigned* tiles = weight.tile_row(min(first, last), BITS);
-    const int next_row = first < last ? count * BITS * 32 : 0;  // words to the second row of tiles, if there is one
+    Stream<BITS, ROWS, AHEAD + 1> codes;
     Decoder<BITS, BF16, AFFINE> decoders[ROWS];
     float sums[ROWS][TOKENS][4] = {};
-#pragma unroll
-    for (int r = 0; r < ROWS; ++r) decoders[r].start(weight, min(first + r, last));
-    struct Loaded {
-        Words<BITS> words[ROWS];
-        typename Decoder<BITS, BF16, AFFINE>::Group groups[ROWS][2];
-        uint4 x[2];  // of the only token, where there is one
-    };
-    auto load_codes = [&](int k, Loaded& loaded) {
-#pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            loaded.words[r].load(tiles + r * next_row, k);
-            decoders[r].ask(weight, column_of(k, 0), loaded.groups[r][0]);
-            decoders[r].ask(weight, column_of(k, 1), loaded.groups[r][1]);
+    auto ask = [&](int k) {
+        codes.ask(k);
+        char* to = shared_memory + (k - begin) % COPIES * X_BYTES;
+        for (int i = threadIdx.x; shared_x && k < end && i < 8 * TOKENS * TILE_COLUMNS / PIECE; i += blockDim.x) {
+            const int token = i / (TILE_COLUMNS / PIECE), column = i % (TILE_COLUMNS / PIECE) * PIECE;
+            const uint16* from = x + (long long)min(token, N - 1) * width + k * TILE_COLUMNS + column;
+            copy_16_bytes(to + token * 2 * TILE_COLUMNS + place_of(column, token), from);
         }
+        end_of_copies();
     };
-    // `with(piece, a)` for the fragments of both pieces.
-    auto decode = [&](const Loaded& loaded, auto with) {
-        unsigned steps[ROWS][STEPS], a[ROWS][2][4];
+    auto read_x = [&](int n, int k, int piece) {
+        const int token = 8 * n + g;
+        if (!shared_x) return *(const uint4*)(x + (long long)min(token, N - 1) * width + column_of(k, piece));
+        const char* copy = shared_memory + (k - begin) % COPIES * X_BYTES;
+        return *(const uint4*)(copy + token * 2 * TILE_COLUMNS + place_of(column_of(0, piece), token));
+    };
+    codes.start(weight, first, (uint4*)(shared_memory + (shared_x ? COPIES : 0) * X_BYTES), begin, end);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) loaded.words[r].unpack(steps[r]);
+    for (int k = 0; k < AHEAD; ++k) ask(begin + k);
 #pragma unroll
-        for (int piece = 0; piece < 2; ++piece) {
+    for (int r = 0; r < ROWS; ++r) {
+        decoders[r].start(weight, min(first + r, weight.last_tile_row()));
+        decoders[r].ask(weight, column_of(begin, 0));
+    }
+    for (int k = begin; k < end; ++k) {
+        ask(k + AHEAD);
+        wait_for_copies<AHEAD>();
+        if (shared_x) __syncthreads();
+        Words<BITS> words[ROWS];
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) words[r].load(codes.slot(k, r));
+#pragma unroll
+        for (int piece = 0; piece < PIECES; ++piece) {
+            unsigned a[ROWS][2][4];
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
-                decoders[r].renew(loaded.groups[r][piece]);
-                decoders[r].fragments(steps[r], piece, a[r]);
+                decoders[r].renew();
+                decoders[r].ask(weight, column_of(k, piece + 1));
+                decoders[r].fragments(words[r], piece, a[r]);
             }
-            with(piece, a);
-        }
-    };
-    auto multiply_rows = [&](int n, const unsigned(&a)[ROWS][2][4], const uint4& b) {
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) {
-            multiply<BF16>(sums[r][n], a[r][0], b.x, b.y);
-            multiply<BF16>(sums[r][n], a[r][1], b.z, b.w);
-        }
-    };
-    if constexpr (TOKENS == 1) {
-        const uint16* token = x + (long long)min(g, N - 1) * width + column_of(0, 0);
-        auto load = [&](int k, Loaded& loaded) {
-            load_codes(k, loaded);
-            loaded.x[0] = *(const uint4*)(token + k * TILE_COLUMNS);
-            loaded.x[1] = *(const uint4*)(token + k * TILE_COLUMNS + TILE_COLUMNS / 2);
-        };
-        for_tiles<Loaded, AFFINE ? 1 : FEW_AHEAD>(begin, end, load, [&](int, const Loaded& loaded) {
-            decode(loaded, [&](int piece, const unsigned(&a)[ROWS][2][4]) { multiply_rows(0, a, loaded.x[piece]); });
-        });
-    } else {
-        const uint16* token = x + (long long)g * width + column_of(0, 0);
-        auto load_x = [&](int n, int k, int piece) {
-            return *(const uint4*)(token + 8 * n * width + k * TILE_COLUMNS + TILE_COLUMNS / 2 * piece);
-        };
-        const bool early = TOKENS == 8 || (TOKENS == 2 && !AFFINE);  // x is asked for one product early, where registers suffice
-        uint4 next;
-        if (early && begin < end) next = load_x(0, begin, 0);
-        for_tiles<Loaded, TOKENS == 2 && !AFFINE ? MORE_AHEAD : 1>(begin, end, load_codes, [&](int k, const Loaded& loaded) {
-            decode(loaded, [&](int piece, const unsigned(&a)[ROWS][2][4]) {
+            for (int n = 0; n < TOKENS; ++n) {
+                const uint4 b = read_x(n, k, piece);
 #pragma unroll
-                for (int n = 0; n < TOKENS; ++n) {
-                    const uint4 b = early ? next : load_x(n, k, piece);
-                    if (early) next = n + 1 < TOKENS ? load_x(n + 1, k, piece) : load_x(0, min(k + piece, count - 1), 1 - piece);
-                    multiply_rows(n, a, b);
+                for (int r = 0; r < ROWS; ++r) {
+                    multiply<BF16>(sums[r][n], a[r][0], b.x, b.y);
+                    multiply<BF16>(sums[r][n], a[r][1], b.z, b.w);
                 }
-            });
-        });
+            }
+        }
+        if (shared_x) __syncthreads();
     }
-    float* all = (float*)shared_memory;  // [warps, ROWS, 8 TOKENS, 16]
+    __syncthreads();  // what is added up lies where the streams were
+    float* all = (float*)shared_memory;  // [warps, ROWS, 8 TOKENS, SUMS]
 #pragma unroll
     for (int r = 0; r < ROWS; ++r)
 #pragma unroll
         for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                all[((warp * ROWS + r) * 8 * TOKENS + 8 * n + 2 * t + i % 2) * TILE_ROWS + g + i / 2 * 8] = sums[r][n][i];
+                all[((warp * ROWS + r) * 8 * TOKENS + 8 * n + 2 * t + i % 2) * SUMS + g + i / 2 * 8] = sums[r][n][i];
     __syncthreads();
     const int block_rows = teams * ROWS * TILE_ROWS;
     for (int at = threadIdx.x; at < 8 * TOKENS * block_rows; at += blockDim.x) {
@@ -395,7 +647,7 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
         if (token >= N || row >= weight.O) continue;
         float sum = bias && !partial ? from_bits<BF16>(bias[row]) : 0;
         for (int member = 0; member < members; ++member)
-            sum += all[((member * teams * ROWS + in_block / TILE_ROWS) * 8 * TOKENS + token) * TILE_ROWS + in_block % TILE_ROWS];
+            sum += all[((member * teams * ROWS + in_block / TILE_ROWS) * 8 * TOKENS + token) * SUMS + in_block % TILE_ROWS];
         if (partial)
             partial[((long long)blockIdx.y * N + token) * weight.O + row] = sum;
         else
@@ -413,7 +665,7 @@ __device__ void add_up(const float* partial, const uint16* bias, uint16* y, int 
     y[at] = to_bits<BF16>(sum);
 }
 
-// A piece of a row of W at `column`, from the fragments of its two steps; half: of row g or g + 8.
+// A piece of a row of W at `column`, from its fragments; half: of row g or g + 8.
 __device__ void store(uint16* row, int column, int I, int half, const unsigned (&a)[2][4]) {
     if (column + PIECE <= I && I % PIECE == 0) {
         *(uint4*)(row + column) = make_uint4(a[0][half], a[0][half + 2], a[1][half], a[1][half + 2]);
@@ -424,58 +676,58 @@ __device__ void store(uint16* row, int column, int I, int half, const unsigned (
         if (column + i < I) row[column + i] = a[i / 4][half + i % 4 / 2 * 2] >> (16 * (i % 2));
 }
 
-// Rows of W from `first_row` on, [rows, I]: a warp some tiles, in 16-byte pieces where rows allow it.
+// Rows of W from `first_row` on, [rows, I]: a tile a warp, in 16-byte pieces where rows allow it.
 template <int BITS, bool BF16, bool AFFINE>
 __device__ void dequantize(const Weight& weight, uint16* out, int first_row, int rows) {
-    const int warp = threadIdx.x / 32, count = weight.tiles_a_row(), tile_row = first_row / TILE_ROWS + blockIdx.x;
-    const int parts = gridDim.y * WARPS, each = (count + parts - 1) / parts, begin = min((blockIdx.y * WARPS + warp) * each, count);
+    const int k = blockIdx.y * WARPS + threadIdx.x / 32, tile_row = first_row / TILE_ROWS + blockIdx.x;
+    if (k >= weight.tiles_a_row()) return;
+    Words<BITS> words;
+    words.load(weight.tile_row(tile_row, BITS) + k * BITS * 32);
     Decoder<BITS, BF16, AFFINE> decoder;
     decoder.start(weight, tile_row);
-    const unsigned* tiles = weight.tile_row(tile_row, BITS);
-    struct Loaded {
-        Words<BITS> words;
-        typename Decoder<BITS, BF16, AFFINE>::Group groups[2];
-    };
-    auto load = [&](int k, Loaded& loaded) {
-        loaded.words.load(tiles, k);
-        decoder.ask(weight, column_of(k, 0), loaded.groups[0]);
-        decoder.ask(weight, column_of(k, 1), loaded.groups[1]);
-    };
-    for_tiles<Loaded, AFFINE ? 1 : 4>(begin, min(begin + each, count), load, [&](int k, const Loaded& loaded) {
-        unsigned steps[STEPS], a[2][4];
-        loaded.words.unpack(steps);
+    decoder.ask(weight, column_of(k, 0));
 #pragma unroll
-        for (int piece = 0; piece < 2; ++piece) {
-            decoder.renew(loaded.groups[piece]);
-            decoder.fragments(steps, piece, a);
+    for (int piece = 0; piece < PIECES; ++piece) {
+        unsigned a[2][4];
+        decoder.renew();
+        decoder.ask(weight, column_of(k, piece + 1));
+        decoder.fragments(words, piece, a);
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = blockIdx.x * TILE_ROWS + threadIdx.x % 32 / 4 + 8 * half;
-                if (row < rows) store(out + (long long)row * weight.I, column_of(k, piece), weight.I, half, a);
-            }
+        for (int half = 0; half < 2; ++half) {
+            const int row = blockIdx.x * TILE_ROWS + threadIdx.x % 32 / 4 + 8 * half;
+            if (row < rows) store(out + (long long)row * weight.I, column_of(k, piece), weight.I, half, a);
         }
-    });
+    }
 }
 
+// Most threads of a block. Where products go by shuffles the compiler, told of 128, saves registers and keeps a few bytes in memory.
+constexpr __device__ int most_threads(int tokens) { return tokens > 1 && !BY_SHUFFLES ? 128 : 256; }
+
 #define GEMM(NAME, BITS, BF16, AFFINE, TOKENS, ROWS)                                                                     \
-    extern "C" __global__ void __launch_bounds__(most_threads(TOKENS, AFFINE), least_blocks(AFFINE))                   \
-        lut_gemm_##NAME##_##TOKENS(                                                                                    \
-            const unsigned* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,      \
-            const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N, int teams) {                    \
+    extern "C" __global__ void __launch_bounds__(most_threads(TOKENS), 1) lut_gemm_##NAME##_##TOKENS(                     \
+        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,             \
+        const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N, int teams) {                        \
         lut_gemm<BITS, BF16, AFFINE, TOKENS, ROWS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N, teams); \
     }
 #define KERNELS(NAME, BITS, BF16, AFFINE, ROWS)                                                                         \
-    GEMM(NAME, BITS, BF16, AFFINE, 1, 1) GEMM(NAME, BITS, BF16, AFFINE, 2, 1) GEMM(NAME, BITS, BF16, AFFINE, 4, ROWS)  \
-    GEMM(NAME, BITS, BF16, AFFINE, 8, ROWS)                                                                            \
+    GEMM(NAME, BITS, BF16, AFFINE, 1, 1) GEMM(NAME, BITS, BF16, AFFINE, 2, ROWS)                                       \
+    GEMM(NAME, BITS, BF16, AFFINE, 4, ROWS) GEMM(NAME, BITS, BF16, AFFINE, 8, ROWS)                                    \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize_##NAME(                                        \
-        const unsigned* tiles, const uint16* levels, const uint16* scale, const uint8* zero, uint16* out, int O, int I, int G, \
+        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, uint16* out, int O, int I, int G, \
         int first_row, int rows) {                                                                                     \
         dequantize<BITS, BF16, AFFINE>({tiles, levels, scale, zero, O, I, G}, out, first_row, rows);                   \
     }
+#define LEVELS(NAME, BITS, BF16)                                                                                        \
+    KERNELS(NAME, BITS, BF16, false, MOST_ROWS)                                                                        \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lut_gemv_##NAME(                                          \
+        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,             \
+        const uint16* bias, uint16* y, int O, int I, int G, int teams) {                                               \
+        lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams);                                \
+    }
 #define WIDTHS(TYPE, BF16)                                                                                              \
-    KERNELS(levels_4_##TYPE, 4, BF16, false, MOST_ROWS)                                                                \
-    KERNELS(levels_3_##TYPE, 3, BF16, false, MOST_ROWS)                                                                \
-    KERNELS(levels_2_##TYPE, 2, BF16, false, MOST_ROWS)                                                                \
+    LEVELS(levels_4_##TYPE, 4, BF16)                                                                                   \
+    LEVELS(levels_3_##TYPE, 3, BF16)                                                                                   \
+    LEVELS(levels_2_##TYPE, 2, BF16)                                                                                   \
     KERNELS(affine_4_##TYPE, 4, BF16, true, 1)                                                                         \
     KERNELS(affine_3_##TYPE, 3, BF16, true, 1)                                                                         \
     KERNELS(affine_2_##TYPE, 2, BF16, true, 1)                                                                         \

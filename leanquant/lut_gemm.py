@@ -4,6 +4,7 @@
 Legend: N tokens, O out_features, I in_features, K = 2**bits levels, G groups; dtype float16 or bfloat16.
 """
 
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,8 +14,9 @@ from . import kernels
 from .packing import affine_levels
 
 CUDA_SOURCE = Path(__file__).with_name("lut_gemm.cu")
-TILE_ROWS, TILE_COLUMNS, THREADS, WARPS = 16, 64, 256, 8
-TILES_A_WARP = 4  # that a warp dequantizes
+TILE_ROWS, TILE_COLUMNS, THREADS, WARPS = 16, 256, 256, 8
+GEMV_STAGES, GEMM_STAGES = {4: 4, 3: 5, 2: 8}, 3  # tiles whose codes a warp has under way or at work
+COUNT_BITS = (8, 9)  # major architectures whose tensor cores do; later ones are slow at it
 FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
 INDICES = 2**24  # codes that torch turns into indices at a time, at 8 bytes each
@@ -24,7 +26,7 @@ NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16"}
 class Tiles(NamedTuple):
     """A weight [O, I] as lut_gemm.cu reads it.
 
-    codes int32 [O/16, I/64, bits, 32], rounded up; levels [O, K] in the dtype of x, or scale float16 and zero uint8 [O, G], for
+    codes int32 [O/16, I/256, bits, 32, 4], rounded up; levels [O, K] in the dtype of x, or scale float16 and zero uint8 [O, G], for
     groups of a multiple of 16 columns.
     """
 
@@ -42,7 +44,7 @@ class Tiles(NamedTuple):
 
 
 def tile_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Codes uint8 [O, I] in the layout of lut_gemm.cu: int32 [O/16, I/64, bits, 32], rounded up, padded with zeros."""
+    """Codes uint8 [O, I] in the layout of lut_gemm.cu: int32 [O/16, I/256, bits, 32, 4], rounded up, padded with zeros."""
     O, I = codes.shape
     codes = torch.nn.functional.pad(codes, (0, -I % TILE_COLUMNS, 0, -O % TILE_ROWS))
     pieces = codes.split(max(TILE_ROWS, INDICES // codes.shape[1] // TILE_ROWS * TILE_ROWS))
@@ -50,15 +52,11 @@ def tile_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def _tile(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    # row = 16 R + 8 half + g, column = 64 C + 32 piece + 8 t + 4 i + j -> word 2 piece + i of lane 4 g + t, nibble 4 half + j
-    nibbles = codes.view(len(codes) // 16, 2, 8, -1, 2, 4, 2, 4).permute(0, 3, 4, 6, 2, 5, 1, 7).flatten(6).flatten(4, 5).flatten(2, 3)
-    steps = (nibbles.long() << (4 * torch.arange(8, device=codes.device))).sum(4)  # [R, C, 4, 32]
-    if bits == 2:
-        steps = steps[:, :, ::2] | steps[:, :, 1::2] << 2
-    elif bits == 3:
-        spare = [(steps[:, :, 3] >> bit & 0x11111111) << 3 for bit in range(3)]
-        steps = steps[:, :, :3] | torch.stack(spare, 2)
-    return torch.where(steps >= 2**31, steps - 2**32, steps).int()
+    # row = 16 R + 8 half + g, column = 256 C + 128 h + 32 s + 8 t + 4 q + j -> bit 16 q + 4 j + s of word 2 h + half of lane 4 g + t
+    words = codes.view(len(codes) // 16, 2, 8, -1, 2, 4, 4, 2, 4).permute(0, 3, 2, 6, 4, 1, 7, 8, 5).flatten(6).flatten(4, 5).flatten(2, 3)
+    places = torch.arange(32, dtype=torch.int32, device=codes.device)
+    planes = [((words >> bit & 1).int() << places).sum(4, dtype=torch.int32) for bit in range(bits)]
+    return torch.stack(planes, 2)
 
 
 def untile_codes(tiles: torch.Tensor, bits: int, O: int, I: int) -> torch.Tensor:
@@ -68,15 +66,10 @@ def untile_codes(tiles: torch.Tensor, bits: int, O: int, I: int) -> torch.Tensor
 
 
 def _untile(tiles: torch.Tensor, bits: int) -> torch.Tensor:
-    steps = tiles.long() & 0xFFFFFFFF
-    if bits == 2:
-        steps = torch.stack([steps & 0x33333333, steps >> 2 & 0x33333333], 3).flatten(2, 3)
-    elif bits == 3:
-        last = sum((steps[:, :, bit] >> 3 & 0x11111111) << bit for bit in range(3))
-        steps = torch.cat([steps & 0x77777777, last.unsqueeze(2)], 2)
-    R, C = steps.shape[:2]
-    nibbles = (steps.unsqueeze(4) >> (4 * torch.arange(8, device=tiles.device)) & 15).to(torch.uint8)
-    return nibbles.view(R, C, 2, 2, 8, 4, 2, 4).permute(0, 6, 4, 1, 2, 5, 3, 7).reshape(R * 16, C * 64)
+    places = torch.arange(32, dtype=torch.int32, device=tiles.device)
+    words = sum((tiles[:, :, bit].unsqueeze(4) >> places & 1).to(torch.uint8) << bit for bit in range(bits))
+    R, C = words.shape[:2]
+    return words.view(R, C, 8, 4, 2, 2, 2, 4, 4).permute(0, 5, 2, 1, 4, 8, 3, 6, 7).reshape(R * 16, C * 256)
 
 
 # --- the operator ----------------------------------------------------------------------------------------------
@@ -166,43 +159,85 @@ def _multiply(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch
 
 def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
     """Up to 64 tokens are multiplied with codes and levels; for more, weights are rebuilt by a kernel and multiplied by cuBLAS."""
-    if len(x) > FUSED_TOKENS:
+    N = len(x)
+    if N > FUSED_TOKENS:
         return _multiply(x, tiles, bias)
-    return _multiply_fused(x, tiles, bias, *_shares(len(x), tiles, x.device)) if len(x) else x.new_empty(0, tiles.O)
+    if N == 0:
+        return x.new_empty(0, tiles.O)
+    if missing := TILE_COLUMNS * tiles.codes.shape[1] - tiles.I:
+        x = torch.nn.functional.pad(x, (0, missing))
+    if N == 1 and tiles.levels is not None and (plan := _gemv_plan(*tiles.codes.shape[:2], tiles.bits, kernels.properties(x.device))):
+        return _multiply_one(x, tiles, bias, *plan)
+    return _multiply_fused(x, tiles, bias, *_shares(N, tiles, x.device))
+
+
+@lru_cache
+def _gemv_plan(rows: int, columns: int, bits: int, gpu) -> tuple[int, int] | None:
+    """(teams, warps) for `_multiply_one`, by the tiles of a weight. None: its GPU's tensor cores do not count bits, or it is too wide.
+
+    Registers suffice for one block a multiprocessor: as many rows of tiles a block as give each the same number of blocks.
+    """
+    for most in (8, 4) if gpu.major in COUNT_BITS else ():
+        waves = -(-rows // (most * gpu.multi_processor_count))
+        teams = -(-rows // (waves * gpu.multi_processor_count))
+        warps = most // teams * teams
+        if _gemv_bytes(warps, columns, bits) <= gpu.shared_memory_per_block_optin:
+            return teams, warps
+    return None
+
+
+def _gemv_bytes(warps: int, columns: int, bits: int) -> int:
+    """Of shared memory, as lut_gemv lays it out."""
+    return 800 * columns + warps * (_stream_bytes(GEMV_STAGES[bits], bits) + 4 * TILE_ROWS * (2**bits + 2) + 4)
+
+
+def _stream_bytes(stages: int, bits: int) -> int:
+    """Of shared memory, for the codes of a row of tiles that a warp has under way."""
+    return stages * bits * TILE_ROWS * TILE_COLUMNS // 8
+
+
+def _multiply_one(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int) -> torch.Tensor:
+    """x [1, whole tiles of columns] -> [1, O], by blocks of `warps` warps for `teams` rows of tiles, which divide them."""
+    y, shared = x.new_empty(1, tiles.O), _gemv_bytes(warps, tiles.codes.shape[1], tiles.bits)
+    arguments = (x, bias, y, tiles.O, tiles.I, 1, teams)
+    blocks, parameters = (-(-tiles.codes.shape[0] // teams), 1), (x.dtype, (x.dtype, None), x.dtype, *4 * [int])
+    _launch("lut_gemv", "", tiles, x.dtype, blocks, 32 * warps, shared, parameters, arguments)
+    return y
 
 
 def _shares(N: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
-    """(teams, warps, parts) for `_multiply_fused`: as measured to be best on an H200, by the rows of tiles a multiprocessor has.
+    """(teams, warps, parts) for `_multiply_fused`, by the rows of tiles a multiprocessor has.
 
-    Few rows: all warps of a block, and several blocks, share the columns. Many: small blocks, so that all are busy to the end.
+    The warps of a block share the columns; with many rows there are fewer of them, so that all are busy to the end. More than 8
+    tokens: four warps with rows of their own share x, and two blocks for each multiprocessor the columns.
     """
-    if not _has_registers(device) or tiles.levels is None:
-        return 1, 8, 1
-    rows = tiles.codes.shape[0] / kernels.properties(device).multi_processor_count
-    most = 16 if N <= 16 else 12 if N <= 32 else 8  # registers suffice for no more
-    if rows < 1 and N > 16:
-        return 1, 8, 4
-    if rows > 4:
-        return (4, most, 1) if 8 < N <= 32 else (1, 4, 1)
-    return 1, most if rows < (1.5 if tiles.bits == 4 and N <= 8 else 2.5) else 8, 1
+    processors = kernels.properties(device).multi_processor_count
+    rows, columns = tiles.codes.shape[:2]
+    if N > 8:
+        blocks = -(-rows // (4 * _rows_a_warp(N, tiles, device)))
+        return 4, 4, max(1, min(2 * processors // blocks, columns // 2))
+    return 1, 4 if rows > 4 * processors else 8, 1
 
 
-def _has_registers(device: torch.device) -> bool:
-    """For two rows of tiles a warp and 512 threads: see MOST_ROWS in lut_gemm.cu."""
-    return kernels.properties(device).major >= 8
+def _rows_a_warp(N: int, tiles: Tiles, device: torch.device) -> int:
+    """Of tiles. Registers suffice for two for free levels, where no product goes by shuffles: see MOST_ROWS in lut_gemm.cu."""
+    return 2 if N > 8 and tiles.levels is not None and kernels.properties(device).major >= 8 else 1
 
 
 def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int, parts: int) -> torch.Tensor:
-    """x [N, I] -> [N, O], N <= 64, by blocks of `warps` warps for `teams` rows of tiles each; `parts` blocks share the columns."""
-    N, width = len(x), TILE_COLUMNS * tiles.codes.shape[1]
-    tokens, affine = next(t for t in (1, 2, 4, 8) if N <= 8 * t), tiles.levels is None
-    rows = 2 if tokens > 2 and not affine and _has_registers(x.device) else 1  # of tiles, a warp
-    missing = 8 * tokens - N if tokens > 1 else 0
-    if missing or width > tiles.I:
-        x = torch.nn.functional.pad(x, (0, width - tiles.I, 0, missing))
+    """x [N, whole tiles of columns] -> [N, O], N <= 64, by blocks of `warps` warps for `teams` times the rows of tiles of one.
+
+    `parts` blocks share the columns. For more than 8 tokens, teams = warps.
+    """
+    N = len(x)
+    if N > 8 and teams != warps:
+        raise ValueError(f"{N} tokens: the {warps} warps of a block are {teams} teams, where each must be one")
+    tokens, rows = next(t for t in (1, 2, 4, 8) if N <= 8 * t), _rows_a_warp(N, tiles, x.device)
     y = x.new_empty(N, tiles.O)
     partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
-    shared = 4 * 8 * tokens * TILE_ROWS * warps * rows
+    copies = 0 if tokens == 1 else 1 if kernels.properties(x.device).major < 8 else 2  # of a tile of x, for the whole block
+    streams = copies * 8 * tokens * 2 * TILE_COLUMNS + warps * rows * _stream_bytes(copies or GEMM_STAGES, tiles.bits)
+    shared = max(streams, warps * rows * 8 * tokens * (TILE_ROWS + 4) * 4)
     arguments = (x, bias, y, partial, tiles.O, tiles.I, tiles.groups, N, teams)
     parameters = (x.dtype, (x.dtype, None), x.dtype, (torch.float32, None), *5 * [int])
     blocks = (-(-tiles.codes.shape[0] // (teams * rows)), parts)
@@ -215,7 +250,7 @@ def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, te
 
 
 def _launch(name: str, suffix: str, tiles: Tiles, dtype, blocks: tuple, threads: int, shared: int, parameters: tuple, arguments: tuple):
-    expected = (-(-tiles.O // TILE_ROWS), -(-tiles.I // TILE_COLUMNS), tiles.bits, 32)
+    expected = (-(-tiles.O // TILE_ROWS), -(-tiles.I // TILE_COLUMNS), tiles.bits, 32, 4)
     if tiles.codes.shape != expected or (tiles.levels is not None and tiles.levels.shape != (tiles.O, 2**tiles.bits)):
         raise ValueError(f"{name}: tiles {tuple(tiles.codes.shape)} do not hold a weight [{tiles.O}, {tiles.I}] of {tiles.bits} bits")
     if tiles.levels is None and (len(tiles.scale) != tiles.O or tiles.zero.shape != tiles.scale.shape or tiles.I % (16 * tiles.groups)):
@@ -242,7 +277,7 @@ def dequantize(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch
 
 def _dequantize_cuda(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch.Tensor:
     W = like.new_empty(rows, tiles.I)
-    blocks = (-(-rows // TILE_ROWS), -(-tiles.codes.shape[1] // (WARPS * TILES_A_WARP)))
+    blocks = (-(-rows // TILE_ROWS), -(-tiles.codes.shape[1] // WARPS))
     arguments = (W, tiles.O, tiles.I, tiles.groups, first, rows)
     _launch("dequantize", "", tiles, like.dtype, blocks, THREADS, 0, (like.dtype, *5 * [int]), arguments)
     return W

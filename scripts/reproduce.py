@@ -85,8 +85,11 @@ def current(job: Job, p: Protocol, work: Path) -> dict:
     return done
 
 
-def run(job: Job, p: Protocol, work: Path, with_tasks: bool, keep: bool) -> None:
-    """Make the run's JSON, or what it lacks. A model that is made for it is removed afterwards unless `keep`."""
+def run(job: Job, p: Protocol, work: Path, with_tasks: bool, keep: bool, fresh: bool) -> None:
+    """Make the run's JSON, or what it lacks. A model that is made for it is removed afterwards unless `keep`.
+
+    `fresh`: not from the parts that a stopped run has left.
+    """
     files, done = Files.of(job, p, work), current(job, p, work)
     kept = keep or files.model.is_file()
     if with_tasks and "tasks" not in done and job.bits != 16 and not files.model.is_file():
@@ -94,7 +97,8 @@ def run(job: Job, p: Protocol, work: Path, with_tasks: bool, keep: bool) -> None
     if not done:
         command = quantize_command(job, p, files)
         done = {"command": command, "date": date.today().isoformat(), "machine": machine(), "code": code()}
-        done |= {"report": without_details(call(command, files.report))}
+        called = [*command, "--fresh"] if fresh and job.bits != 16 else command
+        done |= {"report": without_details(call(called, files.report))}
         write(files.store, done)
     if with_tasks and "tasks" not in done:
         command = task_command(job, p, files)
@@ -444,6 +448,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, help="folder for reproduction.md and its pictures (unset: docs for the demo, else --work)")
     add("--keep", action="store_true", help="keep the quantized models")
     add(
+        "--fresh",
+        action="store_true",
+        help="begin anew the runs that were stopped, by a Ctrl-C or with other code, instead of going on with them",
+    )
+    add(
         "--lanes",
         type=int,
         choices=range(1, 65),
@@ -523,7 +532,7 @@ def run_all(args: argparse.Namespace, names: list[str], p: Protocol, work: Path)
         number, (job, with_tasks) = numbered
         print(f"\n{number}/{len(jobs)}: {job.method}, {job.bits} bits", flush=True)
         try:
-            run(job, p, work, with_tasks, args.keep)
+            run(job, p, work, with_tasks, args.keep, args.fresh)
         except Failed:
             return p.name(job)
 

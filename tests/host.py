@@ -10,12 +10,13 @@ import re
 import struct
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 
 from leanquant import kernels
 
+SHARED_BYTES = {7: 64 * 1024, 8: 99 * 1024, 9: 227 * 1024, 12: 99 * 1024}  # a block can have, by the major architecture
 FLAGS = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wno-unknown-pragmas", "-Wno-unused-function"]
 # Reads a launch from a file, runs it on buffers of exactly the tensors' sizes, and writes the tensors back.
 MAIN = """
@@ -43,6 +44,14 @@ int main(int, char** argv) {
     fclose(out);
 }
 """
+
+
+class Gpu(NamedTuple):
+    """What torch tells of one."""
+
+    major: int
+    multi_processor_count: int
+    shared_memory_per_block_optin: int
 
 
 def source_of(cuda: Path, names: list[str]) -> str:
@@ -77,9 +86,12 @@ def kernel_names(cuda: Path) -> list[str]:
     return re.findall(r'extern "C" __global__ void (?:__launch_bounds__\((?:[^()]|\([^()]*\))*\)\s*)?(\w+)\(', made)
 
 
-def run_on(monkeypatch, built: ctypes.CDLL) -> list[tuple]:
-    """For the test: CPU tensors count as a GPU's, and launches go to `built`. Returns the list that launches are noted in."""
-    launches = []
+def run_on(monkeypatch, built: ctypes.CDLL, major: int = 9) -> list[tuple]:
+    """For the test: CPU tensors count as a GPU's, of that architecture, and launches go to `built`.
+
+    Returns the list that launches are noted in.
+    """
+    launches, gpu = [], Gpu(major, 2, SHARED_BYTES[major])
 
     def call(function, name, device, blocks, threads, shared_bytes, args):
         launches.append((name, blocks, threads, shared_bytes, args))
@@ -95,7 +107,7 @@ def run_on(monkeypatch, built: ctypes.CDLL) -> list[tuple]:
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.delenv("LEANQUANT_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
-    monkeypatch.setattr(kernels, "properties", lambda device: SimpleNamespace(multi_processor_count=2, major=9))
+    monkeypatch.setattr(kernels, "properties", lambda device: gpu)
     monkeypatch.setattr(kernels, "_compiled", lambda source, name, index: getattr(built, f"launch_{name}"))
     monkeypatch.setattr(kernels, "_call", call)
     return launches

@@ -1,8 +1,8 @@
 // Enough of CUDA to build a .cu file for the host: each thread of a block is a fiber that yields where threads meet.
 //
 // Barriers, shuffles and ballots abort if a thread of the block (or warp) ends without reaching them. Blocks run one after
-// the other. Under AddressSanitizer, shared memory beyond what the launch asked for is poisoned. It cannot see races within
-// a warp, bank conflicts, misaligned vector loads or contraction to fused multiply-adds.
+// the other. Under AddressSanitizer, shared memory beyond what the launch asked for is poisoned. It cannot see races (a thread runs
+// until it meets others), bank conflicts, misaligned vector loads, bounds of a launch or contraction to fused multiply-adds.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -164,6 +164,9 @@ static float __shfl_down_sync(unsigned, float mine, int by) {
 
 // --- what kernels with matrix instructions need besides --------------------------------------------------------------
 
+struct uint2 {
+    unsigned x, y;
+};
 struct uint4 {
     unsigned x, y, z, w;
 };
@@ -171,6 +174,7 @@ static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 static unsigned __float_as_uint(float x) { return as_bits(x); }
 static float __uint_as_float(unsigned bits) { return __int_as_float((int)bits); }
 static int min(int a, int b) { return a < b ? a : b; }
+static unsigned max(unsigned a, unsigned b) { return a < b ? b : a; }
 static unsigned upper_half(unsigned x) { return x >> 16; }
 static unsigned permute(unsigned low, unsigned high, unsigned selector) {
     const unsigned long long bytes = (unsigned long long)high << 32 | low;
@@ -215,3 +219,25 @@ static bool multiply_on_tensor_cores(float (&c)[4], const unsigned (&a)[4], unsi
     }
     return true;
 }
+
+// mma.m16n8k256 of single bits, likewise: C [16, 8] += the ones that rows of A and columns of B have in common.
+static void count_common_ones(int (&c)[4], const unsigned (&a)[4], uint2 b) {
+    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b.x, b.y};
+    unsigned all[6][32];
+    const int first = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
+    for (int i = 0; i < 6; ++i) {
+        const int parity = host::exchange(mine[i]);
+        memcpy(all[i], &host::slots[parity][first], sizeof all[i]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+        for (int word = 0; word < 8; ++word)  // 32 of the 256 columns
+            c[i] += __popc(all[word / 4 * 2 + row / 8][row % 8 * 4 + word % 4] & all[4 + word / 4][column * 4 + word % 4]);
+    }
+}
+
+// Copies in the background are made at once: waiting for too few goes unseen.
+static void copy_16_bytes(void* to, const void* from) { memcpy(to, from, 16); }
+static void end_of_copies() {}
+template <int LATER>
+static void wait_for_copies() {}

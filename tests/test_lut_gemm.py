@@ -23,7 +23,7 @@ from leanquant.packing import PackedLinear, affine_levels, pack_codes
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 DTYPES = [torch.float16, torch.bfloat16]
 # rows, columns, groups (0: free levels)
-SHAPES = [(1, 1, 0), (16, 64, 0), (37, 200, 0), (20, 77, 0), (33, 520, 0), (18, 96, 1), (35, 192, 3), (16, 32, 2)]
+SHAPES = [(1, 1, 0), (16, 256, 0), (37, 200, 0), (20, 77, 0), (33, 520, 0), (18, 96, 1), (35, 192, 3), (16, 32, 2), (17, 512, 4)]
 TOKENS = [1, 2, 3, 5, 8, 9, 17, 40, 64]
 
 
@@ -51,6 +51,11 @@ def draw(*shape: int, dtype: torch.dtype, seed: int = 1) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
+def pad(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """x with whole tiles of columns, as the kernels want it."""
+    return torch.nn.functional.pad(x, (0, lut_gemm.TILE_COLUMNS * tiles.codes.shape[1] - tiles.I))
+
+
 def assert_like(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.Tensor | None) -> None:
     """As exact as torch's product of the same 16-bit numbers: at most twice its error, both against float64."""
     exact = x.double() @ W.double().T + (0 if bias is None else bias.double())
@@ -60,11 +65,11 @@ def assert_like(y: torch.Tensor, x: torch.Tensor, W: torch.Tensor, bias: torch.T
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@pytest.mark.parametrize("shape", [(1, 1), (16, 64), (17, 65), (40, 300)])
+@pytest.mark.parametrize("shape", [(1, 1), (16, 256), (17, 257), (40, 600)])
 def test_tiles_hold_the_codes(bits, shape):
     codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     tiles = lut_gemm.tile_codes(codes, bits)
-    assert tiles.shape == (-(-shape[0] // 16), -(-shape[1] // 64), bits, 32)
+    assert tiles.shape == (-(-shape[0] // 16), -(-shape[1] // 256), bits, 32, 4)
     assert torch.equal(lut_gemm.untile_codes(tiles, bits, *shape), codes)
 
 
@@ -89,15 +94,20 @@ def test_kernels_on_the_host(built, monkeypatch, shape, bits, dtype):
     for N in TOKENS if I < 300 and O < 36 else (1, 8):
         x = draw(N, I, dtype=dtype)
         assert_like(lut_gemm._multiply_cuda(x, tiles, bias), x, W, bias)
+    x = pad(draw(5, I, dtype=dtype), tiles)
     for split in ((1, 4, 2), (2, 4, 1), (4, 8, 3)):
-        assert_like(lut_gemm._multiply_fused(x, tiles, bias, *split), x, W, bias)
+        assert_like(lut_gemm._multiply_fused(x, tiles, bias, *split), x[:, :I], W, bias)
+    for teams, warps in ((1, 4), (2, 8), (8, 8)) if not groups else ():
+        assert_like(lut_gemm._multiply_one(x[:1], tiles, bias, teams, warps), x[:1, :I], W, bias)
     kind = f"{'affine' if groups else 'levels'}_{bits}_{lut_gemm.NAMES[dtype]}"
-    assert {name for name, *_ in launches} >= {f"dequantize_{kind}", f"lut_gemm_{kind}_1"}
+    one = f"lut_gemm_{kind}_1" if groups else f"lut_gemv_{kind}"
+    assert {name for name, *_ in launches} >= {f"dequantize_{kind}", f"lut_gemm_{kind}_1", one}
 
 
 @pytest.fixture(scope="module")
 def built_without_tensor_cores(tmp_path_factory):
-    return host.library(CUDA_SOURCE, host.kernel_names(CUDA_SOURCE), tmp_path_factory.mktemp("shuffles"), "-DNO_TENSOR_CORES")
+    flags = ["-DNO_TENSOR_CORES", "-D__CUDA_ARCH__=750"]
+    return host.library(CUDA_SOURCE, host.kernel_names(CUDA_SOURCE), tmp_path_factory.mktemp("shuffles"), *flags)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -105,10 +115,68 @@ def built_without_tensor_cores(tmp_path_factory):
 @pytest.mark.parametrize("shape", [(20, 77, 0), (18, 96, 1)], ids=str)
 def test_kernels_of_older_gpus_on_the_host(built_without_tensor_cores, monkeypatch, shape, bits, dtype):
     tiles, W = make_tiles(*shape, bits, dtype)
-    host.run_on(monkeypatch, built_without_tensor_cores)
-    for N in (1, 3, 8, 11):
+    host.run_on(monkeypatch, built_without_tensor_cores, major=7)
+    for N in (1, 3, 8, 11, 17, 40):
         x = draw(N, tiles.I, dtype=dtype)
         assert_like(lut_gemm._multiply_cuda(x, tiles, None), x, W, None)
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("groups", [0, 5])
+def test_many_tiles_on_the_host(built, monkeypatch, groups, bits):
+    """Rings of shared memory turn over, and blocks and warps share the columns, evenly or not."""
+    tiles, W = make_tiles(40, 2480, groups, bits, torch.float16)
+    host.run_on(monkeypatch, built)
+    x = pad(draw(33, 2480, dtype=torch.float16) / 8, tiles)
+    for N, *split in ((2, 1, 4, 1), (8, 4, 8, 2), (9, 4, 4, 1), (17, 4, 4, 2), (33, 2, 2, 3), (20, 1, 1, 1)):
+        y = lut_gemm._multiply_fused(x[:N], tiles, None, *split)
+        assert_like(y, x[:N, :2480], W, None)
+    for teams, warps in ((1, 8), (2, 4), (7, 7), (8, 8)) if not groups else ():
+        assert_like(lut_gemm._multiply_one(x[:1], tiles, None, teams, warps), x[:1, :2480], W, None)
+    with pytest.raises(ValueError, match="each must be one"):
+        lut_gemm._multiply_fused(x[:9], tiles, None, 2, 4, 1)
+
+
+def outlier(x: torch.Tensor) -> torch.Tensor:
+    x[0, 100] = 1000
+    return x
+
+
+ONE_TOKEN = {
+    "one outlier": outlier,
+    "far from zero": lambda x: x + 3,
+    "all equal": lambda x: torch.full_like(x, -0.37),
+    "denormals": lambda x: x * 2e-6,
+    "huge": lambda x: x * 1e4,
+    "zeros": torch.zeros_like,
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("kind", ONE_TOKEN)
+@pytest.mark.parametrize("mean", [0, 3])
+def test_one_token_loses_nothing_whatever_it_looks_like(built, monkeypatch, mean, kind, bits, dtype):
+    """Its integers, and sums of them in floats, are exact enough: for wide rows, one warp for all columns, and levels that lie apart."""
+    tiles, _ = make_tiles(16, 8192, 0, bits, dtype)
+    launches = host.run_on(monkeypatch, built)
+    levels = (tiles.levels + mean) / 128
+    x = ONE_TOKEN[kind](draw(1, tiles.I, dtype=dtype)).to(dtype)
+    y = lut_gemm._multiply_one(x, tiles._replace(levels=levels), None, 4, 4)
+    codes = lut_gemm.untile_codes(tiles.codes, bits, tiles.O, tiles.I)
+    assert y.isfinite().all()
+    assert_like(y, x, levels.gather(1, codes.long()), None)
+    assert {name for name, *_ in launches} == {f"lut_gemv_levels_{bits}_{lut_gemm.NAMES[dtype]}"}
+
+
+@pytest.mark.parametrize("major, I", [(7, 300), (12, 300), (8, 256 * 100)])
+def test_one_token_where_bits_cannot_be_counted(built, monkeypatch, major, I):
+    """GPUs whose tensor cores do not count bits, and weights too wide for the shared memory, look levels up."""
+    tiles, W = make_tiles(17, I, 0, 2, torch.float16)
+    launches = host.run_on(monkeypatch, built, major)
+    x = draw(1, I, dtype=torch.float16)
+    assert_like(lut_gemm._multiply_cuda(x, tiles, None), x, W, None)
+    assert [name for name, *_ in launches] == ["lut_gemm_levels_2_half_1"]
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -129,12 +197,12 @@ def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
     for bits, dtype, shape in itertools.product((4, 3, 2), DTYPES, ((17, 70, 0), (35, 192, 3))):
         tiles, W = make_tiles(*shape, bits, dtype)
         bias = draw(tiles.O, dtype=dtype)
-        for N in (1, 11, 19, 33):
+        for N in (1, 2, 11, 19, 33):
             lut_gemm._multiply_cuda(draw(N, tiles.I, dtype=dtype), tiles, bias if N > 1 else None)
         lut_gemm.dequantize(W, tiles, 0, tiles.O)
     for dtype in DTYPES:
         tiles, _ = make_tiles(35, 192, 0, 4, dtype)
-        lut_gemm._multiply_fused(draw(2, 192, dtype=dtype), tiles, None, 1, 4, 2)
+        lut_gemm._multiply_fused(pad(draw(2, 192, dtype=dtype), tiles), tiles, None, 1, 4, 2)
     names = host.kernel_names(CUDA_SOURCE)
     assert {name for name, *_ in launches} == set(names)
     program = host.executable(CUDA_SOURCE, names, tmp_path)
@@ -178,9 +246,14 @@ def test_gradients_under_torch_compile():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_come_through(built, monkeypatch, dtype):
-    """A model that overflows must not look sane: every NaN stays one, whatever its bits."""
+    """A model that overflows must not look sane: every NaN stays one, whatever its bits, and one token with infinity in it becomes NaN."""
     tiles, W = make_tiles(16, 64, 0, 4, dtype)
     host.run_on(monkeypatch, built)
+    for value in (float("inf"), float("-inf"), float("nan")):
+        x = draw(1, 64, dtype=dtype)
+        x[0, 5] = value
+        assert lut_gemm._multiply_cuda(x, tiles, None).isnan().all()
+        assert not lut_gemm._multiply_cuda(x.expand(2, -1).contiguous(), tiles, None).isfinite().any()
     for bits in (0x7FFF, -1, 0x7FC0 if dtype == torch.bfloat16 else 0x7E00):
         x = draw(2, 64, dtype=dtype)
         x.view(torch.int16)[1, 3] = bits
@@ -253,7 +326,7 @@ def test_tiles_take_the_place_of_the_codes():
     linear = make_linear(4, 0)
     linear.prepare("tiles", torch.float16)
     assert linear.weight_codes is None
-    assert linear.tiles.numel() * 4 == 48 * 128 // 2  # padded to whole tiles
+    assert linear.tiles.numel() * 4 == 48 * 256 // 2  # padded to whole tiles
 
 
 def test_groups_that_kernels_cannot_read_stay_packed():

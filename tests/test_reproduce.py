@@ -291,6 +291,26 @@ def test_a_damaged_store_is_made_again_and_an_interruption_keeps_the_rest(projec
     assert len(project) == count + 1
 
 
+def test_runs_that_other_code_left_are_begun_anew_if_told_so(project, tmp_path, monkeypatch, capsys):
+    quantize_layer, layers = llama.quantize_layer, []
+
+    def stopped(*args):
+        layers.append(1)
+        if len(layers) > 1:
+            raise KeyboardInterrupt
+        return quantize_layer(*args)
+
+    monkeypatch.setattr(llama, "quantize_layer", stopped)
+    command = ["--model", "tiny", "--work", str(tmp_path / "work"), "--out", str(tmp_path / "out"), "--table", "loss"]
+    assert reproduce.main(command) == 1
+    monkeypatch.setattr(llama, "quantize_layer", quantize_layer)
+    real = llama.digest
+    monkeypatch.setattr(llama, "digest", lambda *parts: real(*parts, *[b"#"] * (len(parts) > 1)))
+    assert reproduce.main(command) == 1 and "--fresh" in capsys.readouterr().err
+    reproduce_in(tmp_path, "--table", "loss", "--fresh")
+    reproduce_in(tmp_path, "--table", "loss")  # all current, though the commands stored do not say --fresh
+
+
 @pytest.mark.parametrize(
     "report",
     [
