@@ -419,13 +419,16 @@ def plot_bars(table: Table, done: dict, model: str, p: Protocol):
         positive = [value for value in values if value > 0]
         far = 5 if "perplexity" in heading else 30
         if not is_share(heading) and positive and min(values) >= 0 and max(values) > far * min(positive):
-            axis.set_xscale("log")
+            axis.set_xscale("log", subs=(2, 5))
+            if max(values) < 100 * min(positive):  # of a decade or two there is room for 20 and 50 besides
+                axis.xaxis.set_major_formatter("{x:g}")
+                axis.xaxis.set_minor_formatter("{x:g}")
         elif positive and heading.startswith("perplexity"):
             axis.set_xlim(0.9 * min(positive))
         axis.set_title(heading, fontsize=8)
         axis.set_yticks([])
         axis.set_ylim(len(rows) - 0.5, -0.5)  # the same rows in all panels, whichever of them have a value
-        axis.tick_params(labelsize=7)
+        axis.tick_params(labelsize=7, which="both")
         axis.grid(alpha=0.3, axis="x")
     axes[0][0].set_yticks(range(len(rows)), [f"{job.bits} bits, {shown(job, p)}" for job in rows], fontsize=7)
     add_legend(figure)
