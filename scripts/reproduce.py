@@ -574,6 +574,7 @@ def conditions(p: Protocol, runs: list[dict]) -> str:
     machines = list(dict.fromkeys(run["machine"] for run in runs))
     commits = list(dict.fromkeys(run[kind] for run in runs for kind in ("code", "task_code") if run.get(kind)))
     unknown = sum(not run.get("code") for run in runs)
+    unknown_tasks = sum("tasks" in run and not run.get("task_code") for run in runs)
     flags = f" (`{' '.join(p.task_flags)}`)" if p.task_flags else ""
     return (
         f"Calibration: `{' '.join(p.calibration)}`. Perplexity in windows of {p.seqlen} tokens. Tasks: {', '.join(p.tasks)}{flags}. "
@@ -584,9 +585,10 @@ def conditions(p: Protocol, runs: list[dict]) -> str:
             for wanted, used in zip(GROUPS, p.groups, strict=True)
             if wanted != used
         )
-        + (f" Times are of {' or '.join(machines)}." if machines else "")
+        + (f" Times are of {' or '.join(machines)}; others may have run beside it (`--lanes`)." if machines else "")
         + (f" The code is that of {' or '.join(commits)}." if commits else "")
         + (f" Of {unknown} runs it was not recorded." if commits and unknown else "")
+        + (f" Of the tasks of {unknown_tasks} runs it was not." if commits and unknown_tasks else "")
         + (f" {p.note}" if p.note else "")
     )
 
