@@ -595,7 +595,7 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
         const char* copy = shared_memory + (k - begin) % COPIES * X_BYTES;
         return *(const uint4*)(copy + token * 2 * TILE_COLUMNS + place_of(column_of(0, piece), token));
     };
-    codes.start(weight, first, (uint4*)(shared_memory + (shared_x ? COPIES : 0) * X_BYTES), begin, end);
+    codes.start(weight, first, (uint4*)(shared_memory + COPIES * X_BYTES), begin, end);
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) ask(begin + k);
 #pragma unroll

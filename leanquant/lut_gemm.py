@@ -16,6 +16,7 @@ from .packing import affine_levels
 CUDA_SOURCE = Path(__file__).with_name("lut_gemm.cu")
 TILE_ROWS, TILE_COLUMNS, THREADS, WARPS = 16, 256, 256, 8
 GEMV_STAGES, GEMM_STAGES = {4: 4, 3: 5, 2: 8}, 3  # tiles whose codes a warp has under way or at work
+PLANES_BYTES = 800  # of shared memory for x's bits in a tile of columns: lut_gemm.cu's PLANES_WORDS
 COUNT_BITS = (8, 9)  # major architectures whose tensor cores do; later ones are slow at it
 FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
@@ -188,7 +189,7 @@ def _gemv_plan(rows: int, columns: int, bits: int, gpu) -> tuple[int, int] | Non
 
 def _gemv_bytes(warps: int, columns: int, bits: int) -> int:
     """Of shared memory, as lut_gemv lays it out."""
-    return 800 * columns + warps * (_stream_bytes(GEMV_STAGES[bits], bits) + 4 * TILE_ROWS * (2**bits + 2) + 4)
+    return PLANES_BYTES * columns + warps * (_stream_bytes(GEMV_STAGES[bits], bits) + 4 * TILE_ROWS * (2**bits + 2) + 4)
 
 
 def _stream_bytes(stages: int, bits: int) -> int:

@@ -194,6 +194,15 @@ static float from_half(unsigned short bits) {
     return (float)half;
 }
 
+// A warp's fragments of A and B, to all its lanes: all [register, lane].
+static void show_fragments(const unsigned (&a)[4], unsigned b0, unsigned b1, unsigned (&all)[6][32]) {
+    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+    for (int i = 0; i < 6; ++i) {
+        const int parity = host::exchange(mine[i]);
+        memcpy(all[i], &host::slots[parity][threadIdx.x / 32 * 32], sizeof all[i]);
+    }
+}
+
 // mma.m16n8k16 by the fragments' definition in the PTX manual: C [16, 8] += A [16, 16] B [16, 8].
 // Built with -DNO_TENSOR_CORES: a GPU without them.
 template <bool BF16>
@@ -201,13 +210,9 @@ static bool multiply_on_tensor_cores(float (&c)[4], const unsigned (&a)[4], unsi
 #ifdef NO_TENSOR_CORES
     return false;
 #endif
-    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
     unsigned all[6][32];
-    const int first = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
-    for (int i = 0; i < 6; ++i) {
-        const int parity = host::exchange(mine[i]);
-        memcpy(all[i], &host::slots[parity][first], sizeof all[i]);
-    }
+    const int lane = threadIdx.x % 32;
+    show_fragments(a, b0, b1, all);
     const auto value = [](unsigned pair, int k) {
         const unsigned short bits = pair >> 16 * (k % 2);
         return BF16 ? __uint_as_float((unsigned)bits << 16) : from_half(bits);
@@ -222,13 +227,9 @@ static bool multiply_on_tensor_cores(float (&c)[4], const unsigned (&a)[4], unsi
 
 // mma.m16n8k256 of single bits, likewise: C [16, 8] += the ones that rows of A and columns of B have in common.
 static void count_common_ones(int (&c)[4], const unsigned (&a)[4], uint2 b) {
-    const unsigned mine[6] = {a[0], a[1], a[2], a[3], b.x, b.y};
     unsigned all[6][32];
-    const int first = threadIdx.x / 32 * 32, lane = threadIdx.x % 32;
-    for (int i = 0; i < 6; ++i) {
-        const int parity = host::exchange(mine[i]);
-        memcpy(all[i], &host::slots[parity][first], sizeof all[i]);
-    }
+    const int lane = threadIdx.x % 32;
+    show_fragments(a, b.x, b.y, all);
     for (int i = 0; i < 4; ++i) {
         const int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
         for (int word = 0; word < 8; ++word)  // 32 of the 256 columns
