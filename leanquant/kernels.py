@@ -30,11 +30,13 @@ class Kernel(NamedTuple):
     """A function of a CUDA file.
 
     parameters: the dtype of each tensor it takes, (dtype, None) for one that may be missing, `int` for a 32-bit integer.
+    options: for the compiler, which is asked once for all kernels of a file that share them.
     """
 
     source: Path
     name: str
     parameters: tuple
+    options: tuple[str, ...] = ()
 
 
 class KernelError(RuntimeError):
@@ -72,7 +74,7 @@ def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, shared_bytes: 
     not contiguous or not all on one GPU, integers beyond 32 bits.
     """
     device = _check(kernel, args)
-    function = _compiled(kernel.source, kernel.name, device.index)
+    function = _compiled(kernel.source, kernel.name, kernel.options, device.index)
     if isinstance(function, str):
         raise KernelError(function)
     _call(function, kernel.name, device, blocks, threads, shared_bytes, args)
@@ -98,7 +100,7 @@ def _check(kernel: Kernel, args: tuple) -> torch.device:
 
 
 @lru_cache
-def _compiled(source: Path, name: str, device_index: int):
+def _compiled(source: Path, name: str, options: tuple[str, ...], device_index: int):
     """The CuPy function, or the sentence that says why there is none: compiling is not tried twice."""
     try:
         import cupy
@@ -107,7 +109,7 @@ def _compiled(source: Path, name: str, device_index: int):
             _load_compiler()
 
         with cupy.cuda.Device(device_index):
-            function = _module(source, device_index).get_function(name)
+            function = _module(source, options, device_index).get_function(name)
             function.attributes  # noqa: B018 - compiles and loads now, where it can still be caught
             return function
     except Exception as error:  # a missing wheel, driver or compiler each raise their own kind
@@ -116,10 +118,10 @@ def _compiled(source: Path, name: str, device_index: int):
 
 
 @lru_cache
-def _module(source: Path, device_index: int):
+def _module(source: Path, options: tuple[str, ...], device_index: int):
     import cupy
 
-    return cupy.RawModule(code=source.read_text(), options=("--std=c++17",))
+    return cupy.RawModule(code=source.read_text(), options=("--std=c++17", *options))
 
 
 def _load_compiler() -> None:

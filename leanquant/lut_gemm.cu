@@ -16,17 +16,23 @@
 // a clock that others measured on Hopper that is 49 weights a clock and multiprocessor; its memory delivers 33. Smaller widths have
 // fewer subsets: 105 where memory delivers 43 at 3 bits, 245 and 65 at 2.
 //
-// More tokens (lut_gemm), and whatever else: levels are looked up in registers. A row's levels, 16 bits each, lie as a plane of low and a
+// Up to 64 tokens (lut_gemm), and whatever else: levels are looked up in registers. A row's levels, 16 bits each, lie as a plane of low and a
 // plane of high bytes; a byte permutation picks four bytes by the four nibbles of a selector, which is made of the codes' bit planes. 16
 // levels take two permutations a plane and one that chooses between them. Then mma.m16n8k16 multiplies; lane 4 g + t reads token g's
 // columns 128 h + 32 s + 8 t and the seven after it, 16 bytes, and a token's four lanes 64 contiguous bytes. Look-ups in shared memory,
 // by pairs of codes and in a column of each lane's own, were slower at every width on an H200.
+//
+// Many tokens on Hopper (lut_wide, free levels): to rebuild a weight of b bits in memory and multiply it with cuBLAS moves 4 + b / 8 bytes
+// for each; at 512 tokens that takes 0.4 of the product's own time. wgmma takes A from registers, where looking up leaves it, while B,
+// x, is in shared memory. A block's 8 warps have 128 rows and up to 256 tokens: 4096 clocks of the tensor cores for a tile's 256 columns,
+// in which a scheduler issues some 2300 instructions. Levels of groups are renewed in branches, across which the assembler lets no
+// product run on; they are rebuilt.
 
 #define FULL_WARP 0xffffffffu
 typedef unsigned char uint8;
 typedef unsigned short uint16;
 
-extern __shared__ __align__(16) char shared_memory[];
+extern __shared__ __align__(1024) char shared_memory[];
 
 #ifdef __CUDACC_RTC__
 // Four bytes of (low, high), by the selector's low four nibbles, each below 8.
@@ -113,6 +119,62 @@ __device__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(LATER) : "memory");
 #endif
 }
+
+// An address within shared memory.
+__device__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// C [64, 2 SIZE] += A [64, 16] B [16, 2 SIZE] for the four warps of a warpgroup, in the background: A in registers, a row of 16 x 16 a
+// warp; B in shared memory, which `matrix` describes. Neither may change, nor C be read, before `wait_for_products`.
+#define REGISTERS_64                                                                                                    \
+    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
+    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,"  \
+    "%61,%62,%63"
+#define REGISTERS_128                                                                                                   \
+    REGISTERS_64                                                                                                        \
+    ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,"  \
+    "%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,"      \
+    "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define FOUR(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define SIXTEEN(c, i) FOUR(c, i), FOUR(c, i + 4), FOUR(c, i + 8), FOUR(c, i + 12)
+#define SIXTY_FOUR(c, i) SIXTEEN(c, i), SIXTEEN(c, i + 16), SIXTEEN(c, i + 32), SIXTEEN(c, i + 48)
+#define WGMMA(TOKENS, TYPE, REGISTERS, A, B, ...)                                                                         \
+    asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." #TYPE "." #TYPE  \
+                 " {" REGISTERS "}, {" A "}, " B ", p, 1, 1, 0;}"                                                         \
+                 : __VA_ARGS__                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+template <bool BF16>
+__device__ void multiply_in_background(float (&c)[64], const unsigned (&a)[4], unsigned long long b) {
+    if (BF16)
+        WGMMA(128, bf16, REGISTERS_64, "%64,%65,%66,%67", "%68", SIXTY_FOUR(c, 0));
+    else
+        WGMMA(128, f16, REGISTERS_64, "%64,%65,%66,%67", "%68", SIXTY_FOUR(c, 0));
+}
+template <bool BF16>
+__device__ void multiply_in_background(float (&c)[128], const unsigned (&a)[4], unsigned long long b) {
+    if (BF16)
+        WGMMA(256, bf16, REGISTERS_128, "%128,%129,%130,%131", "%132", SIXTY_FOUR(c, 0), SIXTY_FOUR(c, 64));
+    else
+        WGMMA(256, f16, REGISTERS_128, "%128,%129,%130,%131", "%132", SIXTY_FOUR(c, 0), SIXTY_FOUR(c, 64));
+}
+
+// What registers and shared memory hold is for the products that follow.
+__device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ void end_of_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Until all but the last LATER groups of products are done.
+template <int LATER>
+__device__ void wait_for_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LATER) : "memory");
+}
+
+// Registers that those products read or wrote, named here so that the compiler leaves them alone until they are done.
+__device__ void keep(float& x) { asm volatile("" : "+f"(x)::"memory"); }
+__device__ void keep(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
+
+// This thread's stores to shared memory become visible to products in the background, after a barrier.
+__device__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+#endif
 #endif
 
 template <bool BF16>
@@ -133,11 +195,13 @@ __device__ float from_bits(uint16 bits) {
 template <bool BF16>
 __device__ void multiply_by_shuffles(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     const int lane = threadIdx.x % 32, row = lane / 4 * 4, token = lane % 4 * 8;
-#pragma unroll
+#pragma unroll 1  // or else the compiler takes minutes
     for (int pair = 0; pair < 8; ++pair) {
-        const int from = pair % 4, later = pair / 4;
+        const int from = pair % 4;
+        const bool later = pair >= 4;
         const unsigned b = later ? b1 : b0;
-        const unsigned above = __shfl_sync(FULL_WARP, a[2 * later], row + from), below = __shfl_sync(FULL_WARP, a[2 * later + 1], row + from);
+        const unsigned above = __shfl_sync(FULL_WARP, later ? a[2] : a[0], row + from);
+        const unsigned below = __shfl_sync(FULL_WARP, later ? a[3] : a[1], row + from);
         const unsigned first = __shfl_sync(FULL_WARP, b, token + from), second = __shfl_sync(FULL_WARP, b, token + 4 + from);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
@@ -655,6 +719,140 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
     }
 }
 
+// --- many tokens, on Hopper -------------------------------------------------------------------------------------------
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC_RTC__)
+const int STAGE_COLUMNS = 64, X_STAGES = 3, CODE_STAGES = 2;  // of x: a token's 128 bytes; slots for it; tiles of codes
+const int WIDE_WARPS = 8;  // two warpgroups
+
+// B of multiply_in_background: tokens' 128 bytes, one after the other, as the products expect them where 16-byte units are exchanged
+// among eight tokens ("128-byte swizzle", groups of eight tokens 1024 bytes apart). `step` of 16 columns.
+__device__ unsigned long long matrix(unsigned address, int step) {
+    return 1ull << 62 | 64ull << 32 | 1ull << 16 | (address + 32 * step) >> 4;
+}
+
+// x [TOKENS, 64 columns], on its way to shared memory through registers: its order there is that of the products' columns, which is
+// that of the lanes' fragments. Unit 4 i + t of a token is columns 32 i + 8 t and on; its word w becomes word t of unit 4 i + w.
+template <int TOKENS>
+struct WideX {
+    static const int EACH = TOKENS * STAGE_COLUMNS / PIECE / (WIDE_WARPS * 32), BYTES = TOKENS * 2 * STAGE_COLUMNS;
+    static const int TOKENS_APART = TOKENS / EACH;
+    uint4 units[EACH];
+    const uint16* from;
+    int token, width, left;  // of this thread's first unit; and how many tokens there are from it on
+
+    __device__ void start(const uint16* x, int first_token, int N, int columns, int first_column) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        token = warp / 2 * 8 + lane / 4;
+        width = columns, left = N - first_token - token;
+        from = x + (long long)(first_token + token) * width + first_column + warp % 2 * 32 + lane % 4 * PIECE;
+    }
+
+    __device__ void load(int stage) {
+#pragma unroll
+        for (int i = 0; i < EACH; ++i)
+            units[i] = i * TOKENS_APART < left ? *(const uint4*)(from + (long long)i * TOKENS_APART * width + stage * STAGE_COLUMNS)
+                                               : make_uint4(0, 0, 0, 0);
+    }
+
+    __device__ void store(int stage) const {
+        char* to = shared_memory + stage % X_STAGES * BYTES + token * 2 * STAGE_COLUMNS + threadIdx.x % 4 * 4;
+        const int unit = threadIdx.x / 32 % 2 * 4, exchanged = token % 8;
+#pragma unroll
+        for (int i = 0; i < EACH; ++i) {
+            const unsigned words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
+#pragma unroll
+            for (int w = 0; w < 4; ++w)
+                *(unsigned*)(to + i * TOKENS_APART * 2 * STAGE_COLUMNS + ((unit + w) ^ exchanged) * 16) = words[w];
+        }
+    }
+};
+
+// y [N, O] = x W^T + bias, TOKENS of them a block, and 128 rows. x [N, whole tiles of columns], zeros beyond I. A block has two
+// warpgroups, a warp a row of tiles; gridDim.y blocks share the columns and then write partial [gridDim.y, N, O] for add_up. Levels are
+// looked up into A's registers while the tensor cores are at work on the pieces before. Shared memory: X_STAGES of x, then the warps'
+// streams; at the end y [TOKENS, 128 rows and a gap].
+template <int BITS, bool BF16, int TOKENS>
+__device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, float* partial, int N) {
+    const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, blocks = (N + TOKENS - 1) / TOKENS;
+    const int first_token = blockIdx.x % blocks * TOKENS, tile_row = blockIdx.x / blocks * WIDE_WARPS + warp;
+    const int count = weight.tiles_a_row(), each = (count + gridDim.y - 1) / gridDim.y;
+    const int begin = min(blockIdx.y * each, count), end = min(begin + each, count), stages = (end - begin) * (TILE_COLUMNS / STAGE_COLUMNS);
+    Stream<BITS, 1, CODE_STAGES> codes;
+    Decoder<BITS, BF16, false> decoder;
+    WideX<TOKENS> wide;
+    float c[TOKENS / 2] = {};
+    unsigned a[2][2][4] = {};
+    codes.start(weight, tile_row, (uint4*)(shared_memory + X_STAGES * wide.BYTES), begin, end);
+    codes.ask(begin);
+    end_of_copies();
+    decoder.start(weight, min(tile_row, weight.last_tile_row()));
+    wide.start(x, first_token, N, count * TILE_COLUMNS, begin * TILE_COLUMNS);
+    if (stages) wide.load(0), wide.store(0), wide.load(1);
+    show_to_products();
+    __syncthreads();
+    for (int k = begin, stage = 0; k < end; ++k) {
+        Words<BITS> words;
+        codes.ask(k + 1);
+        end_of_copies();
+        wait_for_copies<CODE_STAGES - 1>();
+        words.load(codes.slot(k, 0));
+#pragma unroll
+        for (int quarter = 0; quarter < TILE_COLUMNS / STAGE_COLUMNS; ++quarter, ++stage) {
+            // The slot's last products, of two stages ago, are done: every warp has waited for them before the last barrier.
+            if (stage + 1 < stages) wide.store(stage + 1);
+            if (stage + 2 < stages) wide.load(stage + 2);
+            const unsigned address = shared_address(shared_memory) + stage % X_STAGES * wide.BYTES;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int piece = 2 * quarter + half;
+                wait_for_products<1>();
+#pragma unroll
+                for (int i = 0; i < 8; ++i) keep(a[half][i / 4][i % 4]);
+                decoder.fragments(words, piece, a[half]);
+                begin_products();
+                multiply_in_background<BF16>(c, a[half][0], matrix(address, 2 * half));
+                multiply_in_background<BF16>(c, a[half][1], matrix(address, 2 * half + 1));
+                end_of_products();
+            }
+            show_to_products();
+            __syncthreads();
+        }
+    }
+    wait_for_products<0>();
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i) keep(c[i]);
+    const int row = tile_row * TILE_ROWS + g;
+    if (partial) {
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; ++i) {
+            const int token = first_token + i / 4 * 8 + 2 * t + i % 2, out = row + i % 4 / 2 * 8;
+            if (token < N && out < weight.O) partial[((long long)blockIdx.y * N + token) * weight.O + out] = c[i];
+        }
+        return;
+    }
+    const int ROWS = WIDE_WARPS * TILE_ROWS, APART = ROWS + PIECE;
+    uint16* all = (uint16*)shared_memory;
+    const float biases[2] = {bias && row < weight.O ? from_bits<BF16>(bias[row]) : 0, bias && row + 8 < weight.O ? from_bits<BF16>(bias[row + 8]) : 0};
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < TOKENS / 2; ++i)
+        all[(i / 4 * 8 + 2 * t + i % 2) * APART + warp * TILE_ROWS + g + i % 4 / 2 * 8] = to_bits<BF16>(c[i] + biases[i % 4 / 2]);
+    __syncthreads();
+    for (int at = threadIdx.x; at < TOKENS * ROWS / PIECE; at += blockDim.x) {
+        const int token = first_token + at / (ROWS / PIECE), in_block = at % (ROWS / PIECE) * PIECE;
+        const int out = blockIdx.x / blocks * ROWS + in_block;
+        if (token >= N) continue;
+        const uint16* piece = all + (token - first_token) * APART + in_block;
+        uint16* to = y + (long long)token * weight.O + out;
+        if (out + PIECE <= weight.O && weight.O % PIECE == 0)
+            *(uint4*)to = *(const uint4*)piece;
+        else
+            for (int i = 0; i < PIECE && out + i < weight.O; ++i) to[i] = piece[i];
+    }
+}
+#endif
+
 // y [N, O] = the sum of partial [parts, N, O] + bias, an element a thread.
 template <bool BF16>
 __device__ void add_up(const float* partial, const uint16* bias, uint16* y, int parts, int N, int O) {
@@ -703,37 +901,76 @@ __device__ void dequantize(const Weight& weight, uint16* out, int first_row, int
 // Most threads of a block. Where products go by shuffles the compiler, told of 128, saves registers and keeps a few bytes in memory.
 constexpr __device__ int most_threads(int tokens) { return tokens > 1 && !BY_SHUFFLES ? 128 : 256; }
 
-#define GEMM(NAME, BITS, BF16, AFFINE, TOKENS, ROWS)                                                                     \
-    extern "C" __global__ void __launch_bounds__(most_threads(TOKENS), 1) lut_gemm_##NAME##_##TOKENS(                     \
-        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,             \
-        const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N, int teams) {                        \
-        lut_gemm<BITS, BF16, AFFINE, TOKENS, ROWS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N, teams); \
+#define GEMM(NAME, BITS, BF16, AFFINE, TOKENS, ROWS)                                                                           \
+    extern "C" __global__ void __launch_bounds__(most_threads(TOKENS), 1) lut_gemm_##NAME##_##TOKENS(                          \
+        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,                     \
+        const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N, int teams) {                                \
+        lut_gemm<BITS, BF16, AFFINE, TOKENS, ROWS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N, teams);      \
     }
-#define KERNELS(NAME, BITS, BF16, AFFINE, ROWS)                                                                         \
-    GEMM(NAME, BITS, BF16, AFFINE, 1, 1) GEMM(NAME, BITS, BF16, AFFINE, 2, ROWS)                                       \
-    GEMM(NAME, BITS, BF16, AFFINE, 4, ROWS) GEMM(NAME, BITS, BF16, AFFINE, 8, ROWS)                                    \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize_##NAME(                                        \
-        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, uint16* out, int O, int I, int G, \
-        int first_row, int rows) {                                                                                     \
-        dequantize<BITS, BF16, AFFINE>({tiles, levels, scale, zero, O, I, G}, out, first_row, rows);                   \
+#define FEW(NAME, BITS, BF16, AFFINE, ROWS)                                                                                    \
+    GEMM(NAME, BITS, BF16, AFFINE, 1, 1) GEMM(NAME, BITS, BF16, AFFINE, 2, ROWS)                                               \
+    GEMM(NAME, BITS, BF16, AFFINE, 4, ROWS) GEMM(NAME, BITS, BF16, AFFINE, 8, ROWS)                                            \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize_##NAME(                                                \
+        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, uint16* out, int O, int I, int G,    \
+        int first_row, int rows) {                                                                                             \
+        dequantize<BITS, BF16, AFFINE>({tiles, levels, scale, zero, O, I, G}, out, first_row, rows);                           \
     }
-#define LEVELS(NAME, BITS, BF16)                                                                                        \
-    KERNELS(NAME, BITS, BF16, false, MOST_ROWS)                                                                        \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lut_gemv_##NAME(                                          \
-        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,             \
-        const uint16* bias, uint16* y, int O, int I, int G, int teams) {                                               \
-        lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams);                                \
+#define ADD_UP(NAME, BF16)                                                                                                     \
+    extern "C" __global__ void __launch_bounds__(256) add_up_##NAME(                                                           \
+        const float* partial, const uint16* bias, uint16* y, int parts, int N, int O) {                                        \
+        add_up<BF16>(partial, bias, y, parts, N, O);                                                                           \
     }
-#define WIDTHS(TYPE, BF16)                                                                                              \
-    LEVELS(levels_4_##TYPE, 4, BF16)                                                                                   \
-    LEVELS(levels_3_##TYPE, 3, BF16)                                                                                   \
-    LEVELS(levels_2_##TYPE, 2, BF16)                                                                                   \
-    KERNELS(affine_4_##TYPE, 4, BF16, true, 1)                                                                         \
-    KERNELS(affine_3_##TYPE, 3, BF16, true, 1)                                                                         \
-    KERNELS(affine_2_##TYPE, 2, BF16, true, 1)                                                                         \
-    extern "C" __global__ void __launch_bounds__(256) add_up_##TYPE(const float* partial, const uint16* bias, uint16* y, \
-                                                                    int parts, int N, int O) {                         \
-        add_up<BF16>(partial, bias, y, parts, N, O);                                                                   \
+#define ONE(NAME, BITS, BF16)                                                                                                  \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lut_gemv_##NAME(                                               \
+        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,                     \
+        const uint16* bias, uint16* y, int O, int I, int G, int teams) {                                                       \
+        lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams);                                        \
     }
-WIDTHS(half, false)
-WIDTHS(bfloat16, true)
+#define WIDE(NAME, BITS, BF16, TOKENS)                                                                                         \
+    extern "C" __global__ void __launch_bounds__(WIDE_WARPS * 32, 1) lut_wide_##NAME##_##TOKENS(                               \
+        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,                     \
+        const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N) {                                           \
+        lut_wide<BITS, BF16, TOKENS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N);                           \
+    }
+#define MANY(NAME, BITS, BF16) WIDE(NAME, BITS, BF16, 128) WIDE(NAME, BITS, BF16, 256)
+
+// What the GPU has a use for: lut_wide, and no other, where the compiler was told of Hopper's own instructions; lut_gemv where tensor
+// cores count bits; on the host all.
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define KERNELS(LEVELS, AFFINE, SUM, BITS, BF16) MANY(LEVELS, BITS, BF16)
+#else
+#define BY_LOOK_UP(LEVELS, AFFINE, SUM, BITS, BF16) \
+    FEW(LEVELS, BITS, BF16, false, MOST_ROWS) FEW(AFFINE, BITS, BF16, true, 1) ADD_UP(SUM, BF16)
+#if !defined(__CUDACC_RTC__)
+#define KERNELS(LEVELS, AFFINE, SUM, BITS, BF16) \
+    BY_LOOK_UP(LEVELS, AFFINE, SUM, BITS, BF16) ONE(LEVELS, BITS, BF16) MANY(LEVELS, BITS, BF16)
+#elif __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
+#define KERNELS(LEVELS, AFFINE, SUM, BITS, BF16) BY_LOOK_UP(LEVELS, AFFINE, SUM, BITS, BF16) ONE(LEVELS, BITS, BF16)
+#else
+#define KERNELS BY_LOOK_UP
+#endif
+#endif
+
+// Of one width and type, where ONLY says so: 10 bits + (bfloat16). Compiling takes a while.
+#ifndef ONLY
+#define ONLY 0
+#endif
+#define WANTED(BITS, BF16) (ONLY == 0 || ONLY == 10 * BITS + BF16)
+#if WANTED(4, 0)
+KERNELS(levels_4_half, affine_4_half, 4_half, 4, false)
+#endif
+#if WANTED(4, 1)
+KERNELS(levels_4_bfloat16, affine_4_bfloat16, 4_bfloat16, 4, true)
+#endif
+#if WANTED(3, 0)
+KERNELS(levels_3_half, affine_3_half, 3_half, 3, false)
+#endif
+#if WANTED(3, 1)
+KERNELS(levels_3_bfloat16, affine_3_bfloat16, 3_bfloat16, 3, true)
+#endif
+#if WANTED(2, 0)
+KERNELS(levels_2_half, affine_2_half, 2_half, 2, false)
+#endif
+#if WANTED(2, 1)
+KERNELS(levels_2_bfloat16, affine_2_bfloat16, 2_bfloat16, 2, true)
+#endif

@@ -18,7 +18,10 @@ TILE_ROWS, TILE_COLUMNS, THREADS, WARPS = 16, 256, 256, 8
 GEMV_STAGES, GEMM_STAGES = {4: 4, 3: 5, 2: 8}, 3  # tiles whose codes a warp has under way or at work
 PLANES_BYTES = 800  # of shared memory for x's bits in a tile of columns: lut_gemm.cu's PLANES_WORDS
 COUNT_BITS = (8, 9)  # major architectures whose tensor cores do; later ones are slow at it
-FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces
+FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces; but on Hopper up to
+WIDE_TOKENS = 1024  # by lut_wide: with still more, rebuilding costs less than what cuBLAS is ahead
+WIDE_ROWS, WIDE_THREADS, WIDE_STAGES = 128, 256, 3  # of a block: rows of the weight; slots for 64 columns of x
+HOPPER = "--gpu-architecture=sm_90a"  # has lut_wide's instructions; the compiler prefers it to the sm_90 that CuPy names
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
 INDICES = 2**24  # codes that torch turns into indices at a time, at 8 bytes each
 NAMES = {torch.float16: "half", torch.bfloat16: "bfloat16"}
@@ -159,14 +162,18 @@ def _multiply(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch
 
 
 def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
-    """Up to 64 tokens are multiplied with codes and levels; for more, weights are rebuilt by a kernel and multiplied by cuBLAS."""
+    """Up to 64 tokens, on Hopper 1024, are multiplied with codes and levels; for more, weights are rebuilt by a kernel and multiplied
+    by cuBLAS."""
     N = len(x)
-    if N > FUSED_TOKENS:
+    wide = FUSED_TOKENS < N <= WIDE_TOKENS and tiles.levels is not None and kernels.properties(x.device).major == 9
+    if N > FUSED_TOKENS and not wide:
         return _multiply(x, tiles, bias)
     if N == 0:
         return x.new_empty(0, tiles.O)
     if missing := TILE_COLUMNS * tiles.codes.shape[1] - tiles.I:
         x = torch.nn.functional.pad(x, (0, missing))
+    if wide:
+        return _multiply_wide(x, tiles, bias, *_wide_plan(N, tiles.O, tiles.codes.shape[1], kernels.properties(x.device)))
     if N == 1 and tiles.levels is not None and (plan := _gemv_plan(*tiles.codes.shape[:2], tiles.bits, kernels.properties(x.device))):
         return _multiply_one(x, tiles, bias, *plan)
     return _multiply_fused(x, tiles, bias, *_shares(N, tiles, x.device))
@@ -243,14 +250,55 @@ def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, te
     parameters = (x.dtype, (x.dtype, None), x.dtype, (torch.float32, None), *5 * [int])
     blocks = (-(-tiles.codes.shape[0] // (teams * rows)), parts)
     _launch("lut_gemm", f"_{tokens}", tiles, x.dtype, blocks, 32 * warps, shared, parameters, arguments)
-    if parts > 1:
-        parameters = (torch.float32, (x.dtype, None), x.dtype, int, int, int)
-        kernel = kernels.Kernel(CUDA_SOURCE, f"add_up_{NAMES[x.dtype]}", parameters)
-        kernels.launch(kernel, (-(-y.numel() // THREADS), 1), THREADS, 0, partial, bias, y, parts, N, tiles.O)
+    if partial is not None:
+        _add_up(partial, bias, y, tiles.bits)
     return y
 
 
-def _launch(name: str, suffix: str, tiles: Tiles, dtype, blocks: tuple, threads: int, shared: int, parameters: tuple, arguments: tuple):
+@lru_cache
+def _wide_plan(N: int, O: int, columns: int, gpu) -> tuple[int, int]:
+    """(tokens a block, parts that share the columns) for `_multiply_wide`: what should take least, counted in a tensor core's work.
+
+    A block takes some time besides its products, and so does adding up parts.
+    """
+
+    def cost(plan: tuple[int, int]) -> float:
+        tokens, parts = plan
+        waves = -(-(-(-O // WIDE_ROWS) * -(-N // tokens) * parts) // gpu.multi_processor_count)
+        work = waves * (-(-columns // parts) * 16 * tokens + 3000)  # clocks
+        return work if parts == 1 else work + 4000 + 8 * parts * N * O / 2000
+
+    return min(((tokens, parts) for tokens in (256, 128) for parts in range(1, min(columns, 8) + 1)), key=cost)
+
+
+def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tokens: int, parts: int) -> torch.Tensor:
+    """x [N, whole tiles of columns] -> [N, O] on Hopper, by blocks of 128 rows and `tokens` tokens, 128 or 256; `parts` share the columns."""
+    N = len(x)
+    y = x.new_empty(N, tiles.O)
+    partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
+    shared = WIDE_STAGES * tokens * 128 + WIDE_THREADS // 32 * _stream_bytes(2, tiles.bits)
+    arguments = (x, bias, y, partial, tiles.O, tiles.I, 1, N)
+    parameters = (x.dtype, (x.dtype, None), x.dtype, (torch.float32, None), *4 * [int])
+    blocks = (-(-tiles.O // WIDE_ROWS) * -(-N // tokens), parts)
+    _launch("lut_wide", f"_{tokens}", tiles, x.dtype, blocks, WIDE_THREADS, shared, parameters, arguments, HOPPER)
+    if partial is not None:
+        _add_up(partial, bias, y, tiles.bits)
+    return y
+
+
+def _add_up(partial: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, bits: int) -> None:
+    """y [N, O] = the sum of partial [parts, N, O] + bias."""
+    parameters = (torch.float32, (y.dtype, None), y.dtype, int, int, int)
+    kernel = kernels.Kernel(CUDA_SOURCE, f"add_up_{bits}_{NAMES[y.dtype]}", parameters, _options(bits, y.dtype))
+    kernels.launch(kernel, (-(-y.numel() // THREADS), 1), THREADS, 0, partial, bias, y, *partial.shape)
+
+
+def _options(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
+    """Of the compiler, for what a width and type need alone: all of lut_gemm.cu takes it half a minute."""
+    return (f"-DONLY={10 * bits + (dtype == torch.bfloat16)}",)
+
+
+def _launch(name: str, suffix: str, tiles: Tiles, dtype, blocks: tuple, threads: int, shared: int, parameters: tuple, arguments: tuple, *options):
     expected = (-(-tiles.O // TILE_ROWS), -(-tiles.I // TILE_COLUMNS), tiles.bits, 32, 4)
     if tiles.codes.shape != expected or (tiles.levels is not None and tiles.levels.shape != (tiles.O, 2**tiles.bits)):
         raise ValueError(f"{name}: tiles {tuple(tiles.codes.shape)} do not hold a weight [{tiles.O}, {tiles.I}] of {tiles.bits} bits")
@@ -260,6 +308,7 @@ def _launch(name: str, suffix: str, tiles: Tiles, dtype, blocks: tuple, threads:
         CUDA_SOURCE,
         f"{name}_{'affine' if tiles.levels is None else 'levels'}_{tiles.bits}_{NAMES[dtype]}{suffix}",
         (torch.int32, (dtype, None), (torch.float16, None), (torch.uint8, None), *parameters),
+        (*_options(tiles.bits, dtype), *options),
     )
     kernels.launch(kernel, blocks, threads, shared, tiles.codes, tiles.levels, tiles.scale, tiles.zero, *arguments)
 

@@ -99,16 +99,16 @@ def run_on(monkeypatch, built: ctypes.CDLL, major: int = 9) -> list[tuple]:
         values = (ctypes.c_void_p * len(args))(*(ctypes.addressof(pointer) for pointer in pointers))
         function(*blocks, threads, shared_bytes, values)
 
-    def mm(a, b, out_dtype=None):
+    def mm(a, b, out_dtype=None, **kwargs):
         """torch.mm, with the float32 output for 16-bit factors that it has on GPUs alone."""
-        return product(a, b) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype))
+        return product(a, b, **kwargs) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype))
 
     product = torch.mm
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.delenv("LEANQUANT_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(kernels, "properties", lambda device: gpu)
-    monkeypatch.setattr(kernels, "_compiled", lambda source, name, index: getattr(built, f"launch_{name}"))
+    monkeypatch.setattr(kernels, "_compiled", lambda source, name, options, index: getattr(built, f"launch_{name}"))
     monkeypatch.setattr(kernels, "_call", call)
     return launches
 

@@ -9,6 +9,8 @@
 #include <string.h>
 #include <ucontext.h>
 
+#include <deque>
+#include <functional>
 #include <utility>
 #include <vector>
 
@@ -26,17 +28,28 @@ struct Index {
     int x, y;
 };
 static Index blockIdx, blockDim, gridDim, threadIdx;
-alignas(16) char shared_memory[232448];
+alignas(1024) char shared_memory[232448];
 
 namespace host {
 struct Meeting {  // of the threads of a block or of a warp
     int arrived = 0, expected = 0;
     long round = 0;
 };
+// What goes on in the background, done as late as it may be: when it is waited for, by groups, or at the end.
+struct Background {
+    std::vector<std::function<void()>> group;
+    std::deque<std::vector<std::function<void()>>> groups;
+    void end_of_group() { groups.push_back(std::move(group)), group.clear(); }
+    void wait(size_t later) {
+        for (; groups.size() > later; groups.pop_front())
+            for (const auto& task : groups.front()) task();
+    }
+};
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
     bool done = false;
+    Background copies, products;
 };
 static std::vector<Fiber> fibers;
 static std::vector<Meeting> warps;
@@ -237,8 +250,67 @@ static void count_common_ones(int (&c)[4], const unsigned (&a)[4], uint2 b) {
     }
 }
 
-// Copies in the background are made at once: waiting for too few goes unseen.
-static void copy_16_bytes(void* to, const void* from) { memcpy(to, from, 16); }
-static void end_of_copies() {}
+// Copies and products in the background: what they read must be there when they are asked for, and still when they are waited for.
+static host::Background& background(bool products) {
+    host::Fiber& fiber = host::fibers[threadIdx.x];
+    return products ? fiber.products : fiber.copies;
+}
+
+static void require(bool good, const char* what) {
+    if (good) return;
+    fprintf(stderr, "%s\n", what);
+    abort();
+}
+
+static void copy_16_bytes(void* to, const void* from) {
+    background(false).group.push_back([=] { memcpy(to, from, 16); });
+    memset(to, 0xff, 16);
+}
+static void end_of_copies() { background(false).end_of_group(); }
 template <int LATER>
-static void wait_for_copies() {}
+static void wait_for_copies() {
+    background(false).wait(LATER);
+}
+
+// wgmma.m64nNk16 by the PTX manual, a warp's 16 rows of it: the fragments of A and C, B's descriptor and its 128-byte swizzle.
+static unsigned shared_address(const void* p) { return (unsigned)((const char*)p - shared_memory); }
+template <bool BF16, int SIZE>
+static std::vector<float> products_of(const unsigned (&a)[4], unsigned long long b) {
+    unsigned all[6][32];
+    const int lane = threadIdx.x % 32;
+    show_fragments(a, 0, 0, all);
+    const auto value = [](unsigned short bits) { return BF16 ? __uint_as_float((unsigned)bits << 16) : from_half(bits); };
+    const unsigned start = (b & 0x3fff) << 4, eight_apart = (b >> 32 & 0x3fff) << 4;
+    require(b >> 62 == 1 && (b >> 49 & 7) == 0, "a matrix that is not swizzled by 128 bytes");
+    std::vector<float> c(SIZE);
+    for (int i = 0; i < SIZE; ++i) {
+        const int row = lane / 4 + i % 4 / 2 * 8, token = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        for (int k = 0; k < 16; ++k) {
+            unsigned address = start + token / 8 * eight_apart + token % 8 * 128 + 2 * k;
+            address ^= (address >> 7 & 7) << 4;
+            unsigned short x;
+            memcpy(&x, shared_memory + address, 2);
+            c[i] += value(all[k / 8 * 2 + row / 8][row % 8 * 4 + k % 8 / 2] >> 16 * (k % 2)) * value(x);
+        }
+    }
+    return c;
+}
+
+template <bool BF16, int SIZE>
+static void multiply_in_background(float (&c)[SIZE], const unsigned (&a)[4], unsigned long long b) {
+    const auto early = products_of<BF16, SIZE>(a, b);
+    background(true).group.push_back([=, &c, &a] {
+        const auto late = products_of<BF16, SIZE>(a, b);
+        require(!memcmp(early.data(), late.data(), SIZE * sizeof(float)), "a product's factors changed before it was waited for");
+        for (int i = 0; i < SIZE; ++i) c[i] += late[i];
+    });
+}
+static void begin_products() {}
+static void end_of_products() { background(true).end_of_group(); }
+template <int LATER>
+static void wait_for_products() {
+    background(true).wait(LATER);
+}
+static void keep(float&) {}
+static void keep(unsigned&) {}
+static void show_to_products() {}

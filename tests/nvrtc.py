@@ -21,12 +21,12 @@ def wheel_file(file: str) -> Path:
     return found[0]
 
 
-def compile_log(source: Path, architecture: int) -> str:
-    """The assembler's report on `source` built for sm_`architecture`. Raises AssertionError if it does not compile."""
+def compile_log(source: Path, architecture: int, *flags: str) -> str:
+    """The assembler's report on `source` built for sm_`architecture`, with what CuPy adds. Raises AssertionError if it does not compile."""
     library = ctypes.CDLL(str(wheel_file("lib/libnvrtc.so.*")))
     include = wheel_file("include/cuda_fp16.h").parent
-    options = [f"--gpu-architecture=sm_{architecture}", "--std=c++17", f"--include-path={include}", "--ptxas-options=-v"]
-    options += ["-ftz=true", "--device-as-default-execution-space"]  # CuPy adds these
+    options = ["--std=c++17", f"--include-path={include}", "--ptxas-options=-v", *flags]
+    options += ["-ftz=true", f"-arch=sm_{architecture}", "--device-as-default-execution-space"]
     program, size = ctypes.c_void_p(), ctypes.c_size_t()
     library.nvrtcCreateProgram(ctypes.byref(program), source.read_bytes(), source.name.encode(), 0, None, None)
     array = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))

@@ -137,6 +137,54 @@ def test_many_tiles_on_the_host(built, monkeypatch, groups, bits):
         lut_gemm._multiply_fused(x[:9], tiles, None, 2, 4, 1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("shape", [(16, 256), (37, 200), (136, 780)], ids=str)
+def test_many_tokens_on_hopper_on_the_host(built, monkeypatch, shape, bits, dtype):
+    """Both sizes of blocks, tails of tokens and rows, parts of columns, the last of them empty. What products in the background read
+    stays as it is until they are waited for, which the host sees to."""
+    tiles, W = make_tiles(*shape, 0, bits, dtype)
+    bias, launches = draw(tiles.O, dtype=dtype, seed=2), host.run_on(monkeypatch, built)
+    for N, tokens, parts in ((65, 128, 1), (130, 256, 1), (140, 128, 3)) if tiles.O > 128 else ((70, 256, 1), (3, 128, 1)):
+        x = draw(N, tiles.I, dtype=dtype)
+        assert_like(lut_gemm._multiply_wide(pad(x, tiles), tiles, bias, tokens, parts), x, W, bias)
+    kind = f"levels_{bits}_{lut_gemm.NAMES[dtype]}"
+    assert {name for name, *_ in launches} >= {f"lut_wide_{kind}_{tokens}" for tokens in (128, 256)}
+
+
+@pytest.mark.parametrize(
+    "major, N, groups, kernel", [(9, 65, 0, "lut_wide"), (9, 2000, 0, "dequantize"), (9, 65, 3, "dequantize"), (8, 65, 0, "dequantize")]
+)
+def test_who_multiplies_many_tokens(built, monkeypatch, major, N, groups, kernel):
+    tiles, W = make_tiles(17, 96, groups, 3, torch.bfloat16)
+    launches = host.run_on(monkeypatch, built, major)
+    x = draw(N, 96, dtype=torch.bfloat16)
+    assert_like(lut_gemm._multiply_cuda(x, tiles, None), x, W, None)
+    assert [name.split("_3_")[0] for name, *_ in launches] == [f"{kernel}_{'affine' if groups else 'levels'}"]
+
+
+def test_hopper_where_the_compiler_is_too_old(built, monkeypatch):
+    """Without lut_wide weights are rebuilt, after one warning."""
+    tiles, W = make_tiles(17, 96, 0, 4, torch.float16)
+    host.run_on(monkeypatch, built)
+    compiled = kernels._compiled
+    refuse = lambda source, name, *rest: f"no {name}" if name.startswith("lut_wide") else compiled(source, name, *rest)  # noqa: E731
+    monkeypatch.setattr(kernels, "_compiled", refuse)
+    x = draw(65, 96, dtype=torch.float16)
+    with pytest.warns(UserWarning, match="no lut_wide_levels_4_half_128"):
+        assert_like(lut_linear(x, *tiles[:4], None, 4, 17), x, W, None)
+
+
+@pytest.mark.parametrize("O, I, N", [(4096, 4096, 512), (1024, 4096, 512), (28672, 8192, 512), (1024, 8192, 65), (64, 64, 1000)])
+def test_plans_for_many_tokens_keep_a_gpu_busy(O, I, N):
+    gpu = host.Gpu(9, 132, host.SHARED_BYTES[9])
+    columns = -(-I // 256)
+    tokens, parts = lut_gemm._wide_plan(N, O, columns, gpu)
+    blocks = -(-O // 128) * -(-N // tokens) * parts
+    assert tokens in (128, 256) and 1 <= parts <= columns
+    assert blocks >= 96 or parts >= min(columns, 8) // 2
+
+
 def outlier(x: torch.Tensor) -> torch.Tensor:
     x[0, 100] = 1000
     return x
@@ -199,10 +247,11 @@ def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
         bias = draw(tiles.O, dtype=dtype)
         for N in (1, 2, 11, 19, 33):
             lut_gemm._multiply_cuda(draw(N, tiles.I, dtype=dtype), tiles, bias if N > 1 else None)
+        x = pad(draw(3, tiles.I, dtype=dtype), tiles)
+        lut_gemm._multiply_fused(x, tiles, None, 1, 4, 2)
+        for tokens, parts in ((128, 2), (256, 1)) if tiles.levels is not None else ():
+            lut_gemm._multiply_wide(x, tiles, bias, tokens, parts)
         lut_gemm.dequantize(W, tiles, 0, tiles.O)
-    for dtype in DTYPES:
-        tiles, _ = make_tiles(35, 192, 0, 4, dtype)
-        lut_gemm._multiply_fused(pad(draw(2, 192, dtype=dtype), tiles), tiles, None, 1, 4, 2)
     names = host.kernel_names(CUDA_SOURCE)
     assert {name for name, *_ in launches} == set(names)
     program = host.executable(CUDA_SOURCE, names, tmp_path)
@@ -416,7 +465,7 @@ class TestOnTheGpu:
         tiles, W = make_tiles(O, I, groups, bits, dtype)
         tiles, W, bias = to_gpu(tiles), W.cuda(), draw(O, dtype=dtype, seed=2).cuda()
         assert torch.equal(lut_gemm.dequantize(W, tiles, 0, O), W)
-        for N in (*TOKENS, 65, 200):
+        for N in (*TOKENS, 65, 200, 512, 1100):
             x = draw(N, I, dtype=dtype).cuda()
             y = lut_linear(x, *tiles[:4], bias, bits, O)
             assert_like(y.cpu(), x.cpu(), W.cpu(), bias.cpu())
