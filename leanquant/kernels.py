@@ -23,7 +23,6 @@ NEEDED = {  # for each CUDA major: CuPy, its compiler, and the headers the compi
     "12": "cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12",
     "13": "cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime",
 }
-FREE_SHARED_BYTES = 48 * 1024  # a block gets more only if its kernel asks for it
 
 
 class Kernel(NamedTuple):
@@ -74,34 +73,40 @@ def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, shared_bytes: 
     not contiguous or not all on one GPU, integers beyond 32 bits.
     """
     device = _check(kernel, args)
-    function = _compiled(kernel.source, kernel.name, kernel.options, device.index)
+    function = _compiled(kernel, device.index)
     if isinstance(function, str):
         raise KernelError(function)
     _call(function, kernel.name, device, blocks, threads, shared_bytes, args)
 
 
 def _check(kernel: Kernel, args: tuple) -> torch.device:
+    """The GPU of the tensors. Once for every product of a model: a microsecond here is a hundredth of a token's time."""
     if len(args) != len(kernel.parameters):
         raise TypeError(f"{kernel.name} takes {len(kernel.parameters)} arguments, not {len(args)}")
-    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    device = index = None
     for number, (arg, wanted) in enumerate(zip(args, kernel.parameters, strict=True)):
         if wanted is int:
-            if not isinstance(arg, int) or not -(2**31) <= arg < 2**31:
+            if type(arg) is not int or not -(2**31) <= arg < 2**31:
                 raise TypeError(f"{kernel.name}: argument {number} must be a 32-bit integer, not {arg!r}")
-        elif arg is None and isinstance(wanted, tuple):
             continue
-        elif not isinstance(arg, torch.Tensor) or arg.dtype != (wanted[0] if isinstance(wanted, tuple) else wanted):
+        if type(wanted) is tuple:
+            if arg is None:
+                continue
+            wanted = wanted[0]
+        if not isinstance(arg, torch.Tensor) or arg.dtype is not wanted:
             raise TypeError(f"{kernel.name}: argument {number} must be a tensor of {wanted}, not {getattr(arg, 'dtype', type(arg))}")
-        elif not on_gpu(arg) or arg.device != tensors[0].device:
+        if device is None and on_gpu(arg):
+            device, index = arg.device, arg.get_device()
+        elif arg.get_device() != index:
             raise ValueError(f"{kernel.name}: argument {number} is on {arg.device}, not on one GPU with the others")
-        elif not arg.is_contiguous():
+        if not arg.is_contiguous():
             raise ValueError(f"{kernel.name}: argument {number} is not contiguous")
-    return tensors[0].device
+    return device
 
 
 @lru_cache
-def _compiled(source: Path, name: str, options: tuple[str, ...], device_index: int):
-    """The CuPy function, or the sentence that says why there is none: compiling is not tried twice."""
+def _compiled(kernel: Kernel, device_index: int):
+    """CuPy's loaded function, or the sentence that says why there is none: compiling is not tried twice."""
     try:
         import cupy
 
@@ -109,12 +114,13 @@ def _compiled(source: Path, name: str, options: tuple[str, ...], device_index: i
             _load_compiler()
 
         with cupy.cuda.Device(device_index):
-            function = _module(source, options, device_index).get_function(name)
-            function.attributes  # noqa: B018 - compiles and loads now, where it can still be caught
-            return function
+            function = _module(kernel.source, kernel.options, device_index).get_function(kernel.name)
+            most = properties(torch.device("cuda", device_index)).shared_memory_per_block_optin - function.shared_size_bytes
+            function.max_dynamic_shared_size_bytes = most  # compiles and loads now, where it can still be caught
+            return function.kernel
     except Exception as error:  # a missing wheel, driver or compiler each raise their own kind
         major = (torch.version.cuda or "12").split(".")[0]
-        return f"{name} runs in torch, which is slower: {first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}"
+        return f"{kernel.name} runs in torch, which is slower: {first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}"
 
 
 @lru_cache
@@ -133,26 +139,24 @@ def _load_compiler() -> None:
 
 
 def _call(function, name: str, device: torch.device, blocks: tuple[int, int], threads: int, shared_bytes: int, args: tuple) -> None:
+    """Launch on torch's current stream. A thread that has not used the GPU yet, or uses another one, is told of it first."""
     import cupy
 
-    values = tuple(cupy.int32(arg) if isinstance(arg, int) else _address(arg) for arg in args)
+    word, launch_kernel = ctypes.c_int64, cupy.cuda.driver.launchKernel  # CuPy's own way to it takes several times as long
+    values = (word * len(args))(*[arg if type(arg) is int else _address(arg) for arg in args])
+    start, stream = ctypes.addressof(values), torch.cuda.current_stream(device).cuda_stream
+    addresses = (word * len(args))(*range(start, start + ctypes.sizeof(values), ctypes.sizeof(word)))
+    call = (function.ptr, *blocks, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(addresses), 0)
     try:
-        with cupy.cuda.Device(device.index), _current_stream(device):
-            if shared_bytes > FREE_SHARED_BYTES:
-                function.max_dynamic_shared_size_bytes = shared_bytes
-            function(blocks, (threads,), values, shared_mem=shared_bytes)  # raises if the launch is refused
+        if torch.cuda.current_device() == device.index:
+            try:
+                return launch_kernel(*call)
+            except cupy.cuda.driver.CUDADriverError:
+                pass  # perhaps because this thread has not used the GPU yet
+        with cupy.cuda.Device(device.index):
+            launch_kernel(*call)
     except Exception as error:
         raise KernelError(f"{name} runs in torch, which is slower: its launch failed: {first_line(error)}") from error
-
-
-def _current_stream(device: torch.device):
-    """torch's current stream as CuPy's."""
-    import cupy
-
-    stream = torch.cuda.current_stream(device)
-    if hasattr(cupy.cuda.Stream, "from_external") and hasattr(stream, "__cuda_stream__"):
-        return cupy.cuda.Stream.from_external(stream)
-    return cupy.cuda.ExternalStream(stream.cuda_stream, device.index)  # CuPy before 14
 
 
 def _address(tensor: torch.Tensor | None) -> int:

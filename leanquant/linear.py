@@ -11,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import lut_gemm
+from . import kernels, lut_gemm
 from .errors import InputError
 from .experts import split_experts
 from .packing import SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
 
 PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
-MIN_CAPABILITY = (7, 0)  # of a GPU, for the fused kernels
+MIN_MAJOR = 7  # architecture of a GPU, for the fused kernels
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")} | {"__setitem__"}
 READ_ONLY = "a quantized weight cannot be written to: call model.dequantize() first, for merging adapters too"
 
@@ -270,12 +270,15 @@ def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> No
     for linear in linears:
         if rebuild:
             linear.prepare("dense", dtype)
-        elif linear.weight_codes.is_cuda and _has_kernels(linear.weight_codes.device, dtype):
+        elif kernels.on_gpu(linear.weight_codes) and linear.can_be_tiled(dtype) and _has_kernels(linear, dtype):
             linear.prepare("tiles", dtype)
 
 
-def _has_kernels(device: torch.device, dtype: torch.dtype) -> bool:
-    return dtype in lut_gemm.NAMES and torch.cuda.get_device_capability(device) >= MIN_CAPABILITY
+def _has_kernels(linear: QuantizedLinear, dtype: torch.dtype) -> bool:
+    """Has the GPU that `linear` lies on kernels for it, and are they right there?"""
+    gpu = linear.weight_codes.device
+    new_enough = kernels.properties(gpu).major >= MIN_MAJOR
+    return new_enough and lut_gemm.kernels_are_right(gpu, linear.bits, dtype, not linear._row_wise)
 
 
 def free_host_bytes(root: Path = Path("/")) -> float:

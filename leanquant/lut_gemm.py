@@ -4,7 +4,8 @@
 Legend: N tokens, O out_features, I in_features, K = 2**bits levels, G groups; dtype float16 or bfloat16.
 """
 
-from functools import lru_cache
+import warnings
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ COUNT_BITS = (8, 9)  # major architectures whose tensor cores do; later ones are
 FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces; but on Hopper up to
 WIDE_TOKENS = 1024  # by lut_wide: with still more, rebuilding costs less than what cuBLAS is ahead
 WIDE_ROWS, WIDE_THREADS, WIDE_STAGES = 128, 256, 3  # of a block: rows of the weight; slots for 64 columns of x
+HOPPER_MAJOR = 9
 HOPPER = "--gpu-architecture=sm_90a"  # has lut_wide's instructions; the compiler prefers it to the sm_90 that CuPy names
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
 INDICES = 2**24  # codes that torch turns into indices at a time, at 8 bytes each
@@ -165,7 +167,7 @@ def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> 
     """Up to 64 tokens, on Hopper 1024, are multiplied with codes and levels; for more, weights are rebuilt by a kernel and multiplied
     by cuBLAS."""
     N = len(x)
-    wide = FUSED_TOKENS < N <= WIDE_TOKENS and tiles.levels is not None and kernels.properties(x.device).major == 9
+    wide = _is_wide(N, tiles)
     if N > FUSED_TOKENS and not wide:
         return _multiply(x, tiles, bias)
     if N == 0:
@@ -207,9 +209,8 @@ def _stream_bytes(stages: int, bits: int) -> int:
 def _multiply_one(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int) -> torch.Tensor:
     """x [1, whole tiles of columns] -> [1, O], by blocks of `warps` warps for `teams` rows of tiles, which divide them."""
     y, shared = x.new_empty(1, tiles.O), _gemv_bytes(warps, tiles.codes.shape[1], tiles.bits)
-    arguments = (x, bias, y, tiles.O, tiles.I, 1, teams)
-    blocks, parameters = (-(-tiles.codes.shape[0] // teams), 1), (x.dtype, (x.dtype, None), x.dtype, *4 * [int])
-    _launch("lut_gemv", "", tiles, x.dtype, blocks, 32 * warps, shared, parameters, arguments)
+    kernel, blocks = _kernel("lut_gemv", tiles.bits, x.dtype, False), (-(-tiles.codes.shape[0] // teams), 1)
+    _launch(kernel, tiles, blocks, 32 * warps, shared, x, bias, y, tiles.O, tiles.I, 1, teams)
     return y
 
 
@@ -246,13 +247,16 @@ def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, te
     copies = 0 if tokens == 1 else 1 if kernels.properties(x.device).major < 8 else 2  # of a tile of x, for the whole block
     streams = copies * 8 * tokens * 2 * TILE_COLUMNS + warps * rows * _stream_bytes(copies or GEMM_STAGES, tiles.bits)
     shared = max(streams, warps * rows * 8 * tokens * (TILE_ROWS + 4) * 4)
-    arguments = (x, bias, y, partial, tiles.O, tiles.I, tiles.groups, N, teams)
-    parameters = (x.dtype, (x.dtype, None), x.dtype, (torch.float32, None), *5 * [int])
+    kernel = _kernel("lut_gemm", tiles.bits, x.dtype, tiles.levels is None, tokens)
     blocks = (-(-tiles.codes.shape[0] // (teams * rows)), parts)
-    _launch("lut_gemm", f"_{tokens}", tiles, x.dtype, blocks, 32 * warps, shared, parameters, arguments)
+    _launch(kernel, tiles, blocks, 32 * warps, shared, x, bias, y, partial, tiles.O, tiles.I, tiles.groups, N, teams)
     if partial is not None:
         _add_up(partial, bias, y, tiles.bits)
     return y
+
+
+def _is_wide(N: int, tiles: Tiles) -> bool:
+    return FUSED_TOKENS < N <= WIDE_TOKENS and tiles.levels is not None and kernels.properties(tiles.codes.device).major == HOPPER_MAJOR
 
 
 @lru_cache
@@ -272,15 +276,14 @@ def _wide_plan(N: int, O: int, columns: int, gpu) -> tuple[int, int]:
 
 
 def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tokens: int, parts: int) -> torch.Tensor:
-    """x [N, whole tiles of columns] -> [N, O] on Hopper, by blocks of 128 rows and `tokens` tokens, 128 or 256; `parts` share the columns."""
+    """x [N, whole tiles of columns] -> [N, O] on Hopper, by blocks of 128 rows and `tokens` tokens, 128 or 256; `parts` of them share
+    the columns."""
     N = len(x)
     y = x.new_empty(N, tiles.O)
     partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
     shared = WIDE_STAGES * tokens * 128 + WIDE_THREADS // 32 * _stream_bytes(2, tiles.bits)
-    arguments = (x, bias, y, partial, tiles.O, tiles.I, 1, N)
-    parameters = (x.dtype, (x.dtype, None), x.dtype, (torch.float32, None), *4 * [int])
-    blocks = (-(-tiles.O // WIDE_ROWS) * -(-N // tokens), parts)
-    _launch("lut_wide", f"_{tokens}", tiles, x.dtype, blocks, WIDE_THREADS, shared, parameters, arguments, HOPPER)
+    kernel, blocks = _kernel("lut_wide", tiles.bits, x.dtype, False, tokens), (-(-tiles.O // WIDE_ROWS) * -(-N // tokens), parts)
+    _launch(kernel, tiles, blocks, WIDE_THREADS, shared, x, bias, y, partial, tiles.O, tiles.I, 1, N)
     if partial is not None:
         _add_up(partial, bias, y, tiles.bits)
     return y
@@ -288,29 +291,75 @@ def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tok
 
 def _add_up(partial: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, bits: int) -> None:
     """y [N, O] = the sum of partial [parts, N, O] + bias."""
-    parameters = (torch.float32, (y.dtype, None), y.dtype, int, int, int)
-    kernel = kernels.Kernel(CUDA_SOURCE, f"add_up_{bits}_{NAMES[y.dtype]}", parameters, _options(bits, y.dtype))
+    kernel = _kernel("add_up", bits, y.dtype)
     kernels.launch(kernel, (-(-y.numel() // THREADS), 1), THREADS, 0, partial, bias, y, *partial.shape)
 
 
-def _options(bits: int, dtype: torch.dtype) -> tuple[str, ...]:
-    """Of the compiler, for what a width and type need alone: all of lut_gemm.cu takes it half a minute."""
-    return (f"-DONLY={10 * bits + (dtype == torch.bfloat16)}",)
+@lru_cache
+def _kernel(name: str, bits: int, dtype: torch.dtype, grouped: bool | None = None, tokens: int | None = None) -> kernels.Kernel:
+    """One of lut_gemm.cu's. Compiled with the others of its width and type alone: all of the file takes half a minute."""
+    weight, bias, partial = (torch.int32, (dtype, None), (torch.float16, None), (torch.uint8, None)), (dtype, None), (torch.float32, None)
+    parameters = {
+        "lut_gemv": (*weight, dtype, bias, dtype, *4 * [int]),
+        "lut_gemm": (*weight, dtype, bias, dtype, partial, *5 * [int]),
+        "lut_wide": (*weight, dtype, bias, dtype, partial, *4 * [int]),
+        "dequantize": (*weight, dtype, *5 * [int]),
+        "add_up": (torch.float32, bias, dtype, *3 * [int]),
+    }
+    grid = {None: "", False: "levels_", True: "affine_"}[grouped]
+    options = (f"-DONLY={10 * bits + (dtype == torch.bfloat16)}", *[HOPPER] * (name == "lut_wide"))
+    full_name = f"{name}_{grid}{bits}_{NAMES[dtype]}{'' if tokens is None else f'_{tokens}'}"
+    return kernels.Kernel(CUDA_SOURCE, full_name, parameters[name], options)
 
 
-def _launch(name: str, suffix: str, tiles: Tiles, dtype, blocks: tuple, threads: int, shared: int, parameters: tuple, arguments: tuple, *options):
+def _launch(kernel: kernels.Kernel, tiles: Tiles, blocks: tuple[int, int], threads: int, shared_bytes: int, *args) -> None:
+    """`kernel` with a weight's tensors before its other arguments; raises ValueError if they do not fit each other."""
     expected = (-(-tiles.O // TILE_ROWS), -(-tiles.I // TILE_COLUMNS), tiles.bits, 32, 4)
     if tiles.codes.shape != expected or (tiles.levels is not None and tiles.levels.shape != (tiles.O, 2**tiles.bits)):
-        raise ValueError(f"{name}: tiles {tuple(tiles.codes.shape)} do not hold a weight [{tiles.O}, {tiles.I}] of {tiles.bits} bits")
+        raise ValueError(
+            f"{kernel.name}: tiles {tuple(tiles.codes.shape)} do not hold a weight [{tiles.O}, {tiles.I}] of {tiles.bits} bits"
+        )
     if tiles.levels is None and (len(tiles.scale) != tiles.O or tiles.zero.shape != tiles.scale.shape or tiles.I % (16 * tiles.groups)):
-        raise ValueError(f"{name}: scales {tuple(tiles.scale.shape)} do not fit a weight [{tiles.O}, {tiles.I}]: groups hold 16 n columns")
-    kernel = kernels.Kernel(
-        CUDA_SOURCE,
-        f"{name}_{'affine' if tiles.levels is None else 'levels'}_{tiles.bits}_{NAMES[dtype]}{suffix}",
-        (torch.int32, (dtype, None), (torch.float16, None), (torch.uint8, None), *parameters),
-        (*_options(tiles.bits, dtype), *options),
-    )
-    kernels.launch(kernel, blocks, threads, shared, tiles.codes, tiles.levels, tiles.scale, tiles.zero, *arguments)
+        sizes = f"scales {tuple(tiles.scale.shape)} do not fit a weight [{tiles.O}, {tiles.I}]"
+        raise ValueError(f"{kernel.name}: {sizes}: groups hold 16 n columns")
+    kernels.launch(kernel, blocks, threads, shared_bytes, tiles.codes, tiles.levels, tiles.scale, tiles.zero, *args)
+
+
+@lru_cache
+def kernels_are_right(device: torch.device, bits: int, dtype: torch.dtype, grouped: bool) -> bool:
+    """Do the products of a small weight on this GPU agree with torch's on the host? Each kernel runs once; if not, one warning.
+
+    They are compiled where they run, and a GPU, driver or compiler on which they go wrong would look like a bad model.
+    """
+    tiles, generator = _small_weight(bits, dtype, grouped), torch.Generator().manual_seed(1)
+    W, x = _dequantized_rows(dtype, tiles, slice(0, tiles.O)), torch.randn(300, tiles.I, generator=generator).to(dtype)
+    there, exact = Tiles(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in tiles)), x.float() @ W.float().T
+
+    def product(x: torch.Tensor) -> torch.Tensor:
+        return lut_linear(x, *there[:4], None, bits, tiles.O)
+
+    def wide(x: torch.Tensor) -> torch.Tensor:  # no plan for so small a weight takes this size
+        return kernels.run(partial(_multiply_wide, tokens=256, parts=1), _multiply, x, there, None)
+
+    def agrees(multiply, N: int) -> bool:
+        error = multiply(x[:N].to(device)).cpu().float() - exact[:N]
+        return bool(error.norm() <= 0.01 * exact[:N].norm())
+
+    right = torch.equal(dequantize(x.to(device), there, 0, tiles.O).cpu(), W)
+    right = right and all(agrees(product, N) for N in (1, 8, 16, 32, 64, 300)) and (not _is_wide(300, there) or agrees(wide, 300))
+    if not right:
+        kind = f"{bits} bits{' in groups' * grouped}, {dtype}"
+        warnings.warn(f"kernels for {kind}, give wrong products on {device}: torch does their work, slower; please report it", stacklevel=2)
+    return right
+
+
+def _small_weight(bits: int, dtype: torch.dtype, grouped: bool) -> Tiles:
+    generator, O, I, G = torch.Generator().manual_seed(0), 168, 5 * TILE_COLUMNS, 10
+    codes = tile_codes(torch.randint(2**bits, (O, I), generator=generator, dtype=torch.uint8), bits)
+    if not grouped:
+        return Tiles(codes, torch.randn(O, 2**bits, generator=generator).to(dtype), None, None, bits, O, I)
+    scale, zero = torch.rand(O, G, generator=generator).half(), torch.full((O, G), 2 ** (bits - 1), dtype=torch.uint8)
+    return Tiles(codes, None, scale, zero, bits, O, I)
 
 
 def _pieces(tiles: Tiles):
@@ -328,8 +377,8 @@ def dequantize(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch
 def _dequantize_cuda(like: torch.Tensor, tiles: Tiles, first: int, rows: int) -> torch.Tensor:
     W = like.new_empty(rows, tiles.I)
     blocks = (-(-rows // TILE_ROWS), -(-tiles.codes.shape[1] // WARPS))
-    arguments = (W, tiles.O, tiles.I, tiles.groups, first, rows)
-    _launch("dequantize", "", tiles, like.dtype, blocks, THREADS, 0, (like.dtype, *5 * [int]), arguments)
+    kernel = _kernel("dequantize", tiles.bits, like.dtype, tiles.levels is None)
+    _launch(kernel, tiles, blocks, THREADS, 0, W, tiles.O, tiles.I, tiles.groups, first, rows)
     return W
 
 

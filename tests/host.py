@@ -108,7 +108,7 @@ def run_on(monkeypatch, built: ctypes.CDLL, major: int = 9) -> list[tuple]:
     monkeypatch.delenv("LEANQUANT_KERNELS", raising=False)
     monkeypatch.setattr(kernels, "on_gpu", lambda tensor: True)
     monkeypatch.setattr(kernels, "properties", lambda device: gpu)
-    monkeypatch.setattr(kernels, "_compiled", lambda source, name, options, index: getattr(built, f"launch_{name}"))
+    monkeypatch.setattr(kernels, "_compiled", lambda kernel, index: getattr(built, f"launch_{kernel.name}"))
     monkeypatch.setattr(kernels, "_call", call)
     return launches
 

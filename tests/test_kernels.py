@@ -5,12 +5,15 @@ touches no memory that is not its own; NVRTC compiles it for every supported arc
 (`pytest -m gpu`): kernels against twins, both against float64, on real streams; and what must be refused is refused.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import subprocess
 import sys
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -353,6 +356,50 @@ def test_a_refused_launch_falls_back_with_its_reason(gpu_without_kernels):
         found = leanquant_grid.affine_search(W, a, 4)
     gpu_without_kernels.setattr(kernels, "on_gpu", lambda tensor: False)
     assert torch.equal(found.scale, leanquant_grid.affine_search(W, a, 4).scale)
+
+
+class FakeDriver:
+    """Of CuPy, what a launch takes: notes what arrives; refuses the first `refusals` calls."""
+
+    class CUDADriverError(Exception):
+        pass
+
+    def __init__(self, refusals: int):
+        self.refusals, self.calls, self.told = refusals, [], []
+
+    def launchKernel(self, *call):  # noqa: N802 - CuPy's name
+        if self.refusals:
+            self.refusals -= 1
+            raise self.CUDADriverError("invalid device context")
+        addresses = (ctypes.c_void_p * 4).from_address(call[9])
+        self.calls.append((*call[:9], [ctypes.c_void_p.from_address(addresses[i]).value for i in (0, 1)]))
+        self.calls[-1] += ([ctypes.c_int.from_address(addresses[i]).value for i in (2, 3)],)
+
+    def Device(self, index):  # noqa: N802
+        self.told.append(index)
+        return contextlib.nullcontext()
+
+
+@pytest.mark.parametrize("current, refusals, told", [(1, 0, []), (0, 0, [1]), (1, 1, [1])])
+def test_what_the_driver_is_told(monkeypatch, current, refusals, told):
+    """Addresses of all arguments in their order, torch's stream; another GPU or a fresh thread is set up first."""
+    driver = FakeDriver(refusals)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, Device=driver.Device)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device.index))
+    x = torch.zeros(3)
+    kernels._call(SimpleNamespace(ptr=5), "name", torch.device("cuda", 1), (7, 2), 64, 1000, (x, None, -3, 2**31 - 1))
+    assert driver.calls == [(5, 7, 2, 1, 64, 1, 1, 1000, 71, [x.data_ptr(), None], [-3, 2**31 - 1])]
+    assert driver.told == told
+
+
+def test_a_launch_that_is_refused_twice_says_why(monkeypatch):
+    driver = FakeDriver(2)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, Device=driver.Device)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    with pytest.raises(kernels.KernelError, match="name runs in torch, which is slower: its launch failed: invalid device context"):
+        kernels._call(SimpleNamespace(ptr=5), "name", torch.device("cuda", 0), (1, 1), 64, 0, ())
 
 
 KERNEL = kernels.Kernel(CUDA_SOURCE, "solve_block", (torch.float32, int))

@@ -16,7 +16,7 @@ import bench_inference
 import host
 import llama
 from leanquant import LeanQuantModelForCausalLM, kernels, lut_gemm
-from leanquant.linear import QuantizedLinear
+from leanquant.linear import QuantizedLinear, prepare_linears
 from leanquant.lut_gemm import CUDA_SOURCE, Tiles, lut_linear
 from leanquant.packing import PackedLinear, affine_levels, pack_codes
 
@@ -168,7 +168,7 @@ def test_hopper_where_the_compiler_is_too_old(built, monkeypatch):
     tiles, W = make_tiles(17, 96, 0, 4, torch.float16)
     host.run_on(monkeypatch, built)
     compiled = kernels._compiled
-    refuse = lambda source, name, *rest: f"no {name}" if name.startswith("lut_wide") else compiled(source, name, *rest)  # noqa: E731
+    refuse = lambda kernel, index: f"no {kernel.name}" if kernel.name.startswith("lut_wide") else compiled(kernel, index)  # noqa: E731
     monkeypatch.setattr(kernels, "_compiled", refuse)
     x = draw(65, 96, dtype=torch.float16)
     with pytest.warns(UserWarning, match="no lut_wide_levels_4_half_128"):
@@ -258,6 +258,42 @@ def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
     for launch in launches:
         ran = host.run_under_asan(program, launch, tmp_path)
         assert ran.returncode == 0, (launch[0], ran.stderr[-3000:])
+
+
+@pytest.fixture
+def unchecked():
+    """No verdict on kernels from another test, and none for it."""
+    lut_gemm.kernels_are_right.cache_clear()
+    yield
+    lut_gemm.kernels_are_right.cache_clear()
+
+
+@pytest.mark.parametrize("bits, dtype, grouped", [(4, torch.float16, False), (3, torch.bfloat16, True)])
+def test_right_kernels_pass_their_check(built, monkeypatch, unchecked, bits, dtype, grouped):
+    launches = host.run_on(monkeypatch, built)
+    assert lut_gemm.kernels_are_right(torch.device("cpu"), bits, dtype, grouped)
+    kind = f"{'affine' if grouped else 'levels'}_{bits}_{lut_gemm.NAMES[dtype]}"
+    assert {name for name, *_ in launches} >= {name for name in host.kernel_names(CUDA_SOURCE) if kind in name}
+
+
+@pytest.mark.parametrize("wrong", ["lut_gemv", "lut_gemm_levels_4_half_8", "lut_wide_levels_4_half_256", "dequantize"])
+def test_wrong_kernels_are_not_used(built, monkeypatch, unchecked, wrong):
+    """A model keeps its packed codes then, and says so once."""
+    host.run_on(monkeypatch, built)
+    call = kernels._call
+    monkeypatch.setattr(kernels, "_call", lambda f, name, *rest: None if name.startswith(wrong) else call(f, name, *rest))
+    model = torch.nn.Sequential(make_linear(4, 0), make_linear(4, 0))
+    with pytest.warns(UserWarning, match="kernels for 4 bits, torch.float16, give wrong products on cpu") as caught:
+        prepare_linears(model, torch.float16, "never")
+    assert len(caught) == 1
+    assert [linear.form for linear in model] == ["packed", "packed"]
+
+
+def test_right_kernels_are_used(built, monkeypatch, unchecked):
+    host.run_on(monkeypatch, built)
+    model = torch.nn.Sequential(make_linear(4, 0), make_linear(2, 12))
+    prepare_linears(model, torch.float16, "never")
+    assert [linear.form for linear in model] == ["tiles", "packed"]  # groups of 8 columns: no kernel reads them
 
 
 # --- the operator ----------------------------------------------------------------------------------------------
@@ -430,6 +466,7 @@ def test_logits_of_a_whole_model_on_kernels(built, monkeypatch, tiny_model, text
             return model(ids).logits.double()
 
     exact, plain = logits(torch.float32, "dense"), logits(dtype, "dense")
+    monkeypatch.setattr(lut_gemm, "kernels_are_right", lambda *_: True)  # which launches more
     launches = host.run_on(monkeypatch, built)
     found = logits(dtype, "tiles")
     assert len(launches) == 14
