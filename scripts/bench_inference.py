@@ -6,10 +6,12 @@ Each product in turn reads one of several copies of the weight, so that no cache
 those calls. "gather" is what the published package does: rebuild the weight by indexing, then multiply. Shares are of
 the bandwidth of a device-to-device copy in the same run, counting the bytes of codes and levels once. The whole model
 generates one token at batch 1, in a CUDA graph and without. Random weights. Meant to take less than 8 minutes on an H200;
-`--smoke` runs it all on tiny sizes.
+`--smoke` runs it all on tiny sizes. `--plans` times, instead, ways to share a product among blocks and warps beside those that
+lut_gemm.py plans: where a plan is far from the best it is to be mended there.
 """
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable
@@ -24,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from bench_quantize import LLAMA_3_8B, machine, milliseconds_by_events, ready, save  # noqa: E402
-from leanquant import lut_gemm  # noqa: E402
+from leanquant import kernels, lut_gemm  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
 from leanquant.packing import PackedLinear, packed_width, unpack_codes  # noqa: E402
 
@@ -33,6 +35,7 @@ SHAPES = {  # out x in features
     "Llama-3-70B": [(8192, 8192), (1024, 8192), (28672, 8192), (8192, 28672)],
 }
 TOKENS = (1, 2, 4, 8, 64, 512)
+PLANNED_TOKENS = (1, 8, 16, 32, 64, 512)
 # At least so many times fp16's speed at one token on the 8B shapes, and at least that share of the copy bandwidth on large layers.
 PROMISED = {4: (2.4, 0.6), 3: (3.5, 0.8), 2: (4.0, 0.6)}
 LARGE = 30e6  # bytes of fp16
@@ -44,6 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--smoke", action="store_true", help="tiny sizes: does it all run?")
+    add("--plans", action="store_true", help="instead: other plans beside those of lut_gemm.py")
     add("--out", type=Path, help="write the results to this JSON file")
     return parser.parse_args(argv)
 
@@ -51,13 +55,18 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main() -> None:
     args = parse(None)
     device = ready(args.device)
-    results = {"machine": machine(device), "copy_tb_s": copy_bandwidth(device), "products": [], "model": []}
+    results = {"machine": machine(device), "copy_tb_s": copy_bandwidth(device), "products": [], "plans": [], "model": []}
     print(f"device-to-device copy: {results['copy_tb_s']:.2f} TB/s")
     for model, shapes in SHAPES.items():
         for O, I in [(48, 128)] if args.smoke else shapes:
             for bits in args.bits:
-                results["products"] += bench_products(model, O, I, bits, results["copy_tb_s"], device)
+                if args.plans:
+                    results["plans"] += bench_plans(O, I, bits, device)
+                else:
+                    results["products"] += bench_products(model, O, I, bits, results["copy_tb_s"], device)
                 save(results, args.out)
+    if args.plans:
+        return
     results["model"] = bench_model(args, device)
     results["promises"] = {} if args.smoke or device.type == "cpu" else promises(results["products"])
     save(results, args.out)
@@ -102,6 +111,16 @@ def random_packed(O: int, I: int, bits: int, device: torch.device) -> PackedLine
     return PackedLinear(codes, torch.randn(O, 2**bits, device=device).half() * 0.02)
 
 
+def random_weights(O: int, I: int, bits: int, device: torch.device) -> list[PackedLinear]:
+    """So many that no cache holds them."""
+    return [random_packed(O, I, bits, device) for _ in range(max(4, int(300e6 / (O * I * bits / 8)) if O * I > 1e6 else 4))]
+
+
+def tile(packed: PackedLinear, bits: int, I: int) -> lut_gemm.Tiles:
+    codes = lut_gemm.tile_codes(unpack_codes(packed.codes, bits, I), bits)
+    return lut_gemm.Tiles(codes, packed.grid, None, None, bits, len(packed.codes), I)
+
+
 def gather(x: torch.Tensor, packed: PackedLinear, bits: int) -> torch.Tensor:
     """As the published package multiplies: index the levels with all codes, then a plain product."""
     codes = unpack_codes(packed.codes, bits, x.shape[1])
@@ -110,12 +129,8 @@ def gather(x: torch.Tensor, packed: PackedLinear, bits: int) -> torch.Tensor:
 
 def bench_products(model: str, O: int, I: int, bits: int, copy_tb_s: float, device: torch.device) -> list[dict]:
     """One row for each number of tokens: milliseconds of ours, of fp16 and of gather-then-multiply."""
-    copies = max(4, int(300e6 / (O * I * bits / 8)) if O * I > 1e6 else 4)  # beyond any cache
-    weights = [random_packed(O, I, bits, device) for _ in range(copies)]
-    tiles = []
-    for packed in weights:
-        codes = lut_gemm.tile_codes(unpack_codes(packed.codes, bits, I), bits)
-        tiles.append(lut_gemm.Tiles(codes, packed.grid, None, None, bits, O, I))
+    weights = random_weights(O, I, bits, device)
+    tiles, copies = [tile(packed, bits, I) for packed in weights], len(weights)
     plain = [torch.randn(O, I, dtype=torch.float16, device=device) for _ in range(max(4, min(copies, int(600e6 / (2 * O * I)))))]
     moved = tiles[0].codes.numel() * 4 + 2 * tiles[0].levels.numel()
     rows = []
@@ -130,6 +145,46 @@ def bench_products(model: str, O: int, I: int, bits: int, copy_tb_s: float, devi
         speeds = f"{fp16 / ours:6.2f} x fp16 {by_gather / ours:7.1f} x gather {100 * share:5.0f} % of the copy"
         print(f"{O:>6} x {I:<6} {bits} bits {N:>4} tokens {1e3 * ours:9.1f} us {speeds}", flush=True)
     return rows
+
+
+def bench_plans(O: int, I: int, bits: int, device: torch.device) -> list[dict]:
+    """Times of the plan that lut_gemm.py makes and of others, for each number of tokens."""
+    tiles, rows = [tile(packed, bits, I) for packed in random_weights(O, I, bits, device)], []
+    for N in PLANNED_TOKENS:
+        x = torch.randn(N, tiles[0].codes.shape[1] * lut_gemm.TILE_COLUMNS, device=device).half()
+        multiply, ours, others = plans(N, tiles[0])
+        times = {plan: _plan_milliseconds(multiply, x, tiles, plan, device) for plan in dict.fromkeys((ours, *others))}
+        best = min(times, key=lambda plan: (times[plan] != times[plan], times[plan]))
+        ours_us, best_us = 1e3 * times[ours], 1e3 * times[best]
+        print(f"{O:>6} x {I:<6} {bits} bits {N:>4} tokens {ours} {ours_us:8.1f} us, best {best} {best_us:8.1f} us", flush=True)
+        sizes = {"rows": O, "columns": I, "bits": bits, "tokens": N}
+        rows += [sizes | {"plan": plan, "planned": plan == ours, "ms": ms} for plan, ms in times.items() if ms == ms]
+    return rows
+
+
+def plans(N: int, tiles: lut_gemm.Tiles) -> tuple[Callable, tuple, list[tuple]]:
+    """Who multiplies N tokens, by what plan, and what other plans there are: their numbers are those of lut_gemm.py's functions."""
+    rows, columns = tiles.codes.shape[:2]
+    device, gpu = tiles.codes.device, kernels.properties(tiles.codes.device)
+    if N > lut_gemm.FUSED_TOKENS:
+        others = itertools.product((128, 256), range(1, min(columns, 8) + 1))
+        return lut_gemm._multiply_wide, lut_gemm._wide_plan(N, tiles.O, columns, gpu), list(others)
+    if N == 1:
+        others = [(teams, warps) for warps in range(4, 9) for teams in range(1, warps + 1) if warps % teams == 0]
+        return lut_gemm._multiply_one, lut_gemm._gemv_plan(rows, columns, tiles.bits, gpu), others
+    if N <= 8:
+        others = [(teams, warps, parts) for warps in (4, 8) for teams in (1, 2, 4) for parts in (1, 2, 4) if parts <= columns]
+    else:
+        others = [(warps, warps, parts) for warps in (2, 4) for parts in range(1, min(columns, 16) + 1)]
+    return lut_gemm._multiply_fused, lut_gemm._shares(N, tiles, device), others
+
+
+def _plan_milliseconds(multiply: Callable, x: torch.Tensor, tiles: list, plan: tuple, device: torch.device) -> float:
+    """NaN where a block cannot have what the plan asks for."""
+    try:
+        return milliseconds([partial(multiply, x, t, None, *plan) for t in tiles], device, repeats=5)
+    except kernels.KernelError:
+        return float("nan")
 
 
 def promises(rows: list[dict]) -> dict:

@@ -378,6 +378,16 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path):
     assert results["promises"] == {}  # nothing is claimed that was not measured at its size, on a GPU
 
 
+def test_other_plans_are_timed_too(built, monkeypatch, capsys):
+    launches = host.run_on(monkeypatch, built)
+    monkeypatch.setattr(bench_inference, "PLANNED_TOKENS", (1, 2, 9, 65))
+    rows = bench_inference.bench_plans(20, 300, 2, torch.device("cpu"))
+    assert [sum(row["planned"] for row in rows if row["tokens"] == N) for N in (1, 2, 9, 65)] == [1, 1, 1, 1]
+    assert len(rows) > 30 and all(row["ms"] > 0 for row in rows)
+    assert {name.split("_levels")[0] for name, *_ in launches} == {"lut_gemv", "lut_gemm", "lut_wide", "add_up_2_half"}
+    assert capsys.readouterr().out.count("best") == 4
+
+
 # --- the module ------------------------------------------------------------------------------------------------
 
 
