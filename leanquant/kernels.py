@@ -8,6 +8,7 @@ arguments and run wherever the kernels cannot.
 import ctypes
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -23,6 +24,7 @@ NEEDED = {  # for each CUDA major: CuPy, its compiler, and the headers the compi
     "12": "cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12",
     "13": "cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime",
 }
+EARLY_START, EARLY_MAJOR = 6, 9  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; architectures from which GPUs have it
 
 
 class Kernel(NamedTuple):
@@ -30,12 +32,27 @@ class Kernel(NamedTuple):
 
     parameters: the dtype of each tensor it takes, (dtype, None) for one that may be missing, `int` for a 32-bit integer.
     options: for the compiler, which is asked once for all kernels of a file that share them.
+    early: it may begin while the kernel before it ends, since it waits for that one itself before it touches what kernels write
+    (programmatic dependent launch, on GPUs that have it).
     """
 
     source: Path
     name: str
     parameters: tuple
     options: tuple[str, ...] = ()
+    early: bool = False
+
+
+class _Attribute(ctypes.Structure):
+    """cuda.h's CUlaunchAttribute."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16)]
+
+
+class _Launch(ctypes.Structure):
+    """cuda.h's CUlaunchConfig. sizes: blocks in three dimensions, threads in three, bytes of shared memory."""
+
+    _fields_ = [("sizes", ctypes.c_uint * 7), ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint)]
 
 
 class KernelError(RuntimeError):
@@ -76,7 +93,7 @@ def launch(kernel: Kernel, blocks: tuple[int, int], threads: int, shared_bytes: 
     function = _compiled(kernel, device.index)
     if isinstance(function, str):
         raise KernelError(function)
-    _call(function, kernel.name, device, blocks, threads, shared_bytes, args)
+    _call(function, kernel, device, blocks, threads, shared_bytes, args)
 
 
 def _check(kernel: Kernel, args: tuple) -> torch.device:
@@ -138,25 +155,40 @@ def _load_compiler() -> None:
             ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
 
 
-def _call(function, name: str, device: torch.device, blocks: tuple[int, int], threads: int, shared_bytes: int, args: tuple) -> None:
-    """Launch on torch's current stream. A thread that has not used the GPU yet, or uses another one, is told of it first."""
+def _call(function, kernel: Kernel, device: torch.device, blocks: tuple[int, int], threads: int, shared_bytes: int, args: tuple) -> None:
+    """Launch on torch's current stream, by the driver: CuPy's own way to it takes several times as long."""
+    word, size = ctypes.c_int64, 8 * len(args)  # a 32-bit integer is the lower half of one
+    values = (word * len(args))(*[arg if type(arg) is int else _address(arg) for arg in args])
+    addresses = (word * len(args))(*range(ctypes.addressof(values), ctypes.addressof(values) + size, 8))
+    attribute = _Attribute(EARLY_START, 0, (1,))
+    early = kernel.early and properties(device).major >= EARLY_MAJOR
+    stream = torch.cuda.current_stream(device).cuda_stream
+    launch = _Launch((*blocks, 1, threads, 1, 1, shared_bytes), stream, ctypes.addressof(attribute), early)
+    call = (ctypes.byref(launch), ctypes.c_void_p(function.ptr), addresses, None)
+    if torch.cuda.current_device() == device.index and not _driver().cuLaunchKernelEx(*call):
+        return
+    launch.count = 0
+    if error := _on_device(device, call):
+        raise KernelError(f"{kernel.name} runs in torch, which is slower: its launch failed: {_error_name(error)}")
+
+
+def _on_device(device: torch.device, call: tuple) -> int:
+    """The driver's error, or 0, from a launch by a thread that uses another GPU, or none yet."""
     import cupy
 
-    word, launch_kernel = ctypes.c_int64, cupy.cuda.driver.launchKernel  # CuPy's own way to it takes several times as long
-    values = (word * len(args))(*[arg if type(arg) is int else _address(arg) for arg in args])
-    start, stream = ctypes.addressof(values), torch.cuda.current_stream(device).cuda_stream
-    addresses = (word * len(args))(*range(start, start + ctypes.sizeof(values), ctypes.sizeof(word)))
-    call = (function.ptr, *blocks, 1, threads, 1, 1, shared_bytes, stream, ctypes.addressof(addresses), 0)
-    try:
-        if torch.cuda.current_device() == device.index:
-            try:
-                return launch_kernel(*call)
-            except cupy.cuda.driver.CUDADriverError:
-                pass  # perhaps because this thread has not used the GPU yet
-        with cupy.cuda.Device(device.index):
-            launch_kernel(*call)
-    except Exception as error:
-        raise KernelError(f"{name} runs in torch, which is slower: its launch failed: {first_line(error)}") from error
+    with cupy.cuda.Device(device.index):
+        return _driver().cuLaunchKernelEx(*call)
+
+
+def _error_name(error: int) -> str:
+    name = ctypes.c_char_p()
+    _driver().cuGetErrorName(error, ctypes.byref(name))
+    return (name.value or b"an unknown error").decode()
+
+
+@lru_cache
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
 
 def _address(tensor: torch.Tensor | None) -> int:

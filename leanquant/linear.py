@@ -101,6 +101,8 @@ class QuantizedLinear(nn.Linear):
                 self._hold("levels", packed.levels(self.bits).squeeze(1).to(dtype))
             self._hold("tiles", lut_gemm.tile_codes(unpack_codes(packed.codes, self.bits, self.in_features), self.bits))
             self.weight_codes, self.tiles_dtype = None, dtype
+            if self.tiles.is_cuda:  # the kernels may begin to read them before those ahead are done
+                torch.cuda.current_stream(self.tiles.device).synchronize()
         elif form == "dense":
             self._hold("dense", self.packed().dequantize(self.bits, self.in_features, dtype))
         else:

@@ -120,6 +120,20 @@ __device__ void wait_for_copies() {
 #endif
 }
 
+// From here on the next kernel in the stream may begin, if it was launched so; and until here this one may have run ahead of those before
+// it: what they write is there from now on. See `early` in kernels.py.
+__device__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // An address within shared memory.
 __device__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
 
@@ -592,6 +606,8 @@ __device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bi
     for (int k = 0; k < AHEAD; ++k) codes.ask(begin + k), end_of_copies();
     if (lane < TILE_ROWS)
         expand_levels<BITS, BF16>(weight.levels + (long long)min(row * TILE_ROWS + lane, weight.O - 1) * K, h + lane * (K + 1));
+    let_next_begin();
+    wait_for_previous();
     const float unit = write_planes<BF16>(x, planes, (unsigned*)sums + warps * TILE_ROWS, count);
     Counts<BITS> counts;
     counts.start();

@@ -309,7 +309,7 @@ def _kernel(name: str, bits: int, dtype: torch.dtype, grouped: bool | None = Non
     grid = {None: "", False: "levels_", True: "affine_"}[grouped]
     options = (f"-DONLY={10 * bits + (dtype == torch.bfloat16)}", *[HOPPER] * (name == "lut_wide"))
     full_name = f"{name}_{grid}{bits}_{NAMES[dtype]}{'' if tokens is None else f'_{tokens}'}"
-    return kernels.Kernel(CUDA_SOURCE, full_name, parameters[name], options)
+    return kernels.Kernel(CUDA_SOURCE, full_name, parameters[name], options, early=name == "lut_gemv")
 
 
 def _launch(kernel: kernels.Kernel, tiles: Tiles, blocks: tuple[int, int], threads: int, shared_bytes: int, *args) -> None:

@@ -93,8 +93,8 @@ def run_on(monkeypatch, built: ctypes.CDLL, major: int = 9) -> list[tuple]:
     """
     launches, gpu = [], Gpu(major, 2, SHARED_BYTES[major])
 
-    def call(function, name, device, blocks, threads, shared_bytes, args):
-        launches.append((name, blocks, threads, shared_bytes, args))
+    def call(function, kernel, device, blocks, threads, shared_bytes, args):
+        launches.append((kernel.name, blocks, threads, shared_bytes, args))
         pointers = [ctypes.c_int(a) if isinstance(a, int) else ctypes.c_void_p(kernels._address(a)) for a in args]
         values = (ctypes.c_void_p * len(args))(*(ctypes.addressof(pointer) for pointer in pointers))
         function(*blocks, threads, shared_bytes, values)

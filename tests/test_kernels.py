@@ -346,8 +346,8 @@ def test_a_missing_tensor_is_refused_unless_it_may_be_missing(launches):
 
 
 def test_a_refused_launch_falls_back_with_its_reason(gpu_without_kernels):
-    def refuse(function, name, *_):
-        raise kernels.KernelError(f"{name} runs in torch, which is slower: its launch failed: too many resources")
+    def refuse(function, kernel, *_):
+        raise kernels.KernelError(f"{kernel.name} runs in torch, which is slower: its launch failed: too many resources")
 
     gpu_without_kernels.setattr(kernels, "_compiled", lambda *_: object())
     gpu_without_kernels.setattr(kernels, "_call", refuse)
@@ -358,48 +358,93 @@ def test_a_refused_launch_falls_back_with_its_reason(gpu_without_kernels):
     assert torch.equal(found.scale, leanquant_grid.affine_search(W, a, 4).scale)
 
 
-class FakeDriver:
-    """Of CuPy, what a launch takes: notes what arrives; refuses the first `refusals` calls."""
+DRIVER = """
+#include <cuda.h>
+CUlaunchConfig config;
+CUlaunchAttribute attribute;
+CUfunction function;
+int refusals, calls;
+unsigned long long addresses[2];
+int integers[2];
+CUresult cuLaunchKernelEx(const CUlaunchConfig* launch, CUfunction f, void** arguments, void** extra) {
+    if (refusals-- > 0) return CUDA_ERROR_INVALID_CONTEXT;
+    ++calls, function = f, config = *launch;
+    if (launch->numAttrs) attribute = *launch->attrs;
+    for (int i = 0; i < 2; ++i) addresses[i] = *(unsigned long long*)arguments[i], integers[i] = *(int*)arguments[2 + i];
+    return extra ? CUDA_ERROR_INVALID_VALUE : CUDA_SUCCESS;
+}
+CUresult cuGetErrorName(CUresult error, const char** name) {
+    *name = error == CUDA_ERROR_INVALID_CONTEXT ? "CUDA_ERROR_INVALID_CONTEXT" : "another";
+    return CUDA_SUCCESS;
+}
+unsigned config_is(unsigned x, unsigned y, unsigned threads, unsigned shared, unsigned stream) {
+    return config.gridDimX == x && config.gridDimY == y && config.gridDimZ == 1 && config.blockDimX == threads && config.blockDimY == 1 &&
+           config.blockDimZ == 1 && config.sharedMemBytes == shared && (unsigned long long)config.hStream == stream;
+}
+unsigned starts_early() {
+    return config.numAttrs == 1 && attribute.id == CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION &&
+           attribute.value.programmaticStreamSerializationAllowed == 1;
+}
+"""
 
-    class CUDADriverError(Exception):
-        pass
 
-    def __init__(self, refusals: int):
-        self.refusals, self.calls, self.told = refusals, [], []
+@pytest.fixture(scope="module")
+def driver_file(tmp_path_factory):
+    """A driver that notes what it is asked, built with the real one's header."""
+    folder = tmp_path_factory.mktemp("driver")
+    (folder / "driver.c").write_text(DRIVER)
+    headers = nvrtc.wheel_file("include/cuda.h").parent
+    subprocess.run(["gcc", "-shared", "-fPIC", f"-I{headers}", folder / "driver.c", "-o", folder / "driver.so"], check=True)
+    return folder / "driver.so"
 
-    def launchKernel(self, *call):  # noqa: N802 - CuPy's name
-        if self.refusals:
-            self.refusals -= 1
-            raise self.CUDADriverError("invalid device context")
-        addresses = (ctypes.c_void_p * 4).from_address(call[9])
-        self.calls.append((*call[:9], [ctypes.c_void_p.from_address(addresses[i]).value for i in (0, 1)]))
-        self.calls[-1] += ([ctypes.c_int.from_address(addresses[i]).value for i in (2, 3)],)
 
-    def Device(self, index):  # noqa: N802
-        self.told.append(index)
-        return contextlib.nullcontext()
+@pytest.fixture
+def launch_with(driver_file, monkeypatch):
+    """Launch for GPU 1 of some architecture, by a thread that uses GPU `current`, of which the driver refuses `refusals` attempts: the
+    driver, and the GPUs that were made current for it."""
+
+    def launch(early: bool = False, major: int = 9, current: int = 1, refusals: int = 0):
+        driver, told = ctypes.CDLL(str(driver_file)), []
+        ctypes.c_int.in_dll(driver, "refusals").value = refusals
+        ctypes.c_int.in_dll(driver, "calls").value = 0
+        device = lambda index: told.append(index) or contextlib.nullcontext()  # noqa: E731
+        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=device)))
+        monkeypatch.setattr(kernels, "_driver", lambda: driver)
+        monkeypatch.setattr(kernels, "properties", lambda device: host.Gpu(major, 132, 0))
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device.index))
+        kernel = kernels.Kernel(CUDA_SOURCE, "name", (), early=early)
+        kernels._call(SimpleNamespace(ptr=5), kernel, torch.device("cuda", 1), (7, 2), 64, 1000, (X, None, -3, 2**31 - 1))
+        return driver, told
+
+    return launch
+
+
+X = torch.zeros(3)
 
 
 @pytest.mark.parametrize("current, refusals, told", [(1, 0, []), (0, 0, [1]), (1, 1, [1])])
-def test_what_the_driver_is_told(monkeypatch, current, refusals, told):
-    """Addresses of all arguments in their order, torch's stream; another GPU or a fresh thread is set up first."""
-    driver = FakeDriver(refusals)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, Device=driver.Device)))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device.index))
-    x = torch.zeros(3)
-    kernels._call(SimpleNamespace(ptr=5), "name", torch.device("cuda", 1), (7, 2), 64, 1000, (x, None, -3, 2**31 - 1))
-    assert driver.calls == [(5, 7, 2, 1, 64, 1, 1, 1000, 71, [x.data_ptr(), None], [-3, 2**31 - 1])]
-    assert driver.told == told
+def test_what_the_driver_is_told(launch_with, current, refusals, told):
+    """Addresses of all arguments in their order, sizes, torch's stream; another GPU or a fresh thread is set up first."""
+    driver, found = launch_with(current=current, refusals=refusals)
+    assert list((ctypes.c_ulonglong * 2).in_dll(driver, "addresses")) == [X.data_ptr(), 0]
+    assert list((ctypes.c_int * 2).in_dll(driver, "integers")) == [-3, 2**31 - 1]
+    assert ctypes.c_ulonglong.in_dll(driver, "function").value == 5
+    assert ctypes.c_int.in_dll(driver, "calls").value == 1
+    assert driver.config_is(7, 2, 64, 1000, 71)
+    assert found == told
 
 
-def test_a_launch_that_is_refused_twice_says_why(monkeypatch):
-    driver = FakeDriver(2)
-    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(driver=driver, Device=driver.Device)))
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
-    with pytest.raises(kernels.KernelError, match="name runs in torch, which is slower: its launch failed: invalid device context"):
-        kernels._call(SimpleNamespace(ptr=5), "name", torch.device("cuda", 0), (1, 1), 64, 0, ())
+@pytest.mark.parametrize("early, major, refusals, starts", [(True, 9, 0, 1), (True, 8, 0, 0), (False, 9, 0, 0), (True, 9, 1, 0)])
+def test_who_may_start_early(launch_with, early, major, refusals, starts):
+    """A kernel that says so, on a GPU that can; not where the driver refuses it."""
+    driver, _ = launch_with(early=early, major=major, refusals=refusals)
+    assert driver.starts_early() == starts
+
+
+def test_a_launch_that_is_refused_twice_says_why(launch_with):
+    with pytest.raises(kernels.KernelError, match="name runs in torch, which is slower: its launch failed: CUDA_ERROR_INVALID_CONTEXT"):
+        launch_with(refusals=2)
 
 
 KERNEL = kernels.Kernel(CUDA_SOURCE, "solve_block", (torch.float32, int))

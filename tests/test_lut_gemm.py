@@ -281,7 +281,7 @@ def test_wrong_kernels_are_not_used(built, monkeypatch, unchecked, wrong):
     """A model keeps its packed codes then, and says so once."""
     host.run_on(monkeypatch, built)
     call = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda f, name, *rest: None if name.startswith(wrong) else call(f, name, *rest))
+    monkeypatch.setattr(kernels, "_call", lambda f, kernel, *rest: None if kernel.name.startswith(wrong) else call(f, kernel, *rest))
     model = torch.nn.Sequential(make_linear(4, 0), make_linear(4, 0))
     with pytest.warns(UserWarning, match="kernels for 4 bits, torch.float16, give wrong products on cpu") as caught:
         prepare_linears(model, torch.float16, "never")
@@ -528,6 +528,28 @@ class TestOnTheGpu:
         seen.copy_(x)
         graph.replay()
         assert torch.equal(y, expected)
+
+    @pytest.mark.parametrize("captured", [False, True])
+    def test_each_of_a_chain_waits_for_the_one_before(self, captured):
+        """They may begin early, but not read early."""
+        tiles = to_gpu(make_tiles(1024, 1024, 0, 4, torch.float16)[0])
+        tiles = tiles._replace(levels=tiles.levels / 32)
+
+        def chain(x: torch.Tensor, after_each) -> torch.Tensor:
+            for _ in range(50):
+                x = lut_linear(x, *tiles[:4], None, 4, 1024)
+                after_each()
+            return x
+
+        x = draw(1, 1024, dtype=torch.float16).cuda()
+        expected, run = chain(x, torch.cuda.synchronize), lambda: chain(x, lambda: None)
+        if captured:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = run()
+            run = lambda: graph.replay() or y  # noqa: E731
+        for _ in range(20):
+            assert torch.equal(run(), expected)
 
     def test_compiled_with_reduced_overhead(self):
         tiles = to_gpu(make_tiles(256, 512, 0, 4, torch.float16)[0])
