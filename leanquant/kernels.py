@@ -11,7 +11,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,8 +32,8 @@ class Kernel(NamedTuple):
 
     parameters: the dtype of each tensor it takes, (dtype, None) for one that may be missing, `int` for a 32-bit integer.
     options: for the compiler, which is asked once for all kernels of a file that share them.
-    early: it may begin while the kernel before it ends, since it waits for that one itself before it touches what kernels write
-    (programmatic dependent launch, on GPUs that have it).
+    early: it may begin while the kernel before it ends, since it waits for that one before it touches what kernels write, but for
+    codes, levels and scales (programmatic dependent launch, on GPUs that have it).
     """
 
     source: Path
@@ -77,7 +77,7 @@ def on_gpu(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda
 
 
-@lru_cache
+@cache
 def properties(device: torch.device):
     """Of a GPU, as torch reports them: multi_processor_count, major and more."""
     return torch.cuda.get_device_properties(device)
@@ -121,7 +121,17 @@ def _check(kernel: Kernel, args: tuple) -> torch.device:
     return device
 
 
-@lru_cache
+def is_available(kernel: Kernel, device: torch.device) -> bool:
+    """Does `run` use it for tensors on this GPU? If it does not compile, one warning says why."""
+    if os.environ.get("LEANQUANT_KERNELS") == "torch":
+        return False
+    function = _compiled(kernel, device.index)
+    if isinstance(function, str):
+        _warn_once(function)
+    return not isinstance(function, str)
+
+
+@cache
 def _compiled(kernel: Kernel, device_index: int):
     """CuPy's loaded function, or the sentence that says why there is none: compiling is not tried twice."""
     try:
@@ -140,7 +150,7 @@ def _compiled(kernel: Kernel, device_index: int):
         return f"{kernel.name} runs in torch, which is slower: {first_line(error)}; pip install {NEEDED.get(major, NEEDED['13'])}"
 
 
-@lru_cache
+@cache
 def _module(source: Path, options: tuple[str, ...], device_index: int):
     import cupy
 
@@ -162,22 +172,26 @@ def _call(function, kernel: Kernel, device: torch.device, blocks: tuple[int, int
     addresses = (word * len(args))(*range(ctypes.addressof(values), ctypes.addressof(values) + size, 8))
     attribute = _Attribute(EARLY_START, 0, (1,))
     early = kernel.early and properties(device).major >= EARLY_MAJOR
-    stream = torch.cuda.current_stream(device).cuda_stream
+    stream, driver = torch.cuda.current_stream(device).cuda_stream, _driver()
     launch = _Launch((*blocks, 1, threads, 1, 1, shared_bytes), stream, ctypes.addressof(attribute), early)
     call = (ctypes.byref(launch), ctypes.c_void_p(function.ptr), addresses, None)
-    if torch.cuda.current_device() == device.index and not _driver().cuLaunchKernelEx(*call):
-        return
-    launch.count = 0
-    if error := _on_device(device, call):
+    driver.cuCtxPushCurrent_v2(_context(device.index))  # a thread may use another GPU, or none yet
+    error = driver.cuLaunchKernelEx(*call)
+    if error and early:
+        launch.count = 0
+        error = driver.cuLaunchKernelEx(*call)
+    driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
+    if error:
         raise KernelError(f"{kernel.name} runs in torch, which is slower: its launch failed: {_error_name(error)}")
 
 
-def _on_device(device: torch.device, call: tuple) -> int:
-    """The driver's error, or 0, from a launch by a thread that uses another GPU, or none yet."""
-    import cupy
-
-    with cupy.cuda.Device(device.index):
-        return _driver().cuLaunchKernelEx(*call)
+@cache
+def _context(device_index: int) -> ctypes.c_void_p:
+    """The GPU's primary context, which torch and CuPy use."""
+    gpu, context = ctypes.c_int(), ctypes.c_void_p()
+    _driver().cuDeviceGet(ctypes.byref(gpu), device_index)
+    _driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), gpu)
+    return context
 
 
 def _error_name(error: int) -> str:
@@ -186,7 +200,7 @@ def _error_name(error: int) -> str:
     return (name.value or b"an unknown error").decode()
 
 
-@lru_cache
+@cache
 def _driver() -> ctypes.CDLL:
     return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
 
@@ -195,6 +209,6 @@ def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-@lru_cache
+@cache
 def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)

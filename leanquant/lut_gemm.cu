@@ -120,17 +120,12 @@ __device__ void wait_for_copies() {
 #endif
 }
 
-// From here on the next kernel in the stream may begin, if it was launched so; and until here this one may have run ahead of those before
-// it: what they write is there from now on. See `early` in kernels.py.
-__device__ void let_next_begin() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-
-__device__ void wait_for_previous() {
+// Until here this kernel may have run while those before it in the stream were at work, if it was launched so (`early` in kernels.py):
+// what they write is there from now on. Only then may the next one begin, so that it never meets more than one that is not done.
+__device__ void take_turn() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -606,8 +601,7 @@ __device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bi
     for (int k = 0; k < AHEAD; ++k) codes.ask(begin + k), end_of_copies();
     if (lane < TILE_ROWS)
         expand_levels<BITS, BF16>(weight.levels + (long long)min(row * TILE_ROWS + lane, weight.O - 1) * K, h + lane * (K + 1));
-    let_next_begin();
-    wait_for_previous();
+    take_turn();
     const float unit = write_planes<BF16>(x, planes, (unsigned*)sums + warps * TILE_ROWS, count);
     Counts<BITS> counts;
     counts.start();
@@ -676,6 +670,7 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
         return *(const uint4*)(copy + token * 2 * TILE_COLUMNS + place_of(column_of(0, piece), token));
     };
     codes.start(weight, first, (uint4*)(shared_memory + COPIES * X_BYTES), begin, end);
+    if (shared_x) take_turn();
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) ask(begin + k);
 #pragma unroll
@@ -683,6 +678,7 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
         decoders[r].start(weight, min(first + r, weight.last_tile_row()));
         decoders[r].ask(weight, column_of(begin, 0));
     }
+    if (!shared_x) take_turn();
     for (int k = begin; k < end; ++k) {
         ask(k + AHEAD);
         wait_for_copies<AHEAD>();
@@ -751,8 +747,8 @@ __device__ unsigned long long matrix(unsigned address, int step) {
 // that of the lanes' fragments. Unit 4 i + t of a token is columns 32 i + 8 t and on; its word w becomes word t of unit 4 i + w.
 template <int TOKENS>
 struct WideX {
-    static const int EACH = TOKENS * STAGE_COLUMNS / PIECE / (WIDE_WARPS * 32), BYTES = TOKENS * 2 * STAGE_COLUMNS;
-    static const int TOKENS_APART = TOKENS / EACH;
+    static constexpr int EACH = TOKENS * STAGE_COLUMNS / PIECE / (WIDE_WARPS * 32), BYTES = TOKENS * 2 * STAGE_COLUMNS;
+    static constexpr int TOKENS_APART = TOKENS / EACH;
     uint4 units[EACH];
     const uint16* from;
     int token, width, left;  // of this thread's first unit; and how many tokens there are from it on
@@ -799,13 +795,14 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
     WideX<TOKENS> wide;
     float c[TOKENS / 2] = {};
     unsigned a[2][2][4] = {};
-    codes.start(weight, tile_row, (uint4*)(shared_memory + X_STAGES * wide.BYTES), begin, end);
+    codes.start(weight, tile_row, (uint4*)(shared_memory + X_STAGES * WideX<TOKENS>::BYTES), begin, end);
     codes.ask(begin);
     end_of_copies();
     decoder.start(weight, min(tile_row, weight.last_tile_row()));
     wide.start(x, first_token, N, count * TILE_COLUMNS, begin * TILE_COLUMNS);
-    if (stages) wide.load(0), wide.store(0), wide.load(1);
+    if (stages) wide.load(0), wide.store(0);
     show_to_products();
+    if (stages) wide.load(1);
     __syncthreads();
     for (int k = begin, stage = 0; k < end; ++k) {
         Words<BITS> words;
@@ -817,8 +814,9 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
         for (int quarter = 0; quarter < TILE_COLUMNS / STAGE_COLUMNS; ++quarter, ++stage) {
             // The slot's last products, of two stages ago, are done: every warp has waited for them before the last barrier.
             if (stage + 1 < stages) wide.store(stage + 1);
+            show_to_products();  // which waits for what was loaded before it, too
             if (stage + 2 < stages) wide.load(stage + 2);
-            const unsigned address = shared_address(shared_memory) + stage % X_STAGES * wide.BYTES;
+            const unsigned address = shared_address(shared_memory) + stage % X_STAGES * WideX<TOKENS>::BYTES;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
                 const int piece = 2 * quarter + half;
@@ -831,7 +829,6 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
                 multiply_in_background<BF16>(c, a[half][1], matrix(address, 2 * half + 1));
                 end_of_products();
             }
-            show_to_products();
             __syncthreads();
         }
     }

@@ -21,7 +21,8 @@ PLANES_BYTES = 800  # of shared memory for x's bits in a tile of columns: lut_ge
 COUNT_BITS = (8, 9)  # major architectures whose tensor cores do; later ones are slow at it
 FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces; but on Hopper up to
 WIDE_TOKENS = 1024  # by lut_wide: with still more, rebuilding costs less than what cuBLAS is ahead
-WIDE_ROWS, WIDE_THREADS, WIDE_STAGES = 128, 256, 3  # of a block: rows of the weight; slots for 64 columns of x
+WIDE_ROWS, WIDE_THREADS = 128, 256  # of a block
+WIDE_STAGES, WIDE_CODE_STAGES, WIDE_X_BYTES = 3, 2, 128  # slots for 64 columns of x, and for tiles of codes; of a token in a slot
 HOPPER_MAJOR = 9
 HOPPER = "--gpu-architecture=sm_90a"  # has lut_wide's instructions; the compiler prefers it to the sm_90 that CuPy names
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
@@ -95,6 +96,7 @@ torch.library.define(
 def lut_linear(x: torch.Tensor, codes: torch.Tensor, levels, scale, zero, bias, bits: int, rows: int) -> torch.Tensor:
     """x [..., I] W^T + bias [O] for the weight of a `Tiles`; rows = O. float16 or bfloat16 in and out, summed in float32.
 
+    On a GPU the kernel that is just ahead in the stream may still be at work while the weight is read: it must not write the weight.
     A plain tensor without a gradient does not go through the operator, which costs more time on the host than the rest.
     """
     plain = type(x) is torch.Tensor and not (x.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_compiling()
@@ -281,7 +283,7 @@ def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tok
     N = len(x)
     y = x.new_empty(N, tiles.O)
     partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
-    shared = WIDE_STAGES * tokens * 128 + WIDE_THREADS // 32 * _stream_bytes(2, tiles.bits)
+    shared = WIDE_STAGES * tokens * WIDE_X_BYTES + WIDE_THREADS // 32 * _stream_bytes(WIDE_CODE_STAGES, tiles.bits)
     kernel, blocks = _kernel("lut_wide", tiles.bits, x.dtype, False, tokens), (-(-tiles.O // WIDE_ROWS) * -(-N // tokens), parts)
     _launch(kernel, tiles, blocks, WIDE_THREADS, shared, x, bias, y, partial, tiles.O, tiles.I, 1, N)
     if partial is not None:
@@ -309,7 +311,7 @@ def _kernel(name: str, bits: int, dtype: torch.dtype, grouped: bool | None = Non
     grid = {None: "", False: "levels_", True: "affine_"}[grouped]
     options = (f"-DONLY={10 * bits + (dtype == torch.bfloat16)}", *[HOPPER] * (name == "lut_wide"))
     full_name = f"{name}_{grid}{bits}_{NAMES[dtype]}{'' if tokens is None else f'_{tokens}'}"
-    return kernels.Kernel(CUDA_SOURCE, full_name, parameters[name], options, early=name == "lut_gemv")
+    return kernels.Kernel(CUDA_SOURCE, full_name, parameters[name], options, early=name in ("lut_gemv", "lut_gemm"))
 
 
 def _launch(kernel: kernels.Kernel, tiles: Tiles, blocks: tuple[int, int], threads: int, shared_bytes: int, *args) -> None:
@@ -327,12 +329,14 @@ def _launch(kernel: kernels.Kernel, tiles: Tiles, blocks: tuple[int, int], threa
 
 @lru_cache
 def kernels_are_right(device: torch.device, bits: int, dtype: torch.dtype, grouped: bool) -> bool:
-    """Do the products of a small weight on this GPU agree with torch's on the host? Each kernel runs once; if not, one warning.
+    """Has this GPU kernels, and do their products of a small weight agree with torch's on the host? If not, one warning.
 
     They are compiled where they run, and a GPU, driver or compiler on which they go wrong would look like a bad model.
     """
+    if not kernels.is_available(_kernel("dequantize", bits, dtype, grouped), device):
+        return False
     tiles, generator = _small_weight(bits, dtype, grouped), torch.Generator().manual_seed(1)
-    W, x = _dequantized_rows(dtype, tiles, slice(0, tiles.O)), torch.randn(300, tiles.I, generator=generator).to(dtype)
+    W, x = _dequantized_rows(dtype, tiles, slice(0, tiles.O)), torch.randn(300, tiles.I, generator=generator, device="cpu").to(dtype)
     there, exact = Tiles(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in tiles)), x.float() @ W.float().T
 
     def product(x: torch.Tensor) -> torch.Tensor:
@@ -341,25 +345,26 @@ def kernels_are_right(device: torch.device, bits: int, dtype: torch.dtype, group
     def wide(x: torch.Tensor) -> torch.Tensor:  # no plan for so small a weight takes this size
         return kernels.run(partial(_multiply_wide, tokens=256, parts=1), _multiply, x, there, None)
 
-    def agrees(multiply, N: int) -> bool:
-        error = multiply(x[:N].to(device)).cpu().float() - exact[:N]
-        return bool(error.norm() <= 0.01 * exact[:N].norm())
+    def agrees(multiply, N: int, sign: int = 1) -> bool:  # rows of its own for each N: memory may hold the last one's result
+        error = multiply(sign * x[-N:].to(device)).cpu().float() - sign * exact[-N:]
+        return bool(error.norm() <= 0.01 * exact[-N:].norm())
 
     right = torch.equal(dequantize(x.to(device), there, 0, tiles.O).cpu(), W)
-    right = right and all(agrees(product, N) for N in (1, 8, 16, 32, 64, 300)) and (not _is_wide(300, there) or agrees(wide, 300))
+    right = right and all(agrees(product, N) for N in (1, 8, 16, 32, 64, 300)) and (not _is_wide(300, there) or agrees(wide, 300, -1))
     if not right:
-        kind = f"{bits} bits{' in groups' * grouped}, {dtype}"
-        warnings.warn(f"kernels for {kind}, give wrong products on {device}: torch does their work, slower; please report it", stacklevel=2)
+        kind = f"{bits} bits{' in groups' * grouped} and {dtype}"
+        warnings.warn(f"kernels for {kind} give wrong products on {device}: torch does their work, slower; please report it", stacklevel=2)
     return right
 
 
 def _small_weight(bits: int, dtype: torch.dtype, grouped: bool) -> Tiles:
     generator, O, I, G = torch.Generator().manual_seed(0), 168, 5 * TILE_COLUMNS, 10
-    codes = tile_codes(torch.randint(2**bits, (O, I), generator=generator, dtype=torch.uint8), bits)
-    if not grouped:
-        return Tiles(codes, torch.randn(O, 2**bits, generator=generator).to(dtype), None, None, bits, O, I)
-    scale, zero = torch.rand(O, G, generator=generator).half(), torch.full((O, G), 2 ** (bits - 1), dtype=torch.uint8)
-    return Tiles(codes, None, scale, zero, bits, O, I)
+    with torch.device("cpu"):  # the generator's, whatever the caller's default is
+        codes = tile_codes(torch.randint(2**bits, (O, I), generator=generator, dtype=torch.uint8), bits)
+        if not grouped:
+            return Tiles(codes, torch.randn(O, 2**bits, generator=generator).to(dtype), None, None, bits, O, I)
+        scale, zero = torch.rand(O, G, generator=generator).half(), torch.full((O, G), 2 ** (bits - 1), dtype=torch.uint8)
+        return Tiles(codes, None, scale, zero, bits, O, I)
 
 
 def _pieces(tiles: Tiles):

@@ -55,6 +55,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main() -> None:
     args = parse(None)
     device = ready(args.device)
+    if args.plans and device.type != "cuda":
+        sys.exit("--plans needs a GPU: there is nothing to plan without one")
     results = {"machine": machine(device), "copy_tb_s": copy_bandwidth(device), "products": [], "plans": [], "model": []}
     print(f"device-to-device copy: {results['copy_tb_s']:.2f} TB/s")
     for model, shapes in SHAPES.items():
@@ -151,6 +153,8 @@ def bench_plans(O: int, I: int, bits: int, device: torch.device) -> list[dict]:
     """Times of the plan that lut_gemm.py makes and of others, for each number of tokens."""
     tiles, rows = [tile(packed, bits, I) for packed in random_weights(O, I, bits, device)], []
     for N in PLANNED_TOKENS:
+        if N > lut_gemm.FUSED_TOKENS and not lut_gemm._is_wide(N, tiles[0]):
+            continue  # there is nothing to plan
         x = torch.randn(N, tiles[0].codes.shape[1] * lut_gemm.TILE_COLUMNS, device=device).half()
         multiply, ours, others = plans(N, tiles[0])
         times = {plan: _plan_milliseconds(multiply, x, tiles, plan, device) for plan in dict.fromkeys((ours, *others))}
@@ -171,7 +175,8 @@ def plans(N: int, tiles: lut_gemm.Tiles) -> tuple[Callable, tuple, list[tuple]]:
         return lut_gemm._multiply_wide, lut_gemm._wide_plan(N, tiles.O, columns, gpu), list(others)
     if N == 1:
         others = [(teams, warps) for warps in range(4, 9) for teams in range(1, warps + 1) if warps % teams == 0]
-        return lut_gemm._multiply_one, lut_gemm._gemv_plan(rows, columns, tiles.bits, gpu), others
+        if ours := lut_gemm._gemv_plan(rows, columns, tiles.bits, gpu):
+            return lut_gemm._multiply_one, ours, others
     if N <= 8:
         others = [(teams, warps, parts) for warps in (4, 8) for teams in (1, 2, 4) for parts in (1, 2, 4) if parts <= columns]
     else:

@@ -5,7 +5,6 @@ touches no memory that is not its own; NVRTC compiles it for every supported arc
 (`pytest -m gpu`): kernels against twins, both against float64, on real streams; and what must be refused is refused.
 """
 
-import contextlib
 import ctypes
 import gc
 import json
@@ -277,7 +276,7 @@ def test_hoppers_own_kernels_compile_without_spills():
 
 
 def test_a_width_and_type_of_kernels_compile_alone():
-    log = nvrtc.compile_log(lut_gemm.CUDA_SOURCE, 90, *lut_gemm._options(3, torch.bfloat16))
+    log = nvrtc.compile_log(lut_gemm.CUDA_SOURCE, 90, *lut_gemm._kernel("lut_gemv", 3, torch.bfloat16, False).options)
     assert nvrtc.functions(log) == {name for name in kernels_for(lut_gemm.CUDA_SOURCE, 90) if "3_bfloat16" in name}
 
 
@@ -363,11 +362,15 @@ DRIVER = """
 CUlaunchConfig config;
 CUlaunchAttribute attribute;
 CUfunction function;
-int refusals, calls;
+int refusals, calls, current;
 unsigned long long addresses[2];
 int integers[2];
+CUresult cuDeviceGet(CUdevice* device, int ordinal) { return *device = 100 + ordinal, CUDA_SUCCESS; }
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) { return *context = (CUcontext)(long long)device, CUDA_SUCCESS; }
+CUresult cuCtxPushCurrent(CUcontext context) { return current = (int)(long long)context, CUDA_SUCCESS; }
+CUresult cuCtxPopCurrent(CUcontext* context) { return *context = (CUcontext)(long long)current, current = 0, CUDA_SUCCESS; }
 CUresult cuLaunchKernelEx(const CUlaunchConfig* launch, CUfunction f, void** arguments, void** extra) {
-    if (refusals-- > 0) return CUDA_ERROR_INVALID_CONTEXT;
+    if (current != 101 || refusals-- > 0) return CUDA_ERROR_INVALID_CONTEXT;
     ++calls, function = f, config = *launch;
     if (launch->numAttrs) attribute = *launch->attrs;
     for (int i = 0; i < 2; ++i) addresses[i] = *(unsigned long long*)arguments[i], integers[i] = *(int*)arguments[2 + i];
@@ -400,51 +403,48 @@ def driver_file(tmp_path_factory):
 
 @pytest.fixture
 def launch_with(driver_file, monkeypatch):
-    """Launch for GPU 1 of some architecture, by a thread that uses GPU `current`, of which the driver refuses `refusals` attempts: the
-    driver, and the GPUs that were made current for it."""
+    """Launch for GPU 1 of some architecture, of which the driver refuses `refusals` attempts; returns the driver."""
+    kernels._context.cache_clear()
 
-    def launch(early: bool = False, major: int = 9, current: int = 1, refusals: int = 0):
-        driver, told = ctypes.CDLL(str(driver_file)), []
+    def launch(early: bool = False, major: int = 9, refusals: int = 0):
+        driver = ctypes.CDLL(str(driver_file))
         ctypes.c_int.in_dll(driver, "refusals").value = refusals
         ctypes.c_int.in_dll(driver, "calls").value = 0
-        device = lambda index: told.append(index) or contextlib.nullcontext()  # noqa: E731
-        monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(Device=device)))
         monkeypatch.setattr(kernels, "_driver", lambda: driver)
         monkeypatch.setattr(kernels, "properties", lambda device: host.Gpu(major, 132, 0))
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device.index))
         kernel = kernels.Kernel(CUDA_SOURCE, "name", (), early=early)
         kernels._call(SimpleNamespace(ptr=5), kernel, torch.device("cuda", 1), (7, 2), 64, 1000, (X, None, -3, 2**31 - 1))
-        return driver, told
+        return driver
 
-    return launch
+    yield launch
+    kernels._context.cache_clear()
 
 
 X = torch.zeros(3)
 
 
-@pytest.mark.parametrize("current, refusals, told", [(1, 0, []), (0, 0, [1]), (1, 1, [1])])
-def test_what_the_driver_is_told(launch_with, current, refusals, told):
-    """Addresses of all arguments in their order, sizes, torch's stream; another GPU or a fresh thread is set up first."""
-    driver, found = launch_with(current=current, refusals=refusals)
+def test_what_the_driver_is_told(launch_with):
+    """Addresses of all arguments in their order, sizes, torch's stream; in the context of the tensors' GPU, which is left again."""
+    driver = launch_with()
     assert list((ctypes.c_ulonglong * 2).in_dll(driver, "addresses")) == [X.data_ptr(), 0]
     assert list((ctypes.c_int * 2).in_dll(driver, "integers")) == [-3, 2**31 - 1]
     assert ctypes.c_ulonglong.in_dll(driver, "function").value == 5
     assert ctypes.c_int.in_dll(driver, "calls").value == 1
+    assert ctypes.c_int.in_dll(driver, "current").value == 0
     assert driver.config_is(7, 2, 64, 1000, 71)
-    assert found == told
 
 
 @pytest.mark.parametrize("early, major, refusals, starts", [(True, 9, 0, 1), (True, 8, 0, 0), (False, 9, 0, 0), (True, 9, 1, 0)])
 def test_who_may_start_early(launch_with, early, major, refusals, starts):
     """A kernel that says so, on a GPU that can; not where the driver refuses it."""
-    driver, _ = launch_with(early=early, major=major, refusals=refusals)
-    assert driver.starts_early() == starts
+    assert launch_with(early=early, major=major, refusals=refusals).starts_early() == starts
 
 
-def test_a_launch_that_is_refused_twice_says_why(launch_with):
+@pytest.mark.parametrize("early, refusals", [(True, 2), (False, 1)])
+def test_a_launch_that_is_refused_says_why(launch_with, early, refusals):
     with pytest.raises(kernels.KernelError, match="name runs in torch, which is slower: its launch failed: CUDA_ERROR_INVALID_CONTEXT"):
-        launch_with(refusals=2)
+        launch_with(early=early, refusals=refusals)
 
 
 KERNEL = kernels.Kernel(CUDA_SOURCE, "solve_block", (torch.float32, int))

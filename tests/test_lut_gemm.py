@@ -283,10 +283,27 @@ def test_wrong_kernels_are_not_used(built, monkeypatch, unchecked, wrong):
     call = kernels._call
     monkeypatch.setattr(kernels, "_call", lambda f, kernel, *rest: None if kernel.name.startswith(wrong) else call(f, kernel, *rest))
     model = torch.nn.Sequential(make_linear(4, 0), make_linear(4, 0))
-    with pytest.warns(UserWarning, match="kernels for 4 bits, torch.float16, give wrong products on cpu") as caught:
+    with pytest.warns(UserWarning, match="kernels for 4 bits and torch.float16 give wrong products on cpu") as caught:
         prepare_linears(model, torch.float16, "never")
     assert len(caught) == 1
     assert [linear.form for linear in model] == ["packed", "packed"]
+
+
+def test_without_a_compiler_codes_stay_packed_after_one_warning(built, monkeypatch, unchecked):
+    host.run_on(monkeypatch, built)
+    monkeypatch.setattr(kernels, "_compiled", lambda kernel, index: f"{kernel.name} runs in torch: no CuPy")
+    kernels._warn_once.cache_clear()
+    model = torch.nn.Sequential(make_linear(4, 0), make_linear(4, 0))
+    with pytest.warns(UserWarning, match="no CuPy") as caught:
+        prepare_linears(model, torch.float16, "never")
+    assert len(caught) == 1
+    assert [linear.form for linear in model] == ["packed", "packed"]
+
+
+def test_the_check_is_made_whatever_the_default_device(built, monkeypatch, unchecked):
+    host.run_on(monkeypatch, built)
+    with torch.device("meta"):
+        assert lut_gemm.kernels_are_right(torch.device("cpu"), 2, torch.float16, True)
 
 
 def test_right_kernels_are_used(built, monkeypatch, unchecked):
@@ -530,7 +547,8 @@ class TestOnTheGpu:
         assert torch.equal(y, expected)
 
     @pytest.mark.parametrize("captured", [False, True])
-    def test_each_of_a_chain_waits_for_the_one_before(self, captured):
+    @pytest.mark.parametrize("N", [1, 4, 40])
+    def test_each_of_a_chain_waits_for_the_one_before(self, N, captured):
         """They may begin early, but not read early."""
         tiles = to_gpu(make_tiles(1024, 1024, 0, 4, torch.float16)[0])
         tiles = tiles._replace(levels=tiles.levels / 32)
@@ -541,7 +559,7 @@ class TestOnTheGpu:
                 after_each()
             return x
 
-        x = draw(1, 1024, dtype=torch.float16).cuda()
+        x = draw(N, 1024, dtype=torch.float16).cuda()
         expected, run = chain(x, torch.cuda.synchronize), lambda: chain(x, lambda: None)
         if captured:
             graph = torch.cuda.CUDAGraph()
