@@ -1,8 +1,8 @@
 """The one place where CUDA source becomes running kernels: a lazy, cached loader, a checked launcher, the way back to torch.
 
-Nothing here is imported or compiled before a tensor on a GPU asks for it. CuPy compiles each file once per GPU architecture
-and keeps the result on disk. Not here: the kernels (.cu files) and their torch twins, which do the same with the same
-arguments and run wherever the kernels cannot.
+Nothing here is imported or compiled before a tensor on a GPU asks for it. CuPy compiles what is asked for once per GPU
+architecture and keeps the result on disk; launches go to the driver. Not here: the kernels (.cu files) and their torch
+twins, which do the same with the same arguments and run wherever the kernels cannot.
 """
 
 import ctypes
