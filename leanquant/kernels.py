@@ -166,7 +166,7 @@ def _load_compiler() -> None:
 
 
 def _call(function, kernel: Kernel, device: torch.device, blocks: tuple[int, int], threads: int, shared_bytes: int, args: tuple) -> None:
-    """Launch on torch's current stream, by the driver: CuPy's own way to it takes several times as long."""
+    """Launch on torch's current stream, by the driver's own call: a model launches hundreds of kernels a token."""
     word, size = ctypes.c_int64, 8 * len(args)  # a 32-bit integer is the lower half of one
     values = (word * len(args))(*[arg if type(arg) is int else _address(arg) for arg in args])
     addresses = (word * len(args))(*range(ctypes.addressof(values), ctypes.addressof(values) + size, 8))
