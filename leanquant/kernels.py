@@ -24,7 +24,7 @@ NEEDED = {  # for each CUDA major: CuPy, its compiler, and the headers the compi
     "12": "cupy-cuda12x nvidia-cuda-nvrtc-cu12 nvidia-cuda-runtime-cu12",
     "13": "cupy-cuda13x nvidia-cuda-nvrtc nvidia-cuda-runtime",
 }
-EARLY_START, EARLY_MAJOR = 6, 9  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION; architectures from which GPUs have it
+EARLY_MAJOR = 9  # architecture from which on GPUs have the early start
 
 
 class Kernel(NamedTuple):
@@ -49,6 +49,9 @@ class _Attribute(ctypes.Structure):
     _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_int * 16)]
 
 
+EARLY_START = _Attribute(6, 0, (1,))  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
 class _Launch(ctypes.Structure):
     """cuda.h's CUlaunchConfig. sizes: blocks in three dimensions, threads in three, bytes of shared memory."""
 
@@ -65,12 +68,16 @@ def run(kernel_version: Callable, twin: Callable, *args):
     LEANQUANT_KERNELS=torch forces the twin. A kernel that does not compile or launch is replaced by the twin, with one
     warning that says why.
     """
-    if on_gpu(args[0]) and os.environ.get("LEANQUANT_KERNELS") != "torch":
+    if on_gpu(args[0]) and not _torch_is_wanted():
         try:
             return kernel_version(*args)
         except KernelError as error:
             _warn_once(str(error))
     return twin(*args)
+
+
+def _torch_is_wanted() -> bool:
+    return os.environ.get("LEANQUANT_KERNELS") == "torch"
 
 
 def on_gpu(tensor: torch.Tensor) -> bool:
@@ -123,7 +130,7 @@ def _check(kernel: Kernel, args: tuple) -> torch.device:
 
 def is_available(kernel: Kernel, device: torch.device) -> bool:
     """Does `run` use it for tensors on this GPU? If it does not compile, one warning says why."""
-    if os.environ.get("LEANQUANT_KERNELS") == "torch":
+    if _torch_is_wanted():
         return False
     function = _compiled(kernel, device.index)
     if isinstance(function, str):
@@ -170,10 +177,9 @@ def _call(function, kernel: Kernel, device: torch.device, blocks: tuple[int, int
     word, size = ctypes.c_int64, 8 * len(args)  # a 32-bit integer is the lower half of one
     values = (word * len(args))(*[arg if type(arg) is int else _address(arg) for arg in args])
     addresses = (word * len(args))(*range(ctypes.addressof(values), ctypes.addressof(values) + size, 8))
-    attribute = _Attribute(EARLY_START, 0, (1,))
     early = kernel.early and properties(device).major >= EARLY_MAJOR
     stream, driver = torch.cuda.current_stream(device).cuda_stream, _driver()
-    launch = _Launch((*blocks, 1, threads, 1, 1, shared_bytes), stream, ctypes.addressof(attribute), early)
+    launch = _Launch((*blocks, 1, threads, 1, 1, shared_bytes), stream, ctypes.addressof(EARLY_START), early)
     call = (ctypes.byref(launch), ctypes.c_void_p(function.ptr), addresses, None)
     driver.cuCtxPushCurrent_v2(_context(device.index))  # a thread may use another GPU, or none yet
     error = driver.cuLaunchKernelEx(*call)

@@ -914,18 +914,19 @@ __device__ void dequantize(const Weight& weight, uint16* out, int first_row, int
 // Most threads of a block. Where products go by shuffles the compiler, told of 128, saves registers and keeps a few bytes in memory.
 constexpr __device__ int most_threads(int tokens) { return tokens > 1 && !BY_SHUFFLES ? 128 : 256; }
 
+// What kernels take: a weight; a product's vectors, too.
+#define WEIGHT const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero
+#define PRODUCT WEIGHT, const uint16* x, const uint16* bias, uint16* y
 #define GEMM(NAME, BITS, BF16, AFFINE, TOKENS, ROWS)                                                                           \
     extern "C" __global__ void __launch_bounds__(most_threads(TOKENS), 1) lut_gemm_##NAME##_##TOKENS(                          \
-        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,                     \
-        const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N, int teams) {                                \
+        PRODUCT, float* partial, int O, int I, int G, int N, int teams) {                                                      \
         lut_gemm<BITS, BF16, AFFINE, TOKENS, ROWS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N, teams);      \
     }
 #define FEW(NAME, BITS, BF16, AFFINE, ROWS)                                                                                    \
     GEMM(NAME, BITS, BF16, AFFINE, 1, 1) GEMM(NAME, BITS, BF16, AFFINE, 2, ROWS)                                               \
     GEMM(NAME, BITS, BF16, AFFINE, 4, ROWS) GEMM(NAME, BITS, BF16, AFFINE, 8, ROWS)                                            \
     extern "C" __global__ void __launch_bounds__(WARPS * 32) dequantize_##NAME(                                                \
-        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, uint16* out, int O, int I, int G,    \
-        int first_row, int rows) {                                                                                             \
+        WEIGHT, uint16* out, int O, int I, int G, int first_row, int rows) {                                                   \
         dequantize<BITS, BF16, AFFINE>({tiles, levels, scale, zero, O, I, G}, out, first_row, rows);                           \
     }
 #define ADD_UP(NAME, BF16)                                                                                                     \
@@ -934,15 +935,12 @@ constexpr __device__ int most_threads(int tokens) { return tokens > 1 && !BY_SHU
         add_up<BF16>(partial, bias, y, parts, N, O);                                                                           \
     }
 #define ONE(NAME, BITS, BF16)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lut_gemv_##NAME(                                               \
-        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,                     \
-        const uint16* bias, uint16* y, int O, int I, int G, int teams) {                                                       \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lut_gemv_##NAME(PRODUCT, int O, int I, int G, int teams) {     \
         lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams);                                        \
     }
 #define WIDE(NAME, BITS, BF16, TOKENS)                                                                                         \
     extern "C" __global__ void __launch_bounds__(WIDE_WARPS * 32, 1) lut_wide_##NAME##_##TOKENS(                               \
-        const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero, const uint16* x,                     \
-        const uint16* bias, uint16* y, float* partial, int O, int I, int G, int N) {                                           \
+        PRODUCT, float* partial, int O, int I, int G, int N) {                                                                 \
         lut_wide<BITS, BF16, TOKENS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N);                           \
     }
 #define MANY(NAME, BITS, BF16) WIDE(NAME, BITS, BF16, 128) WIDE(NAME, BITS, BF16, 256)

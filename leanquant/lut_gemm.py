@@ -270,11 +270,15 @@ def _wide_plan(N: int, O: int, columns: int, gpu) -> tuple[int, int]:
 
     def cost(plan: tuple[int, int]) -> float:
         tokens, parts = plan
-        waves = -(-(-(-O // WIDE_ROWS) * -(-N // tokens) * parts) // gpu.multi_processor_count)
-        work = waves * (-(-columns // parts) * 16 * tokens + 3000)  # clocks
+        blocks = _wide_blocks(N, O, tokens) * parts
+        work = -(-blocks // gpu.multi_processor_count) * (-(-columns // parts) * 16 * tokens + 3000)  # clocks
         return work if parts == 1 else work + 4000 + 8 * parts * N * O / 2000
 
     return min(((tokens, parts) for tokens in (256, 128) for parts in range(1, min(columns, 8) + 1)), key=cost)
+
+
+def _wide_blocks(N: int, O: int, tokens: int) -> int:
+    return -(-O // WIDE_ROWS) * -(-N // tokens)
 
 
 def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tokens: int, parts: int) -> torch.Tensor:
@@ -284,7 +288,7 @@ def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tok
     y = x.new_empty(N, tiles.O)
     partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
     shared = WIDE_STAGES * tokens * WIDE_X_BYTES + WIDE_THREADS // 32 * _stream_bytes(WIDE_CODE_STAGES, tiles.bits)
-    kernel, blocks = _kernel("lut_wide", tiles.bits, x.dtype, False, tokens), (-(-tiles.O // WIDE_ROWS) * -(-N // tokens), parts)
+    kernel, blocks = _kernel("lut_wide", tiles.bits, x.dtype, False, tokens), (_wide_blocks(N, tiles.O, tokens), parts)
     _launch(kernel, tiles, blocks, WIDE_THREADS, shared, x, bias, y, partial, tiles.O, tiles.I, 1, N)
     if partial is not None:
         _add_up(partial, bias, y, tiles.bits)
