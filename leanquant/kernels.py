@@ -10,8 +10,9 @@ import importlib.util
 import os
 import sys
 import warnings
+from array import array
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -174,21 +175,30 @@ def _load_compiler() -> None:
 
 def _call(function, kernel: Kernel, device: torch.device, blocks: tuple[int, int], threads: int, shared_bytes: int, args: tuple) -> None:
     """Launch on torch's current stream, by the driver's own call: a model launches hundreds of kernels a token."""
-    word, size = ctypes.c_int64, 8 * len(args)  # a 32-bit integer is the lower half of one
-    values = (word * len(args))(*[arg if type(arg) is int else _address(arg) for arg in args])
-    addresses = (word * len(args))(*range(ctypes.addressof(values), ctypes.addressof(values) + size, 8))
+    values = array("q", [arg if type(arg) is int else _address(arg) for arg in args])  # a 32-bit integer is the lower half of one
+    first = values.buffer_info()[0]
+    addresses = array("q", range(first, first + 8 * len(args), 8))
     early = kernel.early and properties(device).major >= EARLY_MAJOR
-    stream, driver = torch.cuda.current_stream(device).cuda_stream, _driver()
-    launch = _Launch((*blocks, 1, threads, 1, 1, shared_bytes), stream, ctypes.addressof(EARLY_START), early)
-    call = (ctypes.byref(launch), ctypes.c_void_p(function.ptr), addresses, None)
+    size, stream, driver = (*blocks, 1, threads, 1, 1, shared_bytes), _stream(device), _driver()
+    call = (ctypes.c_void_p(function.ptr), ctypes.c_void_p(addresses.buffer_info()[0]), None)
     driver.cuCtxPushCurrent_v2(_context(device.index))  # a thread may use another GPU, or none yet
-    error = driver.cuLaunchKernelEx(*call)
+    error = driver.cuLaunchKernelEx(_config(size, stream, early), *call)
     if error and early:
-        launch.count = 0
-        error = driver.cuLaunchKernelEx(*call)
+        error = driver.cuLaunchKernelEx(_config(size, stream, False), *call)
     driver.cuCtxPopCurrent_v2(ctypes.byref(ctypes.c_void_p()))
     if error:
         raise KernelError(f"{kernel.name} runs in torch, which is slower: its launch failed: {_error_name(error)}")
+
+
+@lru_cache(1024)
+def _config(size: tuple[int, ...], stream: int, early: bool):
+    """A `_Launch` by reference, made once: the driver does not write to it."""
+    return ctypes.byref(_Launch(size, stream, ctypes.addressof(EARLY_START), early))
+
+
+def _stream(device: torch.device) -> int:
+    """torch's current one, the way its own compiler asks for it: torch.cuda.current_stream makes an object of it first."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 @cache

@@ -181,8 +181,10 @@ class QuantizedLinear(nn.Linear):
         if self.form == "tiles" and x.dtype in lut_gemm.NAMES:
             if x.dtype != self.tiles_dtype:
                 self.prepare("tiles", x.dtype)  # once: the model was cast
-            scale, zero = (None, None) if self._row_wise else (self.scale, self.zero)
-            return lut_gemm.lut_linear(x, self.tiles, self.levels, scale, zero, self.bias, self.bits, self.out_features)
+            state = self._buffers  # not by their names either
+            levels = state.get("levels")
+            scale, zero = (state["scale"], state["zero"]) if levels is None else (None, None)
+            return lut_gemm.lut_linear(x, state["tiles"], levels, scale, zero, self.bias, self.bits, self.out_features)
         return self._by_pieces(x)
 
     def _by_pieces(self, x: torch.Tensor) -> torch.Tensor:

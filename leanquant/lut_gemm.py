@@ -106,10 +106,10 @@ def lut_linear(x: torch.Tensor, codes: torch.Tensor, levels, scale, zero, bias, 
 
 def _lut_linear(x, codes, levels, scale, zero, bias, bits, rows):
     tiles = Tiles(codes, levels, scale, zero, bits, rows, x.shape[-1])
-    flat = x.reshape(-1, x.shape[-1]).contiguous()
-    if flat.data_ptr() % 16:
-        flat = flat.clone()  # the kernels read 16 bytes at a time
-    return kernels.run(_multiply_cuda, _multiply, flat, tiles, bias).view(*x.shape[:-1], rows)
+    x = x.contiguous()
+    if x.data_ptr() % 16:
+        x = x.clone()  # the kernels read 16 bytes at a time
+    return kernels.run(_multiply_cuda, _multiply, x, tiles, bias)
 
 
 torch.library.impl("leanquant::lut_linear", "CompositeExplicitAutograd", _lut_linear)
@@ -154,26 +154,27 @@ torch.library.register_autograd("leanquant::lut_linear", _backward, setup_contex
 
 
 def _multiply(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
-    """x [N, I] -> [N, O], by pieces of rows that are rebuilt and multiplied."""
-    y = x.new_empty(len(x), tiles.O)
+    """x [..., I] -> [..., O], by pieces of rows that are rebuilt and multiplied."""
+    flat = x.view(-1, tiles.I)
+    y = x.new_empty(len(flat), tiles.O)
     for first, rows in _pieces(tiles):
         out, W = y[:, first : first + rows], dequantize(x, tiles, first, rows).T
         if bias is None:
-            torch.mm(x, W, out=out)
+            torch.mm(flat, W, out=out)
         else:
-            torch.addmm(bias[first : first + rows], x, W, out=out)
-    return y
+            torch.addmm(bias[first : first + rows], flat, W, out=out)
+    return y.view(*x.shape[:-1], tiles.O)
 
 
 def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> torch.Tensor:
-    """Up to 64 tokens, on Hopper 1024, are multiplied with codes and levels; for more, weights are rebuilt by a kernel and multiplied
-    by cuBLAS."""
-    N = len(x)
+    """x [..., I] -> [..., O]. Up to 64 tokens, on Hopper 1024, are multiplied with codes and levels; for more, weights are rebuilt by a
+    kernel and multiplied by cuBLAS."""
+    N = x.numel() // tiles.I
     wide = _is_wide(N, tiles)
     if N > FUSED_TOKENS and not wide:
         return _multiply(x, tiles, bias)
     if N == 0:
-        return x.new_empty(0, tiles.O)
+        return _empty(x, tiles)
     if missing := TILE_COLUMNS * tiles.codes.shape[1] - tiles.I:
         x = torch.nn.functional.pad(x, (0, missing))
     if wide:
@@ -181,6 +182,11 @@ def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> 
     if N == 1 and tiles.levels is not None and (plan := _gemv_plan(*tiles.codes.shape[:2], tiles.bits, kernels.properties(x.device))):
         return _multiply_one(x, tiles, bias, *plan)
     return _multiply_fused(x, tiles, bias, *_shares(N, tiles, x.device))
+
+
+def _empty(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
+    """y [..., O], not yet written. With its shape from the start, as x keeps its own: to view both as matrices takes 2 us."""
+    return x.new_empty(*x.shape[:-1], tiles.O)
 
 
 @lru_cache
@@ -209,8 +215,8 @@ def _stream_bytes(stages: int, bits: int) -> int:
 
 
 def _multiply_one(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int) -> torch.Tensor:
-    """x [1, whole tiles of columns] -> [1, O], by blocks of `warps` warps for `teams` rows of tiles, which divide them."""
-    y, shared = x.new_empty(1, tiles.O), _gemv_bytes(warps, tiles.codes.shape[1], tiles.bits)
+    """x of one token, whole tiles of columns -> [..., O], by blocks of `warps` warps for `teams` rows of tiles, which divide them."""
+    y, shared = _empty(x, tiles), _gemv_bytes(warps, tiles.codes.shape[1], tiles.bits)
     kernel, blocks = _kernel("lut_gemv", tiles.bits, x.dtype, False), (-(-tiles.codes.shape[0] // teams), 1)
     _launch(kernel, tiles, blocks, 32 * warps, shared, x, bias, y, tiles.O, tiles.I, 1, teams)
     return y
@@ -236,15 +242,15 @@ def _rows_a_warp(N: int, tiles: Tiles, device: torch.device) -> int:
 
 
 def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int, parts: int) -> torch.Tensor:
-    """x [N, whole tiles of columns] -> [N, O], N <= 64, by blocks of `warps` warps for `teams` times the rows of tiles of one.
+    """x [..., whole tiles of columns] -> [..., O], at most 64 tokens.
 
-    `parts` blocks share the columns. For more than 8 tokens, teams = warps.
+    A block of `warps` warps has `teams` times the rows of tiles of a warp; `parts` blocks share the columns. For more than 8 tokens, teams = warps.
     """
-    N = len(x)
+    N = x.numel() // x.shape[-1]
     if N > 8 and teams != warps:
         raise ValueError(f"{N} tokens: the {warps} warps of a block are {teams} teams, where each must be one")
     tokens, rows = next(t for t in (1, 2, 4, 8) if N <= 8 * t), _rows_a_warp(N, tiles, x.device)
-    y = x.new_empty(N, tiles.O)
+    y = _empty(x, tiles)
     partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
     copies = 0 if tokens == 1 else 1 if kernels.properties(x.device).major < 8 else 2  # of a tile of x, for the whole block
     streams = copies * 8 * tokens * 2 * TILE_COLUMNS + warps * rows * _stream_bytes(copies or GEMM_STAGES, tiles.bits)
@@ -282,10 +288,10 @@ def _wide_blocks(N: int, O: int, tokens: int) -> int:
 
 
 def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tokens: int, parts: int) -> torch.Tensor:
-    """x [N, whole tiles of columns] -> [N, O] on Hopper, by blocks of 128 rows and `tokens` tokens, 128 or 256; `parts` of them share
+    """x [..., whole tiles of columns] -> [..., O] on Hopper, by blocks of 128 rows and `tokens` tokens, 128 or 256; `parts` of them share
     the columns."""
-    N = len(x)
-    y = x.new_empty(N, tiles.O)
+    N = x.numel() // x.shape[-1]
+    y = _empty(x, tiles)
     partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
     shared = WIDE_STAGES * tokens * WIDE_X_BYTES + WIDE_THREADS // 32 * _stream_bytes(WIDE_CODE_STAGES, tiles.bits)
     kernel, blocks = _kernel("lut_wide", tiles.bits, x.dtype, False, tokens), (_wide_blocks(N, tiles.O, tokens), parts)
@@ -296,7 +302,7 @@ def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tok
 
 
 def _add_up(partial: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, bits: int) -> None:
-    """y [N, O] = the sum of partial [parts, N, O] + bias."""
+    """y [..., O] = the sum of partial [parts, N, O] + bias."""
     kernel = _kernel("add_up", bits, y.dtype)
     kernels.launch(kernel, (-(-y.numel() // THREADS), 1), THREADS, 0, partial, bias, y, *partial.shape)
 
@@ -320,15 +326,17 @@ def _kernel(name: str, bits: int, dtype: torch.dtype, grouped: bool | None = Non
 
 def _launch(kernel: kernels.Kernel, tiles: Tiles, blocks: tuple[int, int], threads: int, shared_bytes: int, *args) -> None:
     """`kernel` with a weight's tensors before its other arguments; raises ValueError if they do not fit each other."""
-    expected = (-(-tiles.O // TILE_ROWS), -(-tiles.I // TILE_COLUMNS), tiles.bits, 32, 4)
-    if tiles.codes.shape != expected or (tiles.levels is not None and tiles.levels.shape != (tiles.O, 2**tiles.bits)):
-        raise ValueError(
-            f"{kernel.name}: tiles {tuple(tiles.codes.shape)} do not hold a weight [{tiles.O}, {tiles.I}] of {tiles.bits} bits"
-        )
-    if tiles.levels is None and (len(tiles.scale) != tiles.O or tiles.zero.shape != tiles.scale.shape or tiles.I % (16 * tiles.groups)):
-        sizes = f"scales {tuple(tiles.scale.shape)} do not fit a weight [{tiles.O}, {tiles.I}]"
-        raise ValueError(f"{kernel.name}: {sizes}: groups hold 16 n columns")
+    _check_sizes(kernel.name, *[None if t is None else t.shape for t in tiles[:4]], *tiles[4:])
     kernels.launch(kernel, blocks, threads, shared_bytes, tiles.codes, tiles.levels, tiles.scale, tiles.zero, *args)
+
+
+@lru_cache(1024)
+def _check_sizes(name: str, codes: tuple, levels: tuple | None, scale: tuple | None, zero: tuple | None, bits: int, O: int, I: int) -> None:
+    """Raise ValueError unless these are the shapes of a weight [O, I]."""
+    if codes != (-(-O // TILE_ROWS), -(-I // TILE_COLUMNS), bits, 32, 4) or levels not in (None, (O, 2**bits)):
+        raise ValueError(f"{name}: tiles {tuple(codes)} do not hold a weight [{O}, {I}] of {bits} bits")
+    if levels is None and (scale[0] != O or zero != scale or I % (16 * scale[1])):
+        raise ValueError(f"{name}: scales {tuple(scale)} do not fit a weight [{O}, {I}]: groups hold 16 n columns")
 
 
 @lru_cache

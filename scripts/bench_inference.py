@@ -5,9 +5,10 @@
 Each product in turn reads one of several copies of the weight, so that no cache holds it; medians of CUDA events over graphs of
 those calls. "gather" is what the published package does: rebuild the weight by indexing, then multiply. Shares are of
 the bandwidth of a device-to-device copy in the same run, counting the bytes of codes and levels once. The whole model
-generates one token at batch 1, in a CUDA graph and without. Random weights. Meant to take less than 8 minutes on an H200;
-`--smoke` runs it all on tiny sizes. `--plans` times, instead, ways to share a product among blocks and warps beside those that
-lut_gemm.py plans: where a plan is far from the best it is to be mended there.
+generates one token at batch 1, in a CUDA graph and without; what the host does for a product, which counts without one, is timed by
+itself. Random weights. Meant to take less than 8 minutes on an H200; `--smoke` runs it all on tiny sizes. `--plans` times, instead,
+ways to share a product among blocks and warps beside those that lut_gemm.py plans: where a plan is far from the best it is to be
+mended there.
 """
 
 import argparse
@@ -57,7 +58,7 @@ def main() -> None:
     device = ready(args.device)
     if args.plans and device.type != "cuda":
         sys.exit("--plans needs a GPU: there is nothing to plan without one")
-    results = {"machine": machine(device), "copy_tb_s": copy_bandwidth(device), "products": [], "plans": [], "model": []}
+    results = {"machine": machine(device), "copy_tb_s": copy_bandwidth(device), "products": [], "plans": [], "host": [], "model": []}
     print(f"device-to-device copy: {results['copy_tb_s']:.2f} TB/s")
     for model, shapes in SHAPES.items():
         for O, I in [(48, 128)] if args.smoke else shapes:
@@ -69,6 +70,7 @@ def main() -> None:
                 save(results, args.out)
     if args.plans:
         return
+    results["host"] = bench_host(args.bits, device, *(48, 128, 2) if args.smoke else (1024, 4096, 200))
     results["model"] = bench_model(args, device)
     results["promises"] = {} if args.smoke or device.type == "cpu" else promises(results["products"])
     save(results, args.out)
@@ -214,6 +216,23 @@ def promises(rows: list[dict]) -> dict:
     return {name: {"measured": measured, "promised": least} for name, (measured, least) in found.items()}
 
 
+def bench_host(all_bits: list[int], device: torch.device, O: int, I: int, calls: int) -> list[dict]:
+    """Microseconds of the host for one product of one token, of calls that do not wait for the GPU: they bound generation without a
+    graph."""
+    x, rows = torch.randn(1, 1, I, dtype=torch.float16, device=device), []
+    plain = nn.Linear(I, O, bias=False, dtype=torch.float16, device=device)
+    for bits in (16, *all_bits):
+        linear, times = plain if bits == 16 else quantized_like(plain, bits, device), []
+        for _ in range(20):
+            with torch.inference_mode():
+                times.append(_seconds(lambda linear=linear: [linear(x) for _ in range(calls)]))
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        rows.append({"bits": bits, "microseconds": 1e6 * median(times[3:]) / calls})
+        print(f"{name_of(bits)}: {rows[-1]['microseconds']:.1f} us of the host a product", flush=True)
+    return rows
+
+
 # --- a whole model ---------------------------------------------------------------------------------------------
 
 
@@ -233,16 +252,23 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
         if bits < 16:
             for name, linear in list(model.model.named_modules()):
                 if isinstance(linear, nn.Linear):
-                    quantized = QuantizedLinear(
-                        random_packed(linear.out_features, linear.in_features, bits, device), bits, linear.in_features, None
-                    )
-                    quantized.prepare("tiles", torch.float16)
-                    model.model.set_submodule(name, quantized)
+                    model.model.set_submodule(name, quantized_like(linear, bits, device))
         graph, eager = (1e3 / step_milliseconds(model, device, captured) for captured in (True, False))
         rows.append({"bits": bits, "tokens_per_second": graph, "eager_tokens_per_second": eager})
-        print(f"{'fp16' if bits == 16 else f'{bits} bits'}: {graph:.1f} tokens/s, without a graph {eager:.1f}", flush=True)
+        print(f"{name_of(bits)}: {graph:.1f} tokens/s, without a graph {eager:.1f}", flush=True)
         del model
     return rows
+
+
+def quantized_like(linear: nn.Linear, bits: int, device: torch.device) -> QuantizedLinear:
+    packed = random_packed(linear.out_features, linear.in_features, bits, device)
+    quantized = QuantizedLinear(packed, bits, linear.in_features, None)
+    quantized.prepare("tiles", torch.float16)
+    return quantized
+
+
+def name_of(bits: int) -> str:
+    return "fp16" if bits == 16 else f"{bits} bits"
 
 
 def step_milliseconds(model: nn.Module, device: torch.device, captured: bool, context: int = 128) -> float:

@@ -412,7 +412,7 @@ def launch_with(driver_file, monkeypatch):
         ctypes.c_int.in_dll(driver, "calls").value = 0
         monkeypatch.setattr(kernels, "_driver", lambda: driver)
         monkeypatch.setattr(kernels, "properties", lambda device: host.Gpu(major, 132, 0))
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=70 + device.index))
+        monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 70 + index, raising=False)
         kernel = kernels.Kernel(CUDA_SOURCE, "name", (), early=early)
         kernels._call(SimpleNamespace(ptr=5), kernel, torch.device("cuda", 1), (7, 2), 64, 1000, (X, None, -3, 2**31 - 1))
         return driver

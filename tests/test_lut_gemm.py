@@ -104,6 +104,17 @@ def test_kernels_on_the_host(built, monkeypatch, shape, bits, dtype):
     assert {name for name, *_ in launches} >= {f"dequantize_{kind}", f"lut_gemm_{kind}_1", one}
 
 
+@pytest.mark.parametrize("batch", [(), (1, 1), (2, 3), (3, 1, 4), (2, 50), (0, 5), (13, 100)], ids=str)
+def test_tokens_may_have_any_shape(built, monkeypatch, batch):
+    """By the kernel for one token, those for few, for many on Hopper, and by rebuilding."""
+    tiles, W = make_tiles(35, 130, 0, 3, torch.float16)
+    host.run_on(monkeypatch, built)
+    x = draw(130, *batch, dtype=torch.float16).movedim(0, -1)  # not contiguous
+    y = lut_linear(x, *tiles[:4], None, 3, 35)
+    assert y.shape == (*batch, 35)
+    assert_like(y.reshape(-1, 35), x.reshape(-1, 130), W, None)
+
+
 @pytest.fixture(scope="module")
 def built_without_tensor_cores(tmp_path_factory):
     flags = ["-DNO_TENSOR_CORES", "-D__CUDA_ARCH__=750"]
@@ -391,7 +402,7 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path):
     subprocess.run([sys.executable, script, "--smoke", "--device", "cpu", "--bits", "3", "--out", out], check=True, capture_output=True)
     results = json.loads(out.read_text())
     assert {row["tokens"] for row in results["products"]} == set(bench_inference.TOKENS)
-    assert [row["bits"] for row in results["model"]] == [16, 3]
+    assert [row["bits"] for row in results["model"]] == [row["bits"] for row in results["host"]] == [16, 3]
     assert results["promises"] == {}  # nothing is claimed that was not measured at its size, on a GPU
 
 
