@@ -244,7 +244,8 @@ def _rows_a_warp(N: int, tiles: Tiles, device: torch.device) -> int:
 def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int, parts: int) -> torch.Tensor:
     """x [..., whole tiles of columns] -> [..., O], at most 64 tokens.
 
-    A block of `warps` warps has `teams` times the rows of tiles of a warp; `parts` blocks share the columns. For more than 8 tokens, teams = warps.
+    A block of `warps` warps has `teams` times the rows of tiles of a warp; `parts` blocks share the columns. For more than 8
+    tokens, teams = warps.
     """
     N = x.numel() // x.shape[-1]
     if N > 8 and teams != warps:
