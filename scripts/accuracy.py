@@ -28,7 +28,6 @@ from demo_data import articles, make_model, news, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 WORK, DOCS = ROOT / "demo" / "accuracy", ROOT / "docs"
-WITH_HEAD = WORK / "model-with-a-head"
 MODEL, STORE = ROOT / "demo" / "SmolLM2-135M-Instruct", DOCS / "results" / "accuracy.json"
 SEQLEN, REPORT, CHOOSE = 512, 16384, 8192
 GRIDS = {
@@ -48,6 +47,8 @@ METHODS = {
     "best, no refinement": ["--refine", "0"],
 }
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
+ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
+BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys(ROTATED, WORK / "model-rotated")  # with a head of their own
 SIZES = (16, 64, 128)
 BESIDE = "on the pieces' code"  # written by hand: what best gave on older code, with which the rows without a piece were measured
 STALE = {"stale": "what is measured again, because the code has changed what it measures since then; tables hold it until then"}
@@ -74,11 +75,12 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
     cells = [Cell("fp16", "row", 16)]
     for grid in args.grids:
         for method, seed, bits in itertools.product(args.methods, args.seeds, args.bits):
-            if method in ("rtn", "gptq") and grid == "nonuniform":
+            plain = ROTATED.get(method, method)
+            if plain in ("rtn", "gptq") and grid == "nonuniform":
                 continue  # they have no such grid: the rows of "row" are their counterpart
             if method == "best" and grid == "nonuniform" and OWN_HEAD in args.methods:
                 continue  # the runs with a head measure it (`covers`)
-            if (method in ("best, local grid", OWN_HEAD) and grid != "nonuniform") or (method == "rtn" and seed):
+            if (method in ("best, local grid", OWN_HEAD) and grid != "nonuniform") or (plain == "rtn" and seed):
                 continue
             cells.append(Cell(method, grid, bits, seed))
     for nsamples, method, bits in itertools.product(args.sizes, ("published", "best"), args.bits):
@@ -91,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    methods = [*list(METHODS)[1:], OWN_HEAD]
+    methods = [*list(METHODS)[1:], *BASES]
     add("--methods", nargs="+", choices=methods, default=methods)
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -180,7 +182,8 @@ def prepare() -> None:
     """The model, the calibration text and the token windows of each text and part."""
     WORK.mkdir(parents=True, exist_ok=True)
     make_model(MODEL)
-    make_model_with_head()
+    make_model_with_head(BASES[OWN_HEAD])
+    make_rotated_model(BASES["best, rotated"])
     if (WORK / "windows.pt").is_file():
         return
     import torch
@@ -198,21 +201,28 @@ def prepare() -> None:
     torch.save(windows, WORK / "windows.pt")
 
 
-def make_model_with_head() -> None:
+def make_model_with_head(folder: Path) -> None:
     """The model, with a copy of its embeddings as a head of its own, as most larger models have one."""
     from safetensors.torch import load_file, save_file
 
-    if (WITH_HEAD / "model.safetensors").is_file():
+    if (folder / "model.safetensors").is_file():
         return
-    WITH_HEAD.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True)
     for file in MODEL.iterdir():
         if file.suffix != ".safetensors":
-            (WITH_HEAD / file.name).write_bytes(file.read_bytes())
+            (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((MODEL / "config.json").read_text())
-    write_text(WITH_HEAD / "config.json", json.dumps(config | {"tie_word_embeddings": False}))
+    write_text(folder / "config.json", json.dumps(config | {"tie_word_embeddings": False}))
     tensors = load_file(MODEL / "model.safetensors")
     head = tensors["model.embed_tokens.weight"].clone()
-    save_file(tensors | {"lm_head.weight": head}, WITH_HEAD / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors | {"lm_head.weight": head}, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def make_rotated_model(folder: Path) -> None:
+    import rotate
+
+    if not folder.is_dir() and rotate.main([str(MODEL), "--out", str(folder)]):
+        sys.exit("rotating failed")
 
 
 def parts(documents: list[str], separator: str, start: int, tokenizer) -> dict:
@@ -240,7 +250,7 @@ def measure(cell: Cell) -> dict:
     name = cell.key.replace(" | ", "-").replace(" ", "_").replace(",", "")
     file, report = WORK / f"{name}.safetensors", WORK / f"{name}.json"
     code, result, start = commit(), {"cpu_seconds": None, "loss": None}, time.process_time()
-    base = WITH_HEAD if cell.method == OWN_HEAD else MODEL
+    base = BASES.get(cell.method, MODEL)
     if cell.method != "fp16":
         command = [str(base), str(WORK / "calibration.txt"), "--wbits", str(cell.bits), *flags(cell), "--nsamples", str(cell.nsamples)]
         command += ["--seqlen", str(SEQLEN), "--seed", str(cell.seed), "--true-sequential", "--act-order", "--percdamp", "0.1"]
@@ -253,7 +263,7 @@ def measure(cell: Cell) -> dict:
     torch.set_float32_matmul_precision("medium")
     for text in ("wiki", "news"):
         path = file if file.is_file() else MODEL
-        result[text], *before = evaluate(base, path, f"{text} {cell.part}", cell.method == "fp16", [base] * (cell.method == OWN_HEAD))
+        result[text], *before = evaluate(base, path, f"{text} {cell.part}", cell.method == "fp16", [base] * (cell.method in BASES))
         if before:
             result.setdefault("head as it was", {})[text] = before[0]
     file.unlink(missing_ok=True)
@@ -271,8 +281,9 @@ def commit() -> str | None:
 
 def flags(cell: Cell) -> list[str]:
     group = GRIDS[cell.grid][2:]
-    own = METHODS.get(cell.method, [])
-    return [*own, *group] if cell.method in ("rtn", "gptq") else [*GRIDS[cell.grid], *own]
+    method = ROTATED.get(cell.method, cell.method)
+    own = METHODS.get(method, [])
+    return [*own, *group] if method in ("rtn", "gptq") else [*GRIDS[cell.grid], *own]
 
 
 def evaluate(base: Path, path: Path, text: str, is_reference: bool, other_heads: Sequence[Path] = ()) -> list[dict[str, float]]:
@@ -329,7 +340,7 @@ def log_probabilities(logits, hidden):
 
 
 def as_markdown(done: dict) -> str:
-    tables = (table(done) for table in (main_tables, piece_table, head_table, size_table, choice_table))
+    tables = (table(done) for table in (main_tables, piece_table, head_table, rotation_table, size_table, choice_table))
     return "\n\n".join(filter(None, tables)) + "\n"
 
 
@@ -420,6 +431,32 @@ def head_table(done: dict) -> str:
                     cells += [over_seeds([pair[side][name] for pair in pairs], digits) for side in (0, 1)]
                 cells.append(over_seeds([100 * (moved["kl"] / before["kl"] - 1) for before, moved in pairs], ".1f"))
             lines.append(f"| {bits} | {' | '.join(cells)} | {len(found)} |")
+    return "\n".join(lines) if len(lines) > 3 else ""
+
+
+def rotation_table(done: dict) -> str:
+    """What a rotated model loses, beside the model as it was with the same seeds."""
+    lines = [
+        "A rotated model (scripts/rotate.py), its head as it was; in brackets with the head moved, which the model itself cannot have.\n",
+        "| grid | bits | method "
+        + "".join(f"| {text} ppl | rotated | {text} KL | rotated | change, % " for text in ("wiki", "news"))
+        + "| seeds |",
+        "|" + 14 * "---|",
+    ]
+    for grid, bits, (rotated, plain) in itertools.product(GRIDS, (4, 3, 2), ROTATED.items()):
+        wanted = {"grid": grid, "bits": bits, "nsamples": 32, "part": "report"}
+        before = {row["seed"]: row for row in rows_of(done, method=plain, **wanted)}
+        pairs = [(before[row["seed"]], row) for row in rows_of(done, method=rotated, **wanted) if row["seed"] in before]
+        cells = []
+        for text in ("wiki", "news"):
+            for name, digits in (("perplexity", ".5g"), ("kl", ".4f")):
+                cells.append(over_seeds([row[text][name] for row, _ in pairs], digits) if pairs else "")
+                moved = f" ({mean(row[text][name] for _, row in pairs):{digits}})" if pairs and plain == "best" else ""
+                cells.append(over_seeds([row["head as it was"][text][name] for _, row in pairs], digits) + moved if pairs else "")
+            changes = [100 * (row["head as it was"][text]["kl"] / as_it_was[text]["kl"] - 1) for as_it_was, row in pairs]
+            cells.append(over_seeds(changes, ".1f") if pairs else "")
+        if pairs:
+            lines.append(f"| {grid} | {bits} | {plain} | {' | '.join(cells)} | {len(pairs)} |")
     return "\n".join(lines) if len(lines) > 3 else ""
 
 
