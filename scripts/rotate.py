@@ -8,7 +8,7 @@ W diag(g) Q, with g the norm's gain, which becomes 1; one that writes to the str
 places, so the model stays what it was, while each weight becomes a sum of many: the outliers are gone that one scale for a whole row
 suffers from. A head that was the embeddings gets weights of its own. Which linears read and which write is found by watching; each
 layer, and at the end the whole, is compared with the original, and a copy that differs is not kept. Not here: rotations that have to be
-computed at inference; models with LayerNorms, with norms after linears, or with experts.
+computed at inference; models with LayerNorms, with norms after linears, with experts, or that are given more than text.
 """
 
 import argparse
@@ -25,15 +25,17 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval_quantized import last_hidden, pick_device  # noqa: E402
-from leanquant.errors import InputError, exit_code  # noqa: E402
-from leanquant.packing import Checkpoint, ModelWriter  # noqa: E402
-from modelutils import Stream, StreamedModel, resolve_model  # noqa: E402
+from eval_quantized import pick_device  # noqa: E402
+from leanquant.errors import InputError, exit_code, first_line  # noqa: E402
+from leanquant.foreign import open_checkpoint  # noqa: E402
+from leanquant.packing import TORCH_DTYPES, ModelWriter, is_finite  # noqa: E402
+from modelutils import Stream, StreamedModel, is_out_of_memory, resolve_model  # noqa: E402
 
 TOKENS = 256  # random ones, on which the two models are compared
+PIECE = 2**12  # rows that are rotated at a time
 MOST_ERROR = 1e-3  # of what a layer gives for a token, before weights are rounded: float32's is some 1e-6
-MOST_KL = 0.01  # nats a token, by weights rounded to the type they are stored in
-WHICH = "only models with RMSNorms before their linears, and none after, can be rotated"
+MOST_KL = 0.01  # of the KL of guessing all tokens alike: weights rounded to other 16-bit numbers make less than a tenth of it
+WHICH = "only dense text models can be rotated whose linears read RMSNorms with plain gains, and whose outputs are added as they are"
 
 
 class Rotation(NamedTuple):
@@ -49,14 +51,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("model", metavar="MODEL", help="hub name or folder of an unquantized model")
     add("--out", required=True, type=Path, metavar="FOLDER", help="where the rotated model goes")
-    add("--seed", type=int, default=0, help="of the rotation")
+    add("--seed", type=seed, default=0, help="of the rotation")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N: where it is computed")
     add("--overwrite", action="store_true", help="replace what --out names, if it was made here")
     return parser.parse_args(argv)
 
 
+def seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give a number from 0 to 2**63 - 1")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run(parse(argv)), "nothing was written")
+    return exit_code(lambda: run_in_memory(parse(argv)), "nothing was written")
+
+
+def run_in_memory(args: argparse.Namespace) -> None:
+    """`run`, for which memory that is too small is bad input."""
+    try:
+        run(args)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"out of memory ({first_line(error)}): give --device cpu, or more memory") from None
 
 
 @torch.no_grad()
@@ -65,30 +83,43 @@ def run(args: argparse.Namespace) -> None:
         raise InputError(f"--out is {args.out}: a rotated model is a folder, give its name")
     folder, device = resolve_model(args.model), pick_device(args.device)
     model = streamed(folder, device)
-    if model.checkpoint.quantized:
-        raise InputError(f"{args.model} is quantized already: give the model it was made of")
-    windows = torch.randint(model.config.get_text_config().vocab_size, (1, TOKENS), generator=torch.Generator().manual_seed(args.seed))
-    writer = ModelWriter(args.out, args.overwrite, int(1.1 * model.checkpoint.file_bytes()) + embedding_bytes(model), flag="--out")
+    check(model)
+    config = model.config.get_text_config()
+    tokens = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    windows = torch.randint(config.vocab_size, (1, tokens), generator=torch.Generator().manual_seed(args.seed))
+    writer = ModelWriter(args.out, args.overwrite, int(1.1 * bytes_of(model)), flag="--out")
     try:
         hidden = model.embed(windows, 1)
         for part in rotated_parts(model, hidden, rotation(hidden.states.shape[-1], args.seed, device)):
             writer.add(part)
         rotated = writer.assemble(folder, {"rotated": args.seed}, {"tie_word_embeddings": False}, metadata={"format": "pt"})
-        kl = divergence(model, hidden, streamed(rotated, device), windows)
-        if not kl <= MOST_KL:
+        kl, guessing = divergence(model, hidden, streamed(rotated, device), windows)
+        if not kl <= MOST_KL * guessing:
             raise InputError(f"the rotated copy of {args.model} would compute something else (KL {kl:.2g}): {WHICH}")
         writer.publish()
     finally:
         writer.close()
-    print(f"{args.out}: computes what {args.model} does, KL {kl:.1e} nats a token on {TOKENS} random tokens", flush=True)
+    print(f"{args.out}: computes what {args.model} does, KL {kl:.1e} nats a token on {tokens} random tokens", flush=True)
 
 
 def streamed(folder: Path, device: torch.device) -> StreamedModel:
-    return StreamedModel(folder, Checkpoint.open(folder), torch.float32, device)
+    return StreamedModel(folder, open_checkpoint(folder), torch.float32, device)
 
 
-def embedding_bytes(model: StreamedModel) -> int:
-    return 2 * model.model.get_input_embeddings().weight.numel()
+def check(model: StreamedModel) -> None:
+    """Raise InputError for a quantized model, and for tensors of which nobody knows what they do to the residual stream."""
+    if model.checkpoint.quantized:
+        raise InputError(f"{model.folder} is already quantized: give the original model")
+    known = model.model.state_dict(keep_vars=True)
+    for name in model.checkpoint.shapes:
+        if name not in known and not name.endswith("inv_freq"):
+            raise InputError(f"{type(model.model).__name__} has no use for the tensor {name}, which would stay as it is: {WHICH}")
+
+
+def bytes_of(model: StreamedModel) -> int:
+    """Of the rotated model, whose head is always stored."""
+    checkpoint = model.checkpoint
+    return checkpoint.file_bytes() + (0 if model.head_name in checkpoint else checkpoint.tensor_bytes(model.embedding_name))
 
 
 # --- the rotation ----------------------------------------------------------------------------------------------
@@ -118,9 +149,13 @@ def orthogonal(n: int, generator: torch.Generator) -> torch.Tensor:
     return (Q * R.diagonal().sign()).float().contiguous()
 
 
-def rotate(x: torch.Tensor, Q: Rotation) -> torch.Tensor:
-    """x [..., D] -> x Q."""
-    return (Q.A.T @ ((x * Q.signs).unflatten(-1, (len(Q.A), len(Q.B))) @ Q.B)).flatten(-2)
+def rotate(x: torch.Tensor, Q: Rotation, gain: torch.Tensor | None = None) -> torch.Tensor:
+    """x [..., D] -> x diag(gain) Q, by pieces of the first axis: the largest matrices of a model barely fit on a device."""
+    factors = Q.signs if gain is None else Q.signs * gain
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
+    for piece, out in zip(x.split(PIECE), y.split(PIECE), strict=True):
+        out.copy_((Q.A.T @ ((piece * factors).unflatten(-1, (len(Q.A), len(Q.B))) @ Q.B)).flatten(-2))
+    return y
 
 
 # --- the model -------------------------------------------------------------------------------------------------
@@ -133,10 +168,11 @@ def rotated_parts(model: StreamedModel, hidden: Stream, Q: Rotation) -> Iterator
         with model.layer(index):
             values = rotated_layer(model, index, hidden, Q)
             model.advance(index, hidden)
-        yield as_stored(model, values)
         written.update(values)
-    yield as_stored(model, values := rotated_ends(model, hidden, Q))
-    written.update(values)
+        yield as_stored(model, values)
+        del values  # the next layer needs the memory
+    written.update(values := rotated_ends(model, hidden, Q))
+    yield as_stored(model, values)
     yield {name: model.checkpoint.get(name) for name in model.checkpoint.shapes if name not in written}
 
 
@@ -150,15 +186,15 @@ def rotated_layer(model: StreamedModel, index: int, hidden: Stream, Q: Rotation)
     for linear, norm in gains.items():
         if len(gain := layer.get_submodule(norm).weight) != batch.shape[-1]:
             continue  # within attention
-        values |= {f"{linear}.weight": rotate(values[f"{linear}.weight"] * gain, Q), f"{norm}.weight": torch.ones_like(gain)}
+        values |= {f"{linear}.weight": rotate(values[f"{linear}.weight"], Q, gain), f"{norm}.weight": torch.ones_like(gain)}
     for linear in writers:
         values[f"{linear}.weight"] = rotate(values[f"{linear}.weight"].T, Q).T
         if (bias := values.get(f"{linear}.bias")) is not None:
-            values[f"{linear}.bias"] = rotate(bias, Q)
+            values[f"{linear}.bias"] = rotate(bias[None], Q)[0]
     expected = rotate(model.run_layer(index, batch, {}), Q)
-    error = (model.run_layer(index, rotate(batch, Q), values) - expected).norm(dim=-1) / expected.norm(dim=-1)
-    if not error.max() <= MOST_ERROR:
-        raise InputError(f"layer {index} would compute something else (by {error.max():.1g} of what it gives): {WHICH}")
+    error = (model.run_layer(index, rotate(batch, Q), values) - expected).norm(dim=-1)
+    if not (error <= MOST_ERROR * expected.norm(dim=-1)).all():
+        raise InputError(f"layer {index} would compute something else: {WHICH}")
     return {model.layer_prefix(index) + name: value for name, value in values.items()}
 
 
@@ -169,9 +205,11 @@ def rotated_ends(model: StreamedModel, hidden: Stream, Q: Rotation) -> dict[str,
         norm = norms_read(whole, lambda: logits(next(hidden.batches()))).get(head.removesuffix(".weight"))
         if norm is None:
             raise InputError(f"the head of {type(whole).__name__} does not read what a norm with a gain alone gives: {WHICH}")
+        if other := set(model.outside_names()) - {embedding, head, head.removesuffix("weight") + "bias", f"{norm}.weight"}:
+            raise InputError(f"{type(whole).__name__} has a {min(other)} outside its layers: {WHICH}")
         values = {name: whole.get_parameter(name) for name in model.outside_names() if name != embedding or name == head}
         gain = values[f"{norm}.weight"]
-        values |= {head: rotate(values[head] * gain, Q), f"{norm}.weight": torch.ones_like(gain)}
+        values |= {head: rotate(values[head], Q, gain), f"{norm}.weight": torch.ones_like(gain)}
     shape = whole.get_input_embeddings().weight.shape
     values[embedding] = rotate(model.checkpoint.weight(embedding, shape, torch.float32, model.device), Q)
     return values
@@ -179,8 +217,13 @@ def rotated_ends(model: StreamedModel, hidden: Stream, Q: Rotation) -> dict[str,
 
 def as_stored(model: StreamedModel, values: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Each in the type that the checkpoint has it in; a tied head in that of the embeddings."""
-    dtype = lambda name: model.checkpoint.get(name if name in model.checkpoint else model.embedding_name).dtype  # noqa: E731
-    return {name: value.to("cpu", dtype(name)).contiguous() for name, value in values.items()}
+    stored = {}
+    for name, value in values.items():
+        dtype = TORCH_DTYPES[model.checkpoint.dtypes[name if name in model.checkpoint else model.embedding_name]]
+        stored[name] = value.to("cpu", dtype).contiguous()
+        if not is_finite(stored[name]):
+            raise InputError(f"{name} has numbers that {dtype} cannot hold once it is rotated: store the model in bfloat16 first")
+    return stored
 
 
 def norms_read(root: nn.Module, run: Callable) -> dict[str, str]:
@@ -198,7 +241,7 @@ def norms_read(root: nn.Module, run: Callable) -> dict[str, str]:
     for name, module in root.named_modules():
         if isinstance(module, nn.Linear):
             handles.append(module.register_forward_pre_hook(look(name)))
-        elif [p.ndim for p in module.parameters()] == [1] and not list(module.children()):
+        elif [(leaf, p.ndim) for leaf, p in module.named_parameters()] == [("weight", 1)]:
             handles.append(module.register_forward_hook(note(name)))
     try:
         run()
@@ -216,10 +259,19 @@ def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 # --- the proof -------------------------------------------------------------------------------------------------
 
 
-def divergence(model: StreamedModel, hidden: Stream, rotated: StreamedModel, windows: torch.Tensor) -> float:
-    """Mean KL(model || rotated) over tokens, nats. `hidden`: what the model's last layer gives for `windows`."""
-    log_p, log_q = (log_probabilities(*pair) for pair in ((model, hidden), (rotated, last_hidden(rotated, windows, 1, "comparing"))))
-    return torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="sum").item() / windows.numel()
+def divergence(model: StreamedModel, hidden: Stream, rotated: StreamedModel, windows: torch.Tensor) -> tuple[float, float]:
+    """Mean KL(model || rotated) over tokens, nats, and KL(model || all tokens alike). `hidden`: what the model's last layer gives."""
+    log_p, log_q = log_probabilities(model, hidden), log_probabilities(rotated, last_states(rotated, windows))
+    terms = (log_p.exp() * (log_p - log_q), log_p.exp() * (log_p + math.log(log_p.shape[-1])))
+    return tuple(term.sum().item() / windows.numel() for term in terms)
+
+
+def last_states(model: StreamedModel, windows: torch.Tensor) -> Stream:
+    hidden = model.embed(windows, 1)
+    for index in tqdm(range(len(model.layers)), desc="comparing", unit="layer", ncols=80, leave=False, disable=None):
+        with model.layer(index):
+            model.advance(index, hidden)
+    return hidden
 
 
 def log_probabilities(model: StreamedModel, hidden: Stream) -> torch.Tensor:
