@@ -761,13 +761,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_in_memory(args: argparse.Namespace) -> None:
-    """`run`, for which memory that is too small is bad input."""
-    try:
+    with modelutils.memory_is_input("give a smaller --eval_batch_size or --seqlen"):
         run(args)
-    except RuntimeError as error:
-        if not modelutils.is_out_of_memory(error):
-            raise
-        raise InputError(f"out of memory ({first_line(error)}): give a smaller --eval_batch_size or --seqlen") from None
 
 
 if __name__ == "__main__":

@@ -518,7 +518,7 @@ def show_plan(args: argparse.Namespace, ranks: Ranks) -> None:
     args.dataset = args.dataset or "c4-new"
     run = replace(run_settings(args, device, ranks), hessian_device=torch.device(wide) if wide else None)
     model, text = model_to_plan(args, run, device)
-    refuse_quantized(model, args.model)
+    modelutils.refuse_quantized(model, args.model)
     config = quant_config(args, model.checkpoint.stored_dtype)
     limits = limits_here(run, hardware)
     wanted, make, shapes = planned(model, run, config, assigned_bits(model, run, config), hardware, limits, text)
@@ -635,7 +635,7 @@ def report_of(model, run: Run, settings: dict) -> dict:
 def quantize_command(model, tokenizer, run: Run, config: quant.QuantConfig) -> None:
     """Quantize and do what comes after it, going on with what an earlier run left of either."""
     ranks, made = run.ranks, run.ranks.from_first(lambda: is_made(run))
-    refuse_quantized(model, run.model)
+    modelutils.refuse_quantized(model, run.model)
     bits = assigned_bits(model, run, config)
     wanted = checked_plan(model, run, config, bits, tokenizing_bytes(run, tokenizer) if ranks.is_first else 0)
     check_exports(model, run, config, bits, made)
@@ -722,11 +722,6 @@ def quantize_anew(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig,
     with phases("pack"):
         model.checkpoint = writer.finish(settings, model.folder, before_publishing=lambda: journal.add_result(measured()))
     journal.result = measured()  # with the time that publishing took
-
-
-def refuse_quantized(model, name: str) -> None:
-    if model.checkpoint.quantized:
-        raise InputError(f"{name} is already quantized: give the original model")
 
 
 def calibration_tokens(run: Run, tokenizer) -> torch.Tensor:

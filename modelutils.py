@@ -655,6 +655,22 @@ def is_out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
+@contextlib.contextmanager
+def memory_is_input(remedy: str) -> Iterator[None]:
+    """For the block: memory that is too small is bad input, with this remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise InputError(f"out of memory ({first_line(error)}): {remedy}") from None
+
+
+def refuse_quantized(model: StreamedModel, name: str) -> None:
+    if model.checkpoint.quantized:
+        raise InputError(f"{name} is already quantized: give the original model")
+
+
 def in_smaller_batches(model: StreamedModel, streams: list[Stream], phase: Callable, *args):
     """phase(*args), and again with half the batch if the device runs out of memory, at most twice."""
     for left in (2, 1, 0):

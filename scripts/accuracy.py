@@ -447,16 +447,17 @@ def rotation_table(done: dict) -> str:
         wanted = {"grid": grid, "bits": bits, "nsamples": 32, "part": "report"}
         before = {row["seed"]: row for row in rows_of(done, method=plain, **wanted)}
         pairs = [(before[row["seed"]], row) for row in rows_of(done, method=rotated, **wanted) if row["seed"] in before]
+        if not pairs:
+            continue
         cells = []
         for text in ("wiki", "news"):
             for name, digits in (("perplexity", ".5g"), ("kl", ".4f")):
-                cells.append(over_seeds([row[text][name] for row, _ in pairs], digits) if pairs else "")
-                moved = f" ({mean(row[text][name] for _, row in pairs):{digits}})" if pairs and plain == "best" else ""
-                cells.append(over_seeds([row["head as it was"][text][name] for _, row in pairs], digits) + moved if pairs else "")
+                moved = f" ({mean(row[text][name] for _, row in pairs):{digits}})" if plain == "best" else ""
+                cells.append(over_seeds([row[text][name] for row, _ in pairs], digits))
+                cells.append(over_seeds([row["head as it was"][text][name] for _, row in pairs], digits) + moved)
             changes = [100 * (row["head as it was"][text]["kl"] / as_it_was[text]["kl"] - 1) for as_it_was, row in pairs]
-            cells.append(over_seeds(changes, ".1f") if pairs else "")
-        if pairs:
-            lines.append(f"| {grid} | {bits} | {plain} | {' | '.join(cells)} | {len(pairs)} |")
+            cells.append(over_seeds(changes, ".1f"))
+        lines.append(f"| {grid} | {bits} | {plain} | {' | '.join(cells)} | {len(pairs)} |")
     return "\n".join(lines) if len(lines) > 3 else ""
 
 

@@ -25,11 +25,11 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from eval_quantized import pick_device  # noqa: E402
-from leanquant.errors import InputError, exit_code, first_line  # noqa: E402
+from eval_quantized import last_hidden, pick_device  # noqa: E402
+from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
 from leanquant.packing import TORCH_DTYPES, ModelWriter, is_finite  # noqa: E402
-from modelutils import Stream, StreamedModel, is_out_of_memory, resolve_model  # noqa: E402
+from modelutils import Stream, StreamedModel, memory_is_input, refuse_quantized, resolve_model  # noqa: E402
 
 TOKENS = 256  # random ones, on which the two models are compared
 PIECE = 2**12  # rows that are rotated at a time
@@ -68,13 +68,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_in_memory(args: argparse.Namespace) -> None:
-    """`run`, for which memory that is too small is bad input."""
-    try:
+    with memory_is_input("give --device cpu, or more memory"):
         run(args)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        raise InputError(f"out of memory ({first_line(error)}): give --device cpu, or more memory") from None
 
 
 @torch.no_grad()
@@ -108,8 +103,7 @@ def streamed(folder: Path, device: torch.device) -> StreamedModel:
 
 def check(model: StreamedModel) -> None:
     """Raise InputError for a quantized model, and for tensors of which nobody knows what they do to the residual stream."""
-    if model.checkpoint.quantized:
-        raise InputError(f"{model.folder} is already quantized: give the original model")
+    refuse_quantized(model, str(model.folder))
     known = model.model.state_dict(keep_vars=True)
     for name in model.checkpoint.shapes:
         if name not in known and not name.endswith("inv_freq"):
@@ -261,17 +255,9 @@ def _is_same(tensor: torch.Tensor, other: torch.Tensor) -> bool:
 
 def divergence(model: StreamedModel, hidden: Stream, rotated: StreamedModel, windows: torch.Tensor) -> tuple[float, float]:
     """Mean KL(model || rotated) over tokens, nats, and KL(model || all tokens alike). `hidden`: what the model's last layer gives."""
-    log_p, log_q = log_probabilities(model, hidden), log_probabilities(rotated, last_states(rotated, windows))
+    log_p, log_q = log_probabilities(model, hidden), log_probabilities(rotated, last_hidden(rotated, windows, 1, "comparing"))
     terms = (log_p.exp() * (log_p - log_q), log_p.exp() * (log_p + math.log(log_p.shape[-1])))
     return tuple(term.sum().item() / windows.numel() for term in terms)
-
-
-def last_states(model: StreamedModel, windows: torch.Tensor) -> Stream:
-    hidden = model.embed(windows, 1)
-    for index in tqdm(range(len(model.layers)), desc="comparing", unit="layer", ncols=80, leave=False, disable=None):
-        with model.layer(index):
-            model.advance(index, hidden)
-    return hidden
 
 
 def log_probabilities(model: StreamedModel, hidden: Stream) -> torch.Tensor:
