@@ -107,6 +107,14 @@ __device__ void copy_16_bytes(void* to, const void* from) {
 #endif
 }
 
+__device__ void copy_8_bytes(void* to, const void* from) {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+#else
+    *(uint2*)to = *(const uint2*)from;
+#endif
+}
+
 __device__ void end_of_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -283,30 +291,39 @@ struct Words {
     }
 };
 
-// The codes of a warp's ROWS rows of tiles, tiles begin .. end - 1 of each, on their way through its part of shared memory, [STAGES, ROWS,
-// BITS, 32] times 16 bytes. A lane copies what it will read, so that none waits for another.
+// The codes of a warp's ROWS rows of tiles, `count` tiles of each from `first` on, on their way through its part of shared memory,
+// [STAGES, ROWS, BITS, 32] times 16 bytes. A lane copies what it will read, so that none waits for another.
 template <int BITS, int ROWS, int STAGES>
 struct Stream {
-    static const int WORDS = STAGES * ROWS * BITS * 32;  // of 16 bytes, a warp
-    const uint4* tiles[ROWS];
-    uint4* stage;
-    int begin, end;
+    static const int STAGE = ROWS * BITS * 32, WORDS = STAGES * STAGE;  // of 16 bytes, a warp
+    const uint4* tiles[ROWS];  // to ask for next
+    uint4* mine;
+    int left, to = 0, at = 0;  // tiles that were not asked for; where the next is copied to and where the next to load is
 
-    __device__ void start(const Weight& weight, int first_row, uint4* all, int from, int to) {
-        stage = all + threadIdx.x / 32 * WORDS + threadIdx.x % 32;
-        begin = from, end = to;
+    __device__ void start(const Weight& weight, int first_row, uint4* all, int first, int count) {
+        mine = all + threadIdx.x / 32 * WORDS + threadIdx.x % 32;
+        left = count;
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) tiles[r] = weight.tile_row(first_row + r, BITS);
+        for (int r = 0; r < ROWS; ++r) tiles[r] = weight.tile_row(first_row + r, BITS) + first * BITS * 32;
     }
 
-    __device__ uint4* slot(int k, int r) const { return stage + ((k - begin) % STAGES * ROWS + r) * BITS * 32; }
+    __device__ static int after(int place) { return place + STAGE == WORDS ? 0 : place + STAGE; }
 
-    __device__ void ask(int k) const {
-        if (k >= end) return;
+    __device__ void ask() {
+        if (left-- > 0)
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r)
+            for (int r = 0; r < ROWS; ++r) {
 #pragma unroll
-            for (int b = 0; b < BITS; ++b) copy_16_bytes(slot(k, r) + b * 32, tiles[r] + (k * BITS + b) * 32);
+                for (int b = 0; b < BITS; ++b) copy_16_bytes(mine + to + (r * BITS + b) * 32, tiles[r] + b * 32);
+                tiles[r] += BITS * 32;
+            }
+        to = after(to);
+    }
+
+    __device__ void load(Words<BITS> (&words)[ROWS]) {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) words[r].load(mine + at + r * BITS * 32);
+        at = after(at);
     }
 };
 
@@ -407,21 +424,12 @@ struct Decoder {
 
 // --- one token, by counting bits --------------------------------------------------------------------------------------
 
-// x is an integer below 2^22, times a unit, in 24 bits, of which the last is spare: three groups of 8 planes, the columns of three B.
-const int GROUPS = 3;
-const float LARGEST = 4194300, ROUND = 12582912;  // 1.5 x 2^23: a float of this size has the integer in its lower bits
+// x is a sign and an integer below 2^23, times a unit: three groups of 8 planes, the columns of three B. The last plane is the signs.
+const int GROUPS = 3, SIGNS = (GROUPS * 32 - 4) * 2;  // where a tile's signs begin: those of lane t's words, two each
+const float LARGEST = 8388600, ROUND = 8388608;  // 2^23: a float from it to twice as much has the integer in its lower bits
 const int PLANES_WORDS = GROUPS * 64 + 8;  // of a tile; the 8 are a gap, so that tasks store to different banks
 // Tiles whose codes a warp has under way or at work: 8 KB, or a little less.
 constexpr __device__ int gemv_stages(int bits) { return bits == 4 ? 4 : bits == 3 ? 5 : 8; }
-
-// The bits of |x| that the block's threads saw at most, to all of them: NaN is more than infinity.
-__device__ unsigned block_max(unsigned mine, unsigned* scratch) {
-    for (int by = 16; by; by /= 2) mine = max(mine, __shfl_sync(FULL_WARP, mine, threadIdx.x % 32 ^ by));
-    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32] = mine;
-    __syncthreads();
-    for (int warp = 0; warp < (int)blockDim.x / 32; ++warp) mine = max(mine, scratch[warp]);
-    return mine;
-}
 
 // words[i], byte b, bit r -> words[r], byte b, bit i.
 __device__ void transpose_bits(unsigned (&words)[8]) {
@@ -439,36 +447,43 @@ __device__ void transpose_bits(unsigned (&words)[8]) {
     }
 }
 
-// The planes of x [I], whole tiles of columns: [GROUPS, 32 lanes, 2 words] every PLANES_WORDS, the fragments of B; a column is a plane,
-// and the order of bits in a word is that of the codes. Returns the unit of the integers. All threads of a block.
-template <bool BF16>
-__device__ float write_planes(const uint16* x, unsigned* planes, unsigned* scratch, int count) {
-    // A task is a word of three groups' planes: of x's columns 128 (task / 4) + 32 s + 8 (task % 4) + 0 .. 7.
-    auto piece_of = [&](int task, int s) { return ((const uint4*)x)[task / 4 * 16 + 4 * s + task % 4]; };
-    unsigned most = 0;
-    for (int task = threadIdx.x; task < 8 * count; task += blockDim.x)
+// A task of a block's threads: 32 columns of x, 128 (task / 4) + 32 s + 8 (task % 4) + 0 .. 7, which are a word of each plane.
+struct Task {
+    uint4 pieces[4];  // by s
+
+    __device__ void load(const uint16* x, int task) {
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const uint4 piece = piece_of(task, s);
-            const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
+        for (int s = 0; s < 4; ++s) pieces[s] = ((const uint4*)x)[task / 4 * 16 + 4 * s + task % 4];
+    }
+
+    __device__ unsigned pair(int s, int i) const {
+        return i == 0 ? pieces[s].x : i == 1 ? pieces[s].y : i == 2 ? pieces[s].z : pieces[s].w;
+    }
+
+    // The bits of the largest |x|: NaN is more than infinity.
+    __device__ unsigned largest() const {
+        unsigned most = 0;
 #pragma unroll
-            for (int i = 0; i < 4; ++i) most = max(most, max(words[i] & 0x7fff, words[i] >> 16 & 0x7fff));
+        for (int i = 0; i < 16; ++i) most = max(most, max(pair(i / 4, i % 4) & 0x7fff, pair(i / 4, i % 4) >> 16 & 0x7fff));
+        return most;
+    }
+
+    // Its word of every plane, from `planes` of its tile on; adds the integers, and what they are without their signs, to `sums`.
+    template <bool BF16>
+    __device__ void write(unsigned* planes, int task, float per_unit, float (&sums)[2]) const {
+        unsigned integers[32], signs = 0;  // by the bit that they get in a word
+        float parts[2][4] = {};
+#pragma unroll
+        for (int bit = 31; bit >= 0; --bit) {  // 16 q + 4 j + s
+            const int s = bit % 4, e = bit / 16 * 4 + bit / 4 % 4;
+            const float value = from_bits<BF16>((uint16)(pair(s, e / 2) >> 16 * (e % 2))) * per_unit;
+            const float size = __uint_as_float(__float_as_uint(value) & 0x7fffffff);
+            signs = signs << 1 | __float_as_uint(value) >> 31;
+            integers[bit] = __float_as_uint(size + ROUND);
+            parts[0][s] += value, parts[1][s] += size;
         }
-    const float largest = from_bits<BF16>((uint16)block_max(most, scratch));
-    const float unit = (largest < 1e-30f ? 1e-30f : largest - largest == 0 ? largest : __uint_as_float(0x7fffffff)) / LARGEST;
-    const float per_unit = 1 / unit;  // with NaN or infinity in x all is NaN
-    for (int task = threadIdx.x; task < 8 * count; task += blockDim.x) {
-        unsigned integers[32];  // by the bit that they get in a word
 #pragma unroll
-        for (int s = 0; s < 4; ++s) {
-            const uint4 piece = piece_of(task, s);
-            const unsigned words[4] = {piece.x, piece.y, piece.z, piece.w};
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float value = from_bits<BF16>((uint16)(words[e / 2] >> 16 * (e % 2)));
-                integers[e / 4 * 16 + e % 4 * 4 + s] = __float_as_uint(value * per_unit + ROUND);
-            }
-        }
+        for (int i = 0; i < 2; ++i) sums[i] += parts[i][0] + parts[i][1] + (parts[i][2] + parts[i][3]);
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group) {
             unsigned words[8];
@@ -477,13 +492,37 @@ __device__ float write_planes(const uint16* x, unsigned* planes, unsigned* scrat
             for (int i = 0; i < 8; ++i) {
                 const unsigned low = permute(integers[i], integers[8 + i], pick), high = permute(integers[16 + i], integers[24 + i], pick);
                 words[i] = permute(low, high, 0x5410);
-                if (group == GROUPS - 1) words[i] ^= 0x40404040;  // integers had 2^22 added to them
             }
             transpose_bits(words);
+            if (group == GROUPS - 1) words[7] = signs;
 #pragma unroll
-            for (int plane = 0; plane < 8; ++plane)
-                planes[task / 8 * PLANES_WORDS + (group * 32 + 4 * plane + task % 4) * 2 + task / 4 % 2] = words[plane];
+            for (int plane = 0; plane < 8; ++plane) planes[(group * 32 + 4 * plane + task % 4) * 2 + task / 4 % 2] = words[plane];
         }
+    }
+};
+
+// The planes of x [I], whole tiles of columns: [GROUPS, 32 lanes, 2 words] every PLANES_WORDS, the fragments of B; a column is a plane,
+// and the order of bits in a word is that of the codes. Returns the unit of the integers, and in `sums` this thread's part of their sum
+// and of the sum of their sizes. All threads of a block; scratch [WARPS].
+template <bool BF16>
+__device__ float write_planes(const uint16* x, unsigned* planes, unsigned* scratch, int count, float (&sums)[2]) {
+    const int lane = threadIdx.x % 32, tasks = 8 * count, last = (tasks - 1 - (int)threadIdx.x) / (int)blockDim.x;
+    Task task;  // x is read once where a thread has one task
+    unsigned most = 0;
+#pragma unroll 1
+    for (int at = threadIdx.x + last * blockDim.x; at >= 0 && at < tasks; at -= blockDim.x) task.load(x, at), most = max(most, task.largest());
+    most = __reduce_max_sync(FULL_WARP, most);
+    if (lane == 0) scratch[threadIdx.x / 32] = most;
+    __syncthreads();
+    most = __reduce_max_sync(FULL_WARP, lane < (int)blockDim.x / 32 ? scratch[lane] : 0);
+    const float largest = from_bits<BF16>((uint16)most);
+    const float unit = (largest < 1e-30f ? 1e-30f : largest - largest == 0 ? largest : __uint_as_float(0x7fffffff)) / LARGEST;
+    const float per_unit = 1 / unit;  // with NaN or infinity in x all is NaN
+    sums[0] = sums[1] = 0;
+#pragma unroll 1
+    for (int at = threadIdx.x; at < tasks; at += blockDim.x) {
+        task.template write<BF16>(planes + at / 8 * PLANES_WORDS, at, per_unit, sums);
+        if (at + (int)blockDim.x < tasks) task.load(x, at + blockDim.x);
     }
     __syncthreads();
     return unit;
@@ -491,29 +530,65 @@ __device__ float write_planes(const uint16* x, unsigned* planes, unsigned* scrat
 
 constexpr __device__ int lowest_bit(int i) { return i & 1 ? 0 : i & 2 ? 1 : i & 4 ? 2 : 3; }
 
-// Counts of ones in parity & plane, for a row of tiles' part in one warp: rows g and g + 8, planes 2 t and 2 t + 1 of each group.
+// The levels of a row of tiles in shared memory, [16, APART] floats, each row a lane's: first as they are; then as what the head of this
+// file calls h, times -2 but for the first, and after them the sum of the others.
+template <int BITS, bool BF16>
+struct Expansion {
+    static const int K = 1 << BITS, APART = K + 4, WORDS = TILE_ROWS * APART;  // rows apart in 16-byte pieces, on all banks
+
+    static __device__ void ask(const Weight& weight, int tile_row, float* to) {
+        const int lane = threadIdx.x % 32;
+        const uint16* from = weight.levels + (long long)min(tile_row * TILE_ROWS + lane, weight.O - 1) * K;
+        if (lane >= TILE_ROWS) return;
+        if (K == 4) copy_8_bytes(to + lane * APART, from);
+#pragma unroll
+        for (int i = 0; i < K / 8; ++i) copy_16_bytes(to + lane * APART + 4 * i, from + 8 * i);
+    }
+
+    static __device__ void expand(float* to) {
+        to += threadIdx.x % 32 * APART;
+        float h[K];
+        if (threadIdx.x % 32 < TILE_ROWS) {
+#pragma unroll
+            for (int i = 0; i < K; ++i) h[i] = from_bits<BF16>((uint16)(((const unsigned*)to)[i / 2] >> 16 * (i % 2)));
+            const float first = h[0];
+#pragma unroll
+            for (int bit = 0; bit < BITS; ++bit)
+#pragma unroll
+                for (int i = 0; i < K; ++i) {
+                    if (i >> bit & 1) continue;
+                    const int other = i | 1 << bit;
+                    const float a = h[i], b = h[other];
+                    h[i] = a + b, h[other] = a - b;
+                }
+#pragma unroll
+            for (int i = 0; i < K; ++i) to[i] = h[i] * (i ? -2.f / K : 1.f / K);
+            to[K] = first - to[0];
+        }
+        __syncwarp();
+    }
+};
+
+// Counts of ones in parity & plane, for a row of tiles' part in one warp: rows g and g + 8, planes 2 t and 2 t + 1 of each group. A
+// column's parity is that of a subset of its code's bits and its sign.
 template <int BITS>
 struct Counts {
     static const int K = 1 << BITS;
-    int counts[K][GROUPS][4], ones[GROUPS];  // by the subset of bits, and of plane g
+    int counts[K][GROUPS][4];  // by the subset; those of plane 2 t with ROUND's bits, so that sums are a float's. None of the empty subset
 
     __device__ void start() {
 #pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            ones[group] = 0;
+        for (int group = 0; group < GROUPS; ++group)
 #pragma unroll
-            for (int i = 0; i < K * 4; ++i) counts[i / 4][group][i % 4] = 0;
-        }
+            for (int i = 0; i < K * 4; ++i) counts[i / 4][group][i % 4] = i % 2 ? 0 : __float_as_int(ROUND);
     }
 
-    __device__ void add(const Words<BITS>& words, const uint2* planes) {
+    __device__ void add(const Words<BITS>& words, const unsigned* planes) {
         uint2 b[GROUPS];
 #pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            b[group] = planes[group * 32 + threadIdx.x % 32];
-            ones[group] += __popc(b[group].x) + __popc(b[group].y);
-        }
-        unsigned parity[4] = {};
+        for (int group = 0; group < GROUPS; ++group) b[group] = ((const uint2*)planes)[group * 32 + threadIdx.x % 32];
+        const uint2 signs = ((const uint2*)(planes + SIGNS))[threadIdx.x % 4];
+        unsigned parity[4] = {signs.x, signs.x, signs.y, signs.y};
 #pragma unroll
         for (int i = 1; i < K; ++i) {  // subsets in the order of Gray's code: one bit more or less each time
 #pragma unroll
@@ -523,105 +598,95 @@ struct Counts {
         }
     }
 
-    // y of rows g and g + 8, in units, from the rows' h [16, K + 1], of which the last is not used: in all four lanes of g.
+    // For rows g and g + 8, in units and in all four lanes of g: what the sums of all columns lack, from `Expansion`'s h of the rows.
     __device__ void finish(const float* h, float (&y)[2]) const {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        int all[GROUPS];  // ones of this lane's two planes, the second twice
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-            unsigned sum = ones[group];
-            sum += __shfl_sync(FULL_WARP, sum, lane ^ 1);
-            sum += __shfl_sync(FULL_WARP, sum, lane ^ 2);
-            all[group] = (int)(__shfl_sync(FULL_WARP, sum, 8 * t) + 2 * __shfl_sync(FULL_WARP, sum, 8 * t + 4));
-        }
+        const int second = t == 3 ? 0 : 2;  // the plane of signs is no part of an integer
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float sum = 0;
+            const float* row = h + (g + 8 * half) * (K + 4);
+            float sums[GROUPS] = {};
 #pragma unroll
-            for (int i = 0; i < K; ++i) {
-                int signed_ones[GROUPS];  // minus where the parity is odd
+            for (int i = 0; i < K; i += 4) {
+                const uint4 four = *(const uint4*)(row + i);
+                const float factors[4] = {__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z), __uint_as_float(four.w)};
 #pragma unroll
-                for (int group = 0; group < GROUPS; ++group)
-                    signed_ones[group] = all[group] - 2 * counts[i][group][2 * half] - 4 * counts[i][group][2 * half + 1];
-                // Plane 22 counts -2^22. Its ones are taken from each plane below, where a small negative integer has them too, so that
-                // floats do not lose what is left of large sums; then they count -1.
-                const int negative = (int)__shfl_sync(FULL_WARP, (unsigned)signed_ones[2], lane | 3);
+                for (int j = i ? 0 : 1; j < 4; ++j)
 #pragma unroll
-                for (int group = 0; group < GROUPS; ++group) {
-                    const bool sign = group == 2 && t == 3;
-                    const int integer = sign ? -negative : signed_ones[group] - 3 * negative;
-                    const float weight = sign ? 1.f : (float)(1 << (8 * group + 2 * t));
-                    sum += h[(g + 8 * half) * (K + 1) + i] * (weight * (__int_as_float(integer + __float_as_int(ROUND)) - ROUND));
-                }
+                    for (int group = 0; group < GROUPS; ++group) {
+                        const int* pair = counts[i + j][group] + 2 * half;
+                        const int both = pair[0] + pair[1] * (group == GROUPS - 1 ? second : 2);
+                        sums[group] += factors[j] * (__int_as_float(both) - ROUND);
+                    }
             }
+            float sum = (sums[0] + 256 * sums[1] + 65536 * sums[2]) * (1 << 2 * t);
             sum += __shfl_sync(FULL_WARP, sum, lane ^ 1);
-            sum += __shfl_sync(FULL_WARP, sum, lane ^ 2);
-            y[half] = sum;
+            y[half] = sum + __shfl_sync(FULL_WARP, sum, lane ^ 2);
         }
     }
 };
 
-// h of a row's levels, as the head of this file has it.
+// y [O] = W x + bias, for x [I] with whole tiles of columns, zeros beyond I. A block has `teams` times `rows` rows of tiles, which share
+// the planes of x; the warps of a team share the columns' tiles. Where each has but one, it has `rows` rows of tiles one after the
+// other, as they lie in memory, else rows is 1. Shared memory: planes, PLANES_WORDS for each tile of columns; of each warp its stream,
+// levels and sums [rows, 16] (floats); and 2 WARPS words.
 template <int BITS, bool BF16>
-__device__ void expand_levels(const uint16* levels, float* to) {
-    const int K = 1 << BITS;
-    float h[K];
-#pragma unroll
-    for (int i = 0; i < K; ++i) h[i] = from_bits<BF16>(levels[i]) / K;
-#pragma unroll
-    for (int bit = 0; bit < BITS; ++bit)
-#pragma unroll
-        for (int i = 0; i < K; ++i) {
-            if (i >> bit & 1) continue;
-            const int other = i | 1 << bit;
-            const float a = h[i], b = h[other];
-            h[i] = a + b, h[other] = a - b;
-        }
-#pragma unroll
-    for (int i = 0; i < K; ++i) to[i] = h[i];
-}
-
-// y [O] = W x + bias, for x [I] with whole tiles of columns, zeros beyond I. The `teams` rows of tiles of a block share the planes of
-// x; the warps of a team share the columns' tiles. Shared memory: planes, PLANES_WORDS for each tile of columns; of each warp its
-// stream, h [16, K + 1] and sums [16] (floats), and a word.
-template <int BITS, bool BF16>
-__device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, int teams) {
-    const int K = 1 << BITS, AHEAD = gemv_stages(BITS) - 1;
+__device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, int teams, int rows) {
+    using Levels = Expansion<BITS, BF16>;
+    const int AHEAD = gemv_stages(BITS) - 1;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, members = warps / teams;
     const int count = weight.tiles_a_row(), each = (count + members - 1) / members;
     const int begin = min(warp / teams * each, count), end = min(begin + each, count);
-    const int row = blockIdx.x * teams + warp % teams;
+    const int row = (blockIdx.x * teams + warp % teams) * rows, own = min(rows, weight.last_tile_row() + 1 - row);
     Stream<BITS, 1, AHEAD + 1> codes;
     unsigned* planes = (unsigned*)shared_memory;
     uint4* streams = (uint4*)(planes + count * PLANES_WORDS);
     float* expanded = (float*)(streams + warps * codes.WORDS);
-    float *h = expanded + warp * TILE_ROWS * (K + 1), *sums = expanded + warps * TILE_ROWS * (K + 1);
-    codes.start(weight, row, streams, begin, end);
+    float *h = expanded + warp * rows * Levels::WORDS, *sums = expanded + warps * rows * Levels::WORDS;
+    codes.start(weight, row, streams, begin, max(own, 0) * (end - begin));
+#pragma unroll 1
+    for (int r = 0; r < own; ++r) Levels::ask(weight, row + r, h + r * Levels::WORDS);
+    end_of_copies();
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k) codes.ask(begin + k), end_of_copies();
-    if (lane < TILE_ROWS)
-        expand_levels<BITS, BF16>(weight.levels + (long long)min(row * TILE_ROWS + lane, weight.O - 1) * K, h + lane * (K + 1));
+    for (int k = 0; k < AHEAD; ++k) codes.ask(), end_of_copies();
     take_turn();
-    const float unit = write_planes<BF16>(x, planes, (unsigned*)sums + warps * TILE_ROWS, count);
-    Counts<BITS> counts;
-    counts.start();
-    for (int k = begin; k < end; ++k) {
-        Words<BITS> words;
-        codes.ask(k + AHEAD);
-        end_of_copies();
-        wait_for_copies<AHEAD>();
-        words.load(codes.slot(k, 0));
-        counts.add(words, (const uint2*)(planes + k * PLANES_WORDS));
+    float* scratch = sums + rows * warps * TILE_ROWS;
+    float of_x[2];
+    const float unit = write_planes<BF16>(x, planes, (unsigned*)scratch, count, of_x);
+#pragma unroll 1
+    for (int r = 0; r < own; ++r) {
+        Counts<BITS> counts;
+        counts.start();
+        for (int k = begin; k < end; ++k) {
+            Words<BITS> words[1];
+            codes.ask();
+            end_of_copies();
+            wait_for_copies<AHEAD>();
+            codes.load(words);
+            counts.add(words[0], planes + k * PLANES_WORDS);
+        }
+        float part[2];
+        wait_for_copies<AHEAD>();  // a warp may have no tiles
+        Levels::expand(h + r * Levels::WORDS);
+        counts.finish(h + r * Levels::WORDS, part);
+        float* to = sums + (r * warps + warp) * TILE_ROWS + lane / 4;
+        if (lane % 4 == 0) to[0] = part[0], to[8] = part[1];
     }
-    float part[2];
-    counts.finish(h, part);
-    if (lane % 4 == 0) sums[warp * TILE_ROWS + lane / 4] = part[0], sums[warp * TILE_ROWS + lane / 4 + 8] = part[1];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        for (int by = 16; by; by /= 2) of_x[i] += __shfl_sync(FULL_WARP, of_x[i], lane ^ by);
+        if (lane == 0) scratch[i * WARPS + warp] = of_x[i];
+    }
     __syncthreads();
-    for (int at = threadIdx.x; at < teams * TILE_ROWS; at += blockDim.x) {
-        const int out = blockIdx.x * teams * TILE_ROWS + at;
+    of_x[0] = of_x[1] = 0;
+    for (int i = 0; i < warps; ++i) of_x[0] += scratch[i], of_x[1] += scratch[WARPS + i];
+#pragma unroll 1
+    for (int at = threadIdx.x; at < teams * rows * TILE_ROWS; at += blockDim.x) {
+        const int out = blockIdx.x * teams * rows * TILE_ROWS + at, tile = at / TILE_ROWS, team = tile / rows, r = tile % rows;
         if (out >= weight.O) continue;
-        float sum = 0;
-        for (int member = 0; member < members; ++member) sum += sums[member * teams * TILE_ROWS + at];
+        const float* levels = expanded + (team * rows + r) * Levels::WORDS + at % TILE_ROWS * Levels::APART;
+        float sum = levels[0] * of_x[0] + levels[Levels::K] * of_x[1];
+        for (int member = 0; member < members; ++member) sum += sums[(r * warps + member * teams + team) * TILE_ROWS + at % TILE_ROWS];
         y[out] = to_bits<BF16>(unit * sum + (bias ? from_bits<BF16>(bias[out]) : 0));
     }
 }
@@ -643,7 +708,7 @@ __device__ int place_of(int column, int token) { return 2 * column ^ (token & 1)
 // floats, blocks through partial [gridDim.y, N, O], which add_up reads.
 template <int BITS, bool BF16, bool AFFINE, int TOKENS, int ROWS>
 __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, float* partial, int N, int teams) {
-    const bool shared_x = TOKENS > 1;
+    const bool shared_x = TOKENS > 1, EARLY = !shared_x && !AFFINE;
     const int AHEAD = gemm_stages(TOKENS) - 1, X_BYTES = shared_x ? 8 * TOKENS * 2 * TILE_COLUMNS : 0;  // of a copy
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, warps = blockDim.x / 32;
     const int count = weight.tiles_a_row(), width = count * TILE_COLUMNS;
@@ -654,7 +719,7 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
     Decoder<BITS, BF16, AFFINE> decoders[ROWS];
     float sums[ROWS][TOKENS][4] = {};
     auto ask = [&](int k) {
-        codes.ask(k);
+        codes.ask();
         char* to = shared_memory + (k - begin) % COPIES * X_BYTES;
         for (int i = threadIdx.x; shared_x && k < end && i < 8 * TOKENS * TILE_COLUMNS / PIECE; i += blockDim.x) {
             const int token = i / (TILE_COLUMNS / PIECE), column = i % (TILE_COLUMNS / PIECE) * PIECE;
@@ -669,7 +734,7 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
         const char* copy = shared_memory + (k - begin) % COPIES * X_BYTES;
         return *(const uint4*)(copy + token * 2 * TILE_COLUMNS + place_of(column_of(0, piece), token));
     };
-    codes.start(weight, first, (uint4*)(shared_memory + COPIES * X_BYTES), begin, end);
+    codes.start(weight, first, (uint4*)(shared_memory + COPIES * X_BYTES), begin, end - begin);
     if (shared_x) take_turn();
 #pragma unroll
     for (int k = 0; k < AHEAD; ++k) ask(begin + k);
@@ -678,14 +743,37 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
         decoders[r].start(weight, min(first + r, weight.last_tile_row()));
         decoders[r].ask(weight, column_of(begin, 0));
     }
-    if (!shared_x) take_turn();
-    for (int k = begin; k < end; ++k) {
+    auto products = [&](int k, int piece, const unsigned (&a)[ROWS][2][4]) {
+#pragma unroll
+        for (int n = 0; n < TOKENS; ++n) {
+            const uint4 b = read_x(n, k, piece);
+#pragma unroll
+            for (int r = 0; r < ROWS; ++r) {
+                multiply<BF16>(sums[r][n], a[r][0], b.x, b.y);
+                multiply<BF16>(sums[r][n], a[r][1], b.z, b.w);
+            }
+        }
+    };
+    auto next_tile = [&](int k, Words<BITS> (&words)[ROWS]) {
         ask(k + AHEAD);
         wait_for_copies<AHEAD>();
         if (shared_x) __syncthreads();
+        codes.load(words);
+    };
+    if (EARLY) {  // the first tile's levels are looked up while the kernel before is at work
         Words<BITS> words[ROWS];
+        unsigned a[PIECES][ROWS][2][4];
+        next_tile(begin, words);
 #pragma unroll
-        for (int r = 0; r < ROWS; ++r) words[r].load(codes.slot(k, r));
+        for (int piece = 0; piece < PIECES; ++piece) decoders[0].fragments(words[0], piece, a[piece][0]);
+        take_turn();
+#pragma unroll
+        for (int piece = 0; piece < PIECES && begin < end; ++piece) products(begin, piece, a[piece]);
+    } else if (!shared_x)
+        take_turn();
+    for (int k = EARLY ? begin + 1 : begin; k < end; ++k) {
+        Words<BITS> words[ROWS];
+        next_tile(k, words);
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) {
             unsigned a[ROWS][2][4];
@@ -695,15 +783,7 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
                 decoders[r].ask(weight, column_of(k, piece + 1));
                 decoders[r].fragments(words[r], piece, a[r]);
             }
-#pragma unroll
-            for (int n = 0; n < TOKENS; ++n) {
-                const uint4 b = read_x(n, k, piece);
-#pragma unroll
-                for (int r = 0; r < ROWS; ++r) {
-                    multiply<BF16>(sums[r][n], a[r][0], b.x, b.y);
-                    multiply<BF16>(sums[r][n], a[r][1], b.z, b.w);
-                }
-            }
+            products(k, piece, a);
         }
         if (shared_x) __syncthreads();
     }
@@ -795,8 +875,8 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
     WideX<TOKENS> wide;
     float c[TOKENS / 2] = {};
     unsigned a[2][2][4] = {};
-    codes.start(weight, tile_row, (uint4*)(shared_memory + X_STAGES * WideX<TOKENS>::BYTES), begin, end);
-    codes.ask(begin);
+    codes.start(weight, tile_row, (uint4*)(shared_memory + X_STAGES * WideX<TOKENS>::BYTES), begin, end - begin);
+    codes.ask();
     end_of_copies();
     decoder.start(weight, min(tile_row, weight.last_tile_row()));
     wide.start(x, first_token, N, count * TILE_COLUMNS, begin * TILE_COLUMNS);
@@ -805,11 +885,11 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
     if (stages) wide.load(1);
     __syncthreads();
     for (int k = begin, stage = 0; k < end; ++k) {
-        Words<BITS> words;
-        codes.ask(k + 1);
+        Words<BITS> words[1];
+        codes.ask();
         end_of_copies();
         wait_for_copies<CODE_STAGES - 1>();
-        words.load(codes.slot(k, 0));
+        codes.load(words);
 #pragma unroll
         for (int quarter = 0; quarter < TILE_COLUMNS / STAGE_COLUMNS; ++quarter, ++stage) {
             // The slot's last products, of two stages ago, are done: every warp has waited for them before the last barrier.
@@ -823,7 +903,7 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
                 wait_for_products<1>();
 #pragma unroll
                 for (int i = 0; i < 8; ++i) keep(a[half][i / 4][i % 4]);
-                decoder.fragments(words, piece, a[half]);
+                decoder.fragments(words[0], piece, a[half]);
                 begin_products();
                 multiply_in_background<BF16>(c, a[half][0], matrix(address, 2 * half));
                 multiply_in_background<BF16>(c, a[half][1], matrix(address, 2 * half + 1));
@@ -912,7 +992,7 @@ __device__ void dequantize(const Weight& weight, uint16* out, int first_row, int
 }
 
 // Most threads of a block. Where products go by shuffles the compiler, told of 128, saves registers and keeps a few bytes in memory.
-constexpr __device__ int most_threads(int tokens) { return tokens > 1 && !BY_SHUFFLES ? 128 : 256; }
+constexpr __device__ int most_threads(int tokens) { return tokens == 1 ? BY_SHUFFLES ? 256 : 512 : BY_SHUFFLES ? 256 : 128; }
 
 // What kernels take: a weight; a product's vectors, too.
 #define WEIGHT const uint4* tiles, const uint16* levels, const uint16* scale, const uint8* zero
@@ -935,8 +1015,9 @@ constexpr __device__ int most_threads(int tokens) { return tokens > 1 && !BY_SHU
         add_up<BF16>(partial, bias, y, parts, N, O);                                                                           \
     }
 #define ONE(NAME, BITS, BF16)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, 1) lut_gemv_##NAME(PRODUCT, int O, int I, int G, int teams) {     \
-        lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams);                                        \
+    extern "C" __global__ void __launch_bounds__(WARPS * 32, BITS == 4 ? 1 : 2) lut_gemv_##NAME(                                            \
+        PRODUCT, int O, int I, int G, int teams, int rows) {                                                                   \
+        lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams, rows);                                  \
     }
 #define WIDE(NAME, BITS, BF16, TOKENS)                                                                                         \
     extern "C" __global__ void __launch_bounds__(WIDE_WARPS * 32, 1) lut_wide_##NAME##_##TOKENS(                               \

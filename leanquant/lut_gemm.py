@@ -190,23 +190,25 @@ def _empty(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
 
 
 @lru_cache
-def _gemv_plan(rows: int, columns: int, bits: int, gpu) -> tuple[int, int] | None:
-    """(teams, warps) for `_multiply_one`, by the tiles of a weight. None: its GPU's tensor cores do not count bits, or it is too wide.
+def _gemv_plan(rows: int, columns: int, bits: int, gpu) -> tuple[int, int, int] | None:
+    """(teams, warps, each) for `_multiply_one`, by the tiles of a weight. None: its GPU's tensor cores do not count bits, or it is too
+    wide.
 
-    Registers suffice for one block a multiprocessor: as many rows of tiles a block as give each the same number of blocks.
+    One block a multiprocessor, since each makes x's planes: with several rows of tiles for each team, one after the other, if need be.
     """
     for most in (8, 4) if gpu.major in COUNT_BITS else ():
-        waves = -(-rows // (most * gpu.multi_processor_count))
-        teams = -(-rows // (waves * gpu.multi_processor_count))
+        each = -(-rows // (most * gpu.multi_processor_count))
+        teams = -(-rows // (each * gpu.multi_processor_count))
         warps = most // teams * teams
-        if _gemv_bytes(warps, columns, bits) <= gpu.shared_memory_per_block_optin:
-            return teams, warps
+        if _gemv_bytes(warps, each, columns, bits) <= gpu.shared_memory_per_block_optin:
+            return teams, warps, each
     return None
 
 
-def _gemv_bytes(warps: int, columns: int, bits: int) -> int:
+def _gemv_bytes(warps: int, each: int, columns: int, bits: int) -> int:
     """Of shared memory, as lut_gemv lays it out."""
-    return PLANES_BYTES * columns + warps * (_stream_bytes(GEMV_STAGES[bits], bits) + 4 * TILE_ROWS * (2**bits + 2) + 4)
+    levels_and_sums = 4 * TILE_ROWS * (2**bits + 4 + 1)
+    return PLANES_BYTES * columns + warps * (_stream_bytes(GEMV_STAGES[bits], bits) + each * levels_and_sums) + 8 * WARPS
 
 
 def _stream_bytes(stages: int, bits: int) -> int:
@@ -214,26 +216,28 @@ def _stream_bytes(stages: int, bits: int) -> int:
     return stages * bits * TILE_ROWS * TILE_COLUMNS // 8
 
 
-def _multiply_one(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int) -> torch.Tensor:
-    """x of one token, whole tiles of columns -> [..., O], by blocks of `warps` warps for `teams` rows of tiles, which divide them."""
-    y, shared = _empty(x, tiles), _gemv_bytes(warps, tiles.codes.shape[1], tiles.bits)
-    kernel, blocks = _kernel("lut_gemv", tiles.bits, x.dtype, False), (-(-tiles.codes.shape[0] // teams), 1)
-    _launch(kernel, tiles, blocks, 32 * warps, shared, x, bias, y, tiles.O, tiles.I, 1, teams)
+def _multiply_one(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int, each: int) -> torch.Tensor:
+    """x of one token, whole tiles of columns -> [..., O], by blocks of `warps` warps in `teams`, which divide them, and `each` rows of
+    tiles for a team: of one warp, if there are several."""
+    y, shared = _empty(x, tiles), _gemv_bytes(warps, each, tiles.codes.shape[1], tiles.bits)
+    kernel, blocks = _kernel("lut_gemv", tiles.bits, x.dtype, False), (-(-tiles.codes.shape[0] // (teams * each)), 1)
+    _launch(kernel, tiles, blocks, 32 * warps, shared, x, bias, y, tiles.O, tiles.I, 1, teams, each)
     return y
 
 
 def _shares(N: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
     """(teams, warps, parts) for `_multiply_fused`, by the rows of tiles a multiprocessor has.
 
-    The warps of a block share the columns; with many rows there are fewer of them, so that all are busy to the end. More than 8
-    tokens: four warps with rows of their own share x, and two blocks for each multiprocessor the columns.
+    The warps of a block share the columns; with many rows there are fewer of them, so that all are busy to the end, with few rows
+    more, so that each has its first tile's levels looked up when x arrives. More than 8 tokens: four warps with rows of their own
+    share x, and two blocks for each multiprocessor the columns.
     """
     processors = kernels.properties(device).multi_processor_count
     rows, columns = tiles.codes.shape[:2]
     if N > 8:
         blocks = -(-rows // (4 * _rows_a_warp(N, tiles, device)))
         return 4, 4, max(1, min(2 * processors // blocks, columns // 2))
-    return 1, 4 if rows > 4 * processors else 8, 1
+    return 1, 4 if rows > 4 * processors else 16 if 2 * rows <= processors else 8, 1
 
 
 def _rows_a_warp(N: int, tiles: Tiles, device: torch.device) -> int:
@@ -313,7 +317,7 @@ def _kernel(name: str, bits: int, dtype: torch.dtype, grouped: bool | None = Non
     """One of lut_gemm.cu's. Compiled with the others of its width and type alone: all of the file takes half a minute."""
     weight, bias, partial = (torch.int32, (dtype, None), (torch.float16, None), (torch.uint8, None)), (dtype, None), (torch.float32, None)
     parameters = {
-        "lut_gemv": (*weight, dtype, bias, dtype, *4 * [int]),
+        "lut_gemv": (*weight, dtype, bias, dtype, *5 * [int]),
         "lut_gemm": (*weight, dtype, bias, dtype, partial, *5 * [int]),
         "lut_wide": (*weight, dtype, bias, dtype, partial, *4 * [int]),
         "dequantize": (*weight, dtype, *5 * [int]),

@@ -176,11 +176,12 @@ def plans(N: int, tiles: lut_gemm.Tiles) -> tuple[Callable, tuple, list[tuple]]:
         others = itertools.product((128, 256), range(1, min(columns, 8) + 1))
         return lut_gemm._multiply_wide, lut_gemm._wide_plan(N, tiles.O, columns, gpu), list(others)
     if N == 1:
-        others = [(teams, warps) for warps in range(4, 9) for teams in range(1, warps + 1) if warps % teams == 0]
+        others = [(teams, warps, 1) for warps in (4, 6, 8) for teams in range(1, warps + 1) if warps % teams == 0]
+        others += [(warps, warps, each) for warps in (4, 5, 6, 7, 8) for each in (2, 3)]
         if ours := lut_gemm._gemv_plan(rows, columns, tiles.bits, gpu):
             return lut_gemm._multiply_one, ours, others
     if N <= 8:
-        others = [(teams, warps, parts) for warps in (4, 8) for teams in (1, 2, 4) for parts in (1, 2, 4) if parts <= columns]
+        others = [(teams, warps, parts) for warps in (4, 8, 16) for teams in (1, 2) for parts in (1, 2) if parts <= columns]
     else:
         others = [(warps, warps, parts) for warps in (2, 4) for parts in range(1, min(columns, 16) + 1)]
     return lut_gemm._multiply_fused, lut_gemm._shares(N, tiles, device), others

@@ -170,6 +170,13 @@ static unsigned __shfl_sync(unsigned, unsigned mine, int lane) {
     const int parity = host::exchange(mine), first = threadIdx.x / 32 * 32;
     return host::slots[parity][first + (lane & 31)];
 }
+static void __syncwarp() { host::exchange(0); }
+static unsigned __reduce_max_sync(unsigned, unsigned mine) {
+    const int parity = host::exchange(mine), first = threadIdx.x / 32 * 32;
+    for (int lane = 0; lane < 32; ++lane)
+        if (host::slots[parity][first + lane] > mine) mine = host::slots[parity][first + lane];
+    return mine;
+}
 static float __shfl_down_sync(unsigned, float mine, int by) {
     const int lane = threadIdx.x % 32;
     return __shfl_sync(0, mine, lane + by < 32 ? lane + by : lane);
@@ -265,6 +272,10 @@ static void require(bool good, const char* what) {
 static void copy_16_bytes(void* to, const void* from) {
     background(false).group.push_back([=] { memcpy(to, from, 16); });
     memset(to, 0xff, 16);
+}
+static void copy_8_bytes(void* to, const void* from) {
+    background(false).group.push_back([=] { memcpy(to, from, 8); });
+    memset(to, 0xff, 8);
 }
 static void end_of_copies() { background(false).end_of_group(); }
 template <int LATER>

@@ -97,8 +97,8 @@ def test_kernels_on_the_host(built, monkeypatch, shape, bits, dtype):
     x = pad(draw(5, I, dtype=dtype), tiles)
     for split in ((1, 4, 2), (2, 4, 1), (4, 8, 3)):
         assert_like(lut_gemm._multiply_fused(x, tiles, bias, *split), x[:, :I], W, bias)
-    for teams, warps in ((1, 4), (2, 8), (8, 8)) if not groups else ():
-        assert_like(lut_gemm._multiply_one(x[:1], tiles, bias, teams, warps), x[:1, :I], W, bias)
+    for plan in ((1, 4, 1), (2, 8, 1), (8, 8, 1), (2, 2, 2)) if not groups else ():
+        assert_like(lut_gemm._multiply_one(x[:1], tiles, bias, *plan), x[:1, :I], W, bias)
     kind = f"{'affine' if groups else 'levels'}_{bits}_{lut_gemm.NAMES[dtype]}"
     one = f"lut_gemm_{kind}_1" if groups else f"lut_gemv_{kind}"
     assert {name for name, *_ in launches} >= {f"dequantize_{kind}", f"lut_gemm_{kind}_1", one}
@@ -142,8 +142,8 @@ def test_many_tiles_on_the_host(built, monkeypatch, groups, bits):
     for N, *split in ((2, 1, 4, 1), (8, 4, 8, 2), (9, 4, 4, 1), (17, 4, 4, 2), (33, 2, 2, 3), (20, 1, 1, 1)):
         y = lut_gemm._multiply_fused(x[:N], tiles, None, *split)
         assert_like(y, x[:N, :2480], W, None)
-    for teams, warps in ((1, 8), (2, 4), (7, 7), (8, 8)) if not groups else ():
-        assert_like(lut_gemm._multiply_one(x[:1], tiles, None, teams, warps), x[:1, :2480], W, None)
+    for plan in ((1, 8, 1), (2, 4, 1), (7, 7, 1), (8, 8, 1), (1, 1, 3), (2, 2, 2)) if not groups else ():
+        assert_like(lut_gemm._multiply_one(x[:1], tiles, None, *plan), x[:1, :2480], W, None)
     with pytest.raises(ValueError, match="each must be one"):
         lut_gemm._multiply_fused(x[:9], tiles, None, 2, 4, 1)
 
@@ -221,7 +221,7 @@ def test_one_token_loses_nothing_whatever_it_looks_like(built, monkeypatch, mean
     launches = host.run_on(monkeypatch, built)
     levels = (tiles.levels + mean) / 128
     x = ONE_TOKEN[kind](draw(1, tiles.I, dtype=dtype)).to(dtype)
-    y = lut_gemm._multiply_one(x, tiles._replace(levels=levels), None, 4, 4)
+    y = lut_gemm._multiply_one(x, tiles._replace(levels=levels), None, 4, 4, 1)
     codes = lut_gemm.untile_codes(tiles.codes, bits, tiles.O, tiles.I)
     assert y.isfinite().all()
     assert_like(y, x, levels.gather(1, codes.long()), None)
