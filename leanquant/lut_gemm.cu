@@ -8,13 +8,14 @@
 // 128 h + 32 s + 8 t + 4 q + j in its bits 16 q + 4 j + s; [bits][32 lanes][4 words].
 //
 // One token and free levels (lut_gemv), on GPUs whose tensor cores multiply bits (Ampere, Ada, Hopper), and if x's planes fit in shared
-// memory. No level is looked up. A row's levels are a
-// function of the code's bits, and so a sum over the parities of its subsets S of bits (Walsh and Hadamard):
+// memory. No level is looked up. A row's levels are a function of the code's bits, and so a sum over the parities of its subsets S of
+// bits (Walsh and Hadamard):
 //   level(c) = sum over S of h_S (-1)^parity(c & S),   hence   y = sum over S of h_S sum over columns of (-1)^parity x.
-// x, rounded to an integer of 23 bits, is bit planes too, and the inner sums are counts of ones in parity & plane: a product of bits.
-// A tile of 4 bits takes a lane some 60 instructions of logic, where looking up takes 370, and the warp 45 products of bits. At the 0.54
-// a clock that others measured on Hopper that is 49 weights a clock and multiprocessor; its memory delivers 33. Smaller widths have
-// fewer subsets: 105 where memory delivers 43 at 3 bits, 245 and 65 at 2.
+// x is a sign and an integer of 23 bits, which are bit planes too. The sign joins the parity. With C_S the sum of |x| where the two are
+// odd together, an inner sum is that of all |x| less 2 C_S; for the empty S it is that of x. C_S is counts of ones in parity & plane: a
+// product of bits. A tile of 4 bits takes a lane some 60 instructions of logic, where looking up takes 370, and the warp 45 products of
+// bits; smaller widths have fewer subsets. So what counts is all that is not a tile: until x is there and cut into planes, in every
+// block, and from the counts to y.
 //
 // Up to 64 tokens (lut_gemm), and whatever else: levels are looked up in registers. A row's levels, 16 bits each, lie as a plane of low and a
 // plane of high bytes; a byte permutation picks four bytes by the four nibbles of a selector, which is made of the codes' bit planes. 16
@@ -477,7 +478,7 @@ struct Task {
         for (int bit = 31; bit >= 0; --bit) {  // 16 q + 4 j + s
             const int s = bit % 4, e = bit / 16 * 4 + bit / 4 % 4;
             const float value = from_bits<BF16>((uint16)(pair(s, e / 2) >> 16 * (e % 2))) * per_unit;
-            const float size = __uint_as_float(__float_as_uint(value) & 0x7fffffff);
+            const float size = fabsf(value);
             signs = signs << 1 | __float_as_uint(value) >> 31;
             integers[bit] = __float_as_uint(size + ROUND);
             parts[0][s] += value, parts[1][s] += size;
