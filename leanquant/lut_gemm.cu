@@ -236,7 +236,7 @@ __device__ void multiply(float (&c)[4], const unsigned (&a)[4], unsigned b0, uns
 }
 
 const int TILE_ROWS = 16, TILE_COLUMNS = 256, PIECE = 8, PIECES = 8;  // a piece: consecutive columns of a lane
-const int WARPS = 8;  // of a block that dequantizes; at most, of lut_gemv's
+const int WARPS = 8, GEMV_WARPS = 16;  // of a block that dequantizes; at most, of lut_gemv's
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 const bool BY_SHUFFLES = true;  // products, of some type: they leave registers for less else
 #else
@@ -299,11 +299,11 @@ struct Stream {
     static const int STAGE = ROWS * BITS * 32, WORDS = STAGES * STAGE;  // of 16 bytes, a warp
     const uint4* tiles[ROWS];  // to ask for next
     uint4* mine;
-    int left, to = 0, at = 0;  // tiles that were not asked for; where the next is copied to and where the next to load is
+    int left, to, at;  // tiles that were not asked for; where the next is copied to and where the next to load is
 
     __device__ void start(const Weight& weight, int first_row, uint4* all, int first, int count) {
         mine = all + threadIdx.x / 32 * WORDS + threadIdx.x % 32;
-        left = count;
+        left = count, to = at = 0;
 #pragma unroll
         for (int r = 0; r < ROWS; ++r) tiles[r] = weight.tile_row(first_row + r, BITS) + first * BITS * 32;
     }
@@ -425,10 +425,13 @@ struct Decoder {
 
 // --- one token, by counting bits --------------------------------------------------------------------------------------
 
-// x is a sign and an integer below 2^23, times a unit: three groups of 8 planes, the columns of three B. The last plane is the signs.
-const int GROUPS = 3, SIGNS = (GROUPS * 32 - 4) * 2;  // where a tile's signs begin: those of lane t's words, two each
-const float LARGEST = 8388600, ROUND = 8388608;  // 2^23: a float from it to twice as much has the integer in its lower bits
-const int PLANES_WORDS = GROUPS * 64 + 8;  // of a tile; the 8 are a gap, so that tasks store to different banks
+// x is a sign and an integer of 16 bits, times a unit: two groups of 8 planes, the columns of two B.
+const int GROUPS = 2, PLANES_WORDS = GROUPS * 64 + 8;  // of a tile; the 8 are the signs, two words for each t
+const float LARGEST = 65535, ROUND = 8388608;  // 2^23: a float from it to twice as much has the integer in its lower bits
+// That suffices for a float16 x whose largest element is not above so many times its root mean square: the error is that ratio times
+// 2^-17.8 of y, while y's own rounding is 2^-12.3. Of others what is left is multiplied, too. bfloat16, whose rounding is 2^-9.3, has
+// none with up to 65536 columns.
+const float CREST = 28;
 // Tiles whose codes a warp has under way or at work: 8 KB, or a little less.
 constexpr __device__ int gemv_stages(int bits) { return bits == 4 ? 4 : bits == 3 ? 5 : 8; }
 
@@ -469,22 +472,37 @@ struct Task {
         return most;
     }
 
-    // Its word of every plane, from `planes` of its tile on; adds the integers, and what they are without their signs, to `sums`.
     template <bool BF16>
-    __device__ void write(unsigned* planes, int task, float per_unit, float (&sums)[2]) const {
+    __device__ float value(int s, int e) const {
+        return from_bits<BF16>((uint16)(pair(s, e / 2) >> 16 * (e % 2)));
+    }
+
+    __device__ float squares() const {
+        float sums[4] = {};
+#pragma unroll
+        for (int i = 0; i < 32; ++i) sums[i / 8] += value<false>(i / 8, i % 8) * value<false>(i / 8, i % 8);
+        return sums[0] + sums[1] + (sums[2] + sums[3]);
+    }
+
+    // Its word of every plane, from `planes` of its tile on; adds x in units, and the integers, to `sums`. Or of the `rest` that the
+    // integers leave, in a finer unit.
+    template <bool BF16>
+    __device__ void write(unsigned* planes, int task, float per_unit, bool rest, float (&sums)[2]) const {
         unsigned integers[32], signs = 0;  // by the bit that they get in a word
         float parts[2][4] = {};
 #pragma unroll
         for (int bit = 31; bit >= 0; --bit) {  // 16 q + 4 j + s
-            const int s = bit % 4, e = bit / 16 * 4 + bit / 4 % 4;
-            const float value = from_bits<BF16>((uint16)(pair(s, e / 2) >> 16 * (e % 2))) * per_unit;
-            const float size = fabsf(value);
-            signs = signs << 1 | __float_as_uint(value) >> 31;
+            float scaled = value<BF16>(bit % 4, bit / 16 * 4 + bit / 4 % 4) * per_unit;
+            if (!BF16 && rest) scaled = (scaled - (scaled + 1.5f * ROUND - 1.5f * ROUND)) * (2 * LARGEST);
+            const float size = fabsf(scaled);
+            signs = signs << 1 | __float_as_uint(scaled) >> 31;
             integers[bit] = __float_as_uint(size + ROUND);
-            parts[0][s] += value, parts[1][s] += size;
+            parts[0][bit % 4] += scaled, parts[1][bit % 4] += __uint_as_float(integers[bit]) - ROUND;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) sums[i] += parts[i][0] + parts[i][1] + (parts[i][2] + parts[i][3]);
+        const int half = task / 4 % 2, t = task % 4;
+        planes[GROUPS * 64 + 2 * t + half] = signs;
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group) {
             unsigned words[8];
@@ -495,38 +513,57 @@ struct Task {
                 words[i] = permute(low, high, 0x5410);
             }
             transpose_bits(words);
-            if (group == GROUPS - 1) words[7] = signs;
 #pragma unroll
-            for (int plane = 0; plane < 8; ++plane) planes[(group * 32 + 4 * plane + task % 4) * 2 + task / 4 % 2] = words[plane];
+            for (int plane = 0; plane < 8; ++plane) planes[(group * 32 + 4 * plane + t) * 2 + half] = words[plane];
         }
     }
 };
 
-// The planes of x [I], whole tiles of columns: [GROUPS, 32 lanes, 2 words] every PLANES_WORDS, the fragments of B; a column is a plane,
-// and the order of bits in a word is that of the codes. Returns the unit of the integers, and in `sums` this thread's part of their sum
-// and of the sum of their sizes. All threads of a block; scratch [WARPS].
+// The sum of what the warps of a block of lut_gemv put there.
+__device__ float sum_of_warps(const float* scratch) {
+    float sum = 0;
+#pragma unroll
+    for (int i = 0; i < GEMV_WARPS; ++i)
+        if (i < (int)blockDim.x / 32) sum += scratch[i];
+    return sum;
+}
+
+// The unit of x's integers, for x [I], whole tiles of columns; and whether they leave a rest that counts. All threads of a block, which
+// get their first task, too; scratch [2, GEMV_WARPS].
 template <bool BF16>
-__device__ float write_planes(const uint16* x, unsigned* planes, unsigned* scratch, int count, float (&sums)[2]) {
-    const int lane = threadIdx.x % 32, tasks = 8 * count, last = (tasks - 1 - (int)threadIdx.x) / (int)blockDim.x;
-    Task task;  // x is read once where a thread has one task
+__device__ float unit_of(const uint16* x, int tasks, float* scratch, Task& task, bool& rest) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, last = (tasks - 1 - (int)threadIdx.x) / (int)blockDim.x;
     unsigned most = 0;
+    float squares = 0;
 #pragma unroll 1
-    for (int at = threadIdx.x + last * blockDim.x; at >= 0 && at < tasks; at -= blockDim.x) task.load(x, at), most = max(most, task.largest());
+    for (int at = threadIdx.x + last * blockDim.x; at >= 0 && at < tasks; at -= blockDim.x) {
+        task.load(x, at);
+        most = max(most, task.largest());
+        if (!BF16) squares += task.squares();
+    }
     most = __reduce_max_sync(FULL_WARP, most);
-    if (lane == 0) scratch[threadIdx.x / 32] = most;
+    for (int by = 16; by && !BF16; by /= 2) squares += __shfl_sync(FULL_WARP, squares, lane ^ by);
+    if (lane == 0) scratch[warp] = __uint_as_float(most), scratch[GEMV_WARPS + warp] = squares;
     __syncthreads();
-    most = __reduce_max_sync(FULL_WARP, lane < (int)blockDim.x / 32 ? scratch[lane] : 0);
+    most = __reduce_max_sync(FULL_WARP, lane < (int)blockDim.x / 32 ? __float_as_uint(scratch[lane]) : 0);
     const float largest = from_bits<BF16>((uint16)most);
-    const float unit = (largest < 1e-30f ? 1e-30f : largest - largest == 0 ? largest : __uint_as_float(0x7fffffff)) / LARGEST;
-    const float per_unit = 1 / unit;  // with NaN or infinity in x all is NaN
+    rest = !BF16 && largest * largest * (32 * tasks) > CREST * CREST * sum_of_warps(scratch + GEMV_WARPS);
+    const float finite = largest - largest == 0 ? largest : __uint_as_float(0x7fffffff);  // with NaN or infinity in x all is NaN
+    return (largest < 1e-30f ? 1e-30f : finite) / LARGEST;
+}
+
+// The planes of x, whose unit is 1 / per_unit, or of the rest: [GROUPS, 32 lanes, 2 words] every PLANES_WORDS, the fragments of B; a
+// column is a plane, and the order of bits in a word is that of the codes. Returns in `sums` this thread's part of the sum of x in
+// units and of the integers' sum. All threads of a block, which have their first task.
+template <bool BF16>
+__device__ void write_planes(const uint16* x, unsigned* planes, int tasks, Task& task, float per_unit, bool rest, float (&sums)[2]) {
     sums[0] = sums[1] = 0;
 #pragma unroll 1
     for (int at = threadIdx.x; at < tasks; at += blockDim.x) {
-        task.template write<BF16>(planes + at / 8 * PLANES_WORDS, at, per_unit, sums);
+        task.template write<BF16>(planes + at / 8 * PLANES_WORDS, at, per_unit, rest, sums);
         if (at + (int)blockDim.x < tasks) task.load(x, at + blockDim.x);
     }
     __syncthreads();
-    return unit;
 }
 
 constexpr __device__ int lowest_bit(int i) { return i & 1 ? 0 : i & 2 ? 1 : i & 4 ? 2 : 3; }
@@ -588,7 +625,7 @@ struct Counts {
         uint2 b[GROUPS];
 #pragma unroll
         for (int group = 0; group < GROUPS; ++group) b[group] = ((const uint2*)planes)[group * 32 + threadIdx.x % 32];
-        const uint2 signs = ((const uint2*)(planes + SIGNS))[threadIdx.x % 4];
+        const uint2 signs = ((const uint2*)planes)[GROUPS * 32 + threadIdx.x % 4];
         unsigned parity[4] = {signs.x, signs.x, signs.y, signs.y};
 #pragma unroll
         for (int i = 1; i < K; ++i) {  // subsets in the order of Gray's code: one bit more or less each time
@@ -602,7 +639,6 @@ struct Counts {
     // For rows g and g + 8, in units and in all four lanes of g: what the sums of all columns lack, from `Expansion`'s h of the rows.
     __device__ void finish(const float* h, float (&y)[2]) const {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
-        const int second = t == 3 ? 0 : 2;  // the plane of signs is no part of an integer
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const float* row = h + (g + 8 * half) * (K + 4);
@@ -616,11 +652,10 @@ struct Counts {
 #pragma unroll
                     for (int group = 0; group < GROUPS; ++group) {
                         const int* pair = counts[i + j][group] + 2 * half;
-                        const int both = pair[0] + pair[1] * (group == GROUPS - 1 ? second : 2);
-                        sums[group] += factors[j] * (__int_as_float(both) - ROUND);
+                        sums[group] += factors[j] * (__int_as_float(pair[0] + 2 * pair[1]) - ROUND);
                     }
             }
-            float sum = (sums[0] + 256 * sums[1] + 65536 * sums[2]) * (1 << 2 * t);
+            float sum = (sums[0] + 256 * sums[1]) * (1 << 2 * t);
             sum += __shfl_sync(FULL_WARP, sum, lane ^ 1);
             y[half] = sum + __shfl_sync(FULL_WARP, sum, lane ^ 2);
         }
@@ -630,65 +665,82 @@ struct Counts {
 // y [O] = W x + bias, for x [I] with whole tiles of columns, zeros beyond I. A block has `teams` times `rows` rows of tiles, which share
 // the planes of x; the warps of a team share the columns' tiles. Where each has but one, it has `rows` rows of tiles one after the
 // other, as they lie in memory, else rows is 1. Shared memory: planes, PLANES_WORDS for each tile of columns; of each warp its stream,
-// levels and sums [rows, 16] (floats); and 2 WARPS words.
+// and levels, sums and results [rows, 16] (floats); and scratch.
 template <int BITS, bool BF16>
 __device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, int teams, int rows) {
     using Levels = Expansion<BITS, BF16>;
-    const int AHEAD = gemv_stages(BITS) - 1;
+    const int STAGES = gemv_stages(BITS);
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, warps = blockDim.x / 32, members = warps / teams;
     const int count = weight.tiles_a_row(), each = (count + members - 1) / members;
     const int begin = min(warp / teams * each, count), end = min(begin + each, count);
     const int row = (blockIdx.x * teams + warp % teams) * rows, own = min(rows, weight.last_tile_row() + 1 - row);
-    Stream<BITS, 1, AHEAD + 1> codes;
+    const int sums_a_row = warps * TILE_ROWS;
     unsigned* planes = (unsigned*)shared_memory;
     uint4* streams = (uint4*)(planes + count * PLANES_WORDS);
-    float* expanded = (float*)(streams + warps * codes.WORDS);
-    float *h = expanded + warp * rows * Levels::WORDS, *sums = expanded + warps * rows * Levels::WORDS;
-    codes.start(weight, row, streams, begin, max(own, 0) * (end - begin));
+    float* levels = (float*)(streams + warps * Stream<BITS, 1, STAGES>::WORDS);
+    float *sums = levels + warps * rows * Levels::WORDS, *results = sums + rows * sums_a_row, *scratch = results + rows * sums_a_row;
+    Stream<BITS, 1, STAGES> codes;
 #pragma unroll 1
-    for (int r = 0; r < own; ++r) Levels::ask(weight, row + r, h + r * Levels::WORDS);
+    for (int r = 0; r < own; ++r) Levels::ask(weight, row + r, levels + (warp * rows + r) * Levels::WORDS);
     end_of_copies();
+    auto start = [&] {
+        codes.start(weight, row, streams, begin, max(own, 0) * (end - begin));
 #pragma unroll
-    for (int k = 0; k < AHEAD; ++k) codes.ask(), end_of_copies();
+        for (int k = 1; k < STAGES; ++k) codes.ask(), end_of_copies();
+    };
+    start();
     take_turn();
-    float* scratch = sums + rows * warps * TILE_ROWS;
-    float of_x[2];
-    const float unit = write_planes<BF16>(x, planes, (unsigned*)scratch, count, of_x);
+    Task task;
+    bool has_rest;
+    float unit = unit_of<BF16>(x, 8 * count, scratch, task, has_rest), of_x[2];
 #pragma unroll 1
-    for (int r = 0; r < own; ++r) {
-        Counts<BITS> counts;
-        counts.start();
-        for (int k = begin; k < end; ++k) {
-            Words<BITS> words[1];
-            codes.ask();
-            end_of_copies();
-            wait_for_copies<AHEAD>();
-            codes.load(words);
-            counts.add(words[0], planes + k * PLANES_WORDS);
+    for (bool rest = false;; rest = true) {
+        write_planes<BF16>(x, planes, 8 * count, task, 1 / unit, rest, of_x);
+#pragma unroll 1
+        for (int r = 0; r < own; ++r) {
+            Counts<BITS> counts;
+            counts.start();
+            for (int k = begin; k < end; ++k) {
+                Words<BITS> words[1];
+                codes.ask();
+                end_of_copies();
+                wait_for_copies<STAGES - 1>();
+                codes.load(words);
+                counts.add(words[0], planes + k * PLANES_WORDS);
+            }
+            float* h = levels + (warp * rows + r) * Levels::WORDS;
+            wait_for_copies<STAGES - 1>();  // a warp may have no tiles
+            if (!rest) Levels::expand(h);
+            float part[2];
+            counts.finish(h, part);
+            float* to = sums + r * sums_a_row + warp * TILE_ROWS + lane / 4;
+            if (lane % 4 == 0) to[0] = part[0], to[8] = part[1];
         }
-        float part[2];
-        wait_for_copies<AHEAD>();  // a warp may have no tiles
-        Levels::expand(h + r * Levels::WORDS);
-        counts.finish(h + r * Levels::WORDS, part);
-        float* to = sums + (r * warps + warp) * TILE_ROWS + lane / 4;
-        if (lane % 4 == 0) to[0] = part[0], to[8] = part[1];
-    }
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-        for (int by = 16; by; by /= 2) of_x[i] += __shfl_sync(FULL_WARP, of_x[i], lane ^ by);
-        if (lane == 0) scratch[i * WARPS + warp] = of_x[i];
-    }
-    __syncthreads();
-    of_x[0] = of_x[1] = 0;
-    for (int i = 0; i < warps; ++i) of_x[0] += scratch[i], of_x[1] += scratch[WARPS + i];
+        for (int i = 0; i < 2; ++i) {
+            for (int by = 16; by; by /= 2) of_x[i] += __shfl_sync(FULL_WARP, of_x[i], lane ^ by);
+            if (lane == 0) scratch[i * GEMV_WARPS + warp] = of_x[i];
+        }
+        __syncthreads();
+        of_x[0] = sum_of_warps(scratch), of_x[1] = sum_of_warps(scratch + GEMV_WARPS);
+        if (rest) unit /= 2 * LARGEST;
 #pragma unroll 1
-    for (int at = threadIdx.x; at < teams * rows * TILE_ROWS; at += blockDim.x) {
-        const int out = blockIdx.x * teams * rows * TILE_ROWS + at, tile = at / TILE_ROWS, team = tile / rows, r = tile % rows;
-        if (out >= weight.O) continue;
-        const float* levels = expanded + (team * rows + r) * Levels::WORDS + at % TILE_ROWS * Levels::APART;
-        float sum = levels[0] * of_x[0] + levels[Levels::K] * of_x[1];
-        for (int member = 0; member < members; ++member) sum += sums[(r * warps + member * teams + team) * TILE_ROWS + at % TILE_ROWS];
-        y[out] = to_bits<BF16>(unit * sum + (bias ? from_bits<BF16>(bias[out]) : 0));
+        for (int at = threadIdx.x; at < teams * rows * TILE_ROWS; at += blockDim.x) {
+            const int out = blockIdx.x * teams * rows * TILE_ROWS + at, tile = at / TILE_ROWS, team = tile / rows, r = tile % rows;
+            if (out >= weight.O) continue;
+            const float* h = levels + tile * Levels::WORDS + at % TILE_ROWS * Levels::APART;
+            float sum = (rest ? 0 : h[0] * of_x[0]) + h[Levels::K] * of_x[1];
+            for (int member = 0; member < members; ++member) sum += sums[r * sums_a_row + (member * teams + team) * TILE_ROWS + at % TILE_ROWS];
+            const float result = unit * sum + (rest ? results[at] : bias ? from_bits<BF16>(bias[out]) : 0);
+            if (has_rest && !rest)
+                results[at] = result;
+            else
+                y[out] = to_bits<BF16>(result);
+        }
+        if (rest || !has_rest) return;
+        __syncthreads();
+        start();
+        task.load(x, min((int)threadIdx.x, 8 * count - 1));
     }
 }
 
@@ -718,7 +770,8 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
     const int block_row = blockIdx.x * teams * ROWS, first = block_row + warp % teams * ROWS;
     Stream<BITS, ROWS, AHEAD + 1> codes;
     Decoder<BITS, BF16, AFFINE> decoders[ROWS];
-    float sums[ROWS][TOKENS][4] = {};
+    const int CHAINS = shared_x ? 1 : 4;  // of products that do not wait for each other
+    float sums[CHAINS][ROWS][TOKENS][4] = {};
     auto ask = [&](int k) {
         codes.ask();
         char* to = shared_memory + (k - begin) % COPIES * X_BYTES;
@@ -750,8 +803,8 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
             const uint4 b = read_x(n, k, piece);
 #pragma unroll
             for (int r = 0; r < ROWS; ++r) {
-                multiply<BF16>(sums[r][n], a[r][0], b.x, b.y);
-                multiply<BF16>(sums[r][n], a[r][1], b.z, b.w);
+                multiply<BF16>(sums[2 * piece % CHAINS][r][n], a[r][0], b.x, b.y);
+                multiply<BF16>(sums[(2 * piece + 1) % CHAINS][r][n], a[r][1], b.z, b.w);
             }
         }
     };
@@ -795,8 +848,12 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
 #pragma unroll
         for (int n = 0; n < TOKENS; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-                all[((warp * ROWS + r) * 8 * TOKENS + 8 * n + 2 * t + i % 2) * SUMS + g + i / 2 * 8] = sums[r][n][i];
+            for (int i = 0; i < 4; ++i) {
+                float sum = sums[0][r][n][i];
+#pragma unroll
+                for (int chain = 1; chain < CHAINS; ++chain) sum += sums[chain][r][n][i];
+                all[((warp * ROWS + r) * 8 * TOKENS + 8 * n + 2 * t + i % 2) * SUMS + g + i / 2 * 8] = sum;
+            }
     __syncthreads();
     const int block_rows = teams * ROWS * TILE_ROWS;
     for (int at = threadIdx.x; at < 8 * TOKENS * block_rows; at += blockDim.x) {
@@ -1016,7 +1073,7 @@ constexpr __device__ int most_threads(int tokens) { return tokens == 1 ? BY_SHUF
         add_up<BF16>(partial, bias, y, parts, N, O);                                                                           \
     }
 #define ONE(NAME, BITS, BF16)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(WARPS * 32, BITS == 4 ? 1 : 2) lut_gemv_##NAME(                                            \
+    extern "C" __global__ void __launch_bounds__(BITS == 4 ? 256 : GEMV_WARPS * 32, 1) lut_gemv_##NAME(                                            \
         PRODUCT, int O, int I, int G, int teams, int rows) {                                                                   \
         lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams, rows);                                  \
     }

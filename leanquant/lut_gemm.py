@@ -15,9 +15,9 @@ from . import kernels
 from .packing import affine_levels
 
 CUDA_SOURCE = Path(__file__).with_name("lut_gemm.cu")
-TILE_ROWS, TILE_COLUMNS, THREADS, WARPS = 16, 256, 256, 8
+TILE_ROWS, TILE_COLUMNS, THREADS, WARPS, GEMV_WARPS = 16, 256, 256, 8, 16
 GEMV_STAGES, GEMM_STAGES = {4: 4, 3: 5, 2: 8}, 3  # tiles whose codes a warp has under way or at work
-PLANES_BYTES = 800  # of shared memory for x's bits in a tile of columns: lut_gemm.cu's PLANES_WORDS
+PLANES_BYTES = 544  # of shared memory for x's bits in a tile of columns: lut_gemm.cu's PLANES_WORDS
 COUNT_BITS = (8, 9)  # major architectures whose tensor cores do; later ones are slow at it
 FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces
 WIDE_TOKENS = 1024  # or on Hopper by lut_wide: with still more, rebuilding should cost less than cuBLAS is ahead (not measured)
@@ -207,8 +207,8 @@ def _gemv_plan(rows: int, columns: int, bits: int, gpu) -> tuple[int, int, int] 
 
 def _gemv_bytes(warps: int, each: int, columns: int, bits: int) -> int:
     """Of shared memory, as lut_gemv lays it out."""
-    levels_and_sums = 4 * TILE_ROWS * (2**bits + 4 + 1)
-    return PLANES_BYTES * columns + warps * (_stream_bytes(GEMV_STAGES[bits], bits) + each * levels_and_sums) + 8 * WARPS
+    levels, sums, results = 4 * TILE_ROWS * (2**bits + 4), 4 * TILE_ROWS, 4 * TILE_ROWS
+    return PLANES_BYTES * columns + warps * (_stream_bytes(GEMV_STAGES[bits], bits) + each * (levels + sums + results)) + 8 * GEMV_WARPS
 
 
 def _stream_bytes(stages: int, bits: int) -> int:
