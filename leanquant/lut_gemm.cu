@@ -484,20 +484,20 @@ struct Task {
         return sums[0] + sums[1] + (sums[2] + sums[3]);
     }
 
-    // Its word of every plane, from `planes` of its tile on; adds x in units, and the integers, to `sums`. Or of the `rest` that the
-    // integers leave, in a finer unit.
-    template <bool BF16>
-    __device__ void write(unsigned* planes, int task, float per_unit, bool rest, float (&sums)[2]) const {
+    // Its word of every plane, from `planes` of its tile on; adds x and |x|, in units, to `sums`. Or, REST, those of what the integers
+    // leave, in a finer unit; and what the sum of |x| was too much for the integers.
+    template <bool BF16, bool REST>
+    __device__ void write(unsigned* planes, int task, float per_unit, float (&sums)[2]) const {
         unsigned integers[32], signs = 0;  // by the bit that they get in a word
         float parts[2][4] = {};
 #pragma unroll
         for (int bit = 31; bit >= 0; --bit) {  // 16 q + 4 j + s
-            float scaled = value<BF16>(bit % 4, bit / 16 * 4 + bit / 4 % 4) * per_unit;
-            if (!BF16 && rest) scaled = (scaled - (scaled + 1.5f * ROUND - 1.5f * ROUND)) * (2 * LARGEST);
-            const float size = fabsf(scaled);
-            signs = signs << 1 | __float_as_uint(scaled) >> 31;
+            const float scaled = value<BF16>(bit % 4, bit / 16 * 4 + bit / 4 % 4) * per_unit;
+            const float left = REST ? (scaled - (scaled + 1.5f * ROUND - 1.5f * ROUND)) * (2 * LARGEST) : scaled, size = fabsf(left);
+            signs = signs << 1 | __float_as_uint(left) >> 31;
             integers[bit] = __float_as_uint(size + ROUND);
-            parts[0][bit % 4] += scaled, parts[1][bit % 4] += __uint_as_float(integers[bit]) - ROUND;
+            if (!REST) parts[0][bit % 4] += scaled;
+            parts[1][bit % 4] += REST ? __uint_as_float(integers[bit]) - ROUND - (scaled < 0 ? -left : left) : size;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) sums[i] += parts[i][0] + parts[i][1] + (parts[i][2] + parts[i][3]);
@@ -553,14 +553,17 @@ __device__ float unit_of(const uint16* x, int tasks, float* scratch, Task& task,
 }
 
 // The planes of x, whose unit is 1 / per_unit, or of the rest: [GROUPS, 32 lanes, 2 words] every PLANES_WORDS, the fragments of B; a
-// column is a plane, and the order of bits in a word is that of the codes. Returns in `sums` this thread's part of the sum of x in
-// units and of the integers' sum. All threads of a block, which have their first task.
+// column is a plane, and the order of bits in a word is that of the codes. Returns in `sums` this thread's part of Task's. All threads of a block, which have their first task.
 template <bool BF16>
 __device__ void write_planes(const uint16* x, unsigned* planes, int tasks, Task& task, float per_unit, bool rest, float (&sums)[2]) {
     sums[0] = sums[1] = 0;
 #pragma unroll 1
     for (int at = threadIdx.x; at < tasks; at += blockDim.x) {
-        task.template write<BF16>(planes + at / 8 * PLANES_WORDS, at, per_unit, rest, sums);
+        unsigned* to = planes + at / 8 * PLANES_WORDS;
+        if (!BF16 && rest)
+            task.template write<BF16, true>(to, at, per_unit, sums);
+        else
+            task.template write<BF16, false>(to, at, per_unit, sums);
         if (at + (int)blockDim.x < tasks) task.load(x, at + blockDim.x);
     }
     __syncthreads();
@@ -729,7 +732,7 @@ __device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bi
             const int out = blockIdx.x * teams * rows * TILE_ROWS + at, tile = at / TILE_ROWS, team = tile / rows, r = tile % rows;
             if (out >= weight.O) continue;
             const float* h = levels + tile * Levels::WORDS + at % TILE_ROWS * Levels::APART;
-            float sum = (rest ? 0 : h[0] * of_x[0]) + h[Levels::K] * of_x[1];
+            float sum = h[0] * of_x[0] + h[Levels::K] * of_x[1];
             for (int member = 0; member < members; ++member) sum += sums[r * sums_a_row + (member * teams + team) * TILE_ROWS + at % TILE_ROWS];
             const float result = unit * sum + (rest ? results[at] : bias ? from_bits<BF16>(bias[out]) : 0);
             if (has_rest && !rest)
