@@ -484,8 +484,8 @@ struct Task {
         return sums[0] + sums[1] + (sums[2] + sums[3]);
     }
 
-    // Its word of every plane, from `planes` of its tile on; adds x and |x|, in units, to `sums`. Or, REST, those of what the integers
-    // leave, in a finer unit; and what the sum of |x| was too much for the integers.
+    // Its word of every plane, from `planes` of its tile on; adds x, in units, and the integers to `sums`. Or, REST, the integers of
+    // what they leave, in a finer unit.
     template <bool BF16, bool REST>
     __device__ void write(unsigned* planes, int task, float per_unit, float (&sums)[2]) const {
         unsigned integers[32], signs = 0;  // by the bit that they get in a word
@@ -493,11 +493,11 @@ struct Task {
 #pragma unroll
         for (int bit = 31; bit >= 0; --bit) {  // 16 q + 4 j + s
             const float scaled = value<BF16>(bit % 4, bit / 16 * 4 + bit / 4 % 4) * per_unit;
-            const float left = REST ? (scaled - (scaled + 1.5f * ROUND - 1.5f * ROUND)) * (2 * LARGEST) : scaled, size = fabsf(left);
+            const float left = REST ? (scaled - (scaled + 1.5f * ROUND - 1.5f * ROUND)) * (2 * LARGEST) : scaled;
             signs = signs << 1 | __float_as_uint(left) >> 31;
-            integers[bit] = __float_as_uint(size + ROUND);
+            integers[bit] = __float_as_uint(fabsf(left) + ROUND);
             if (!REST) parts[0][bit % 4] += scaled;
-            parts[1][bit % 4] += REST ? __uint_as_float(integers[bit]) - ROUND - (scaled < 0 ? -left : left) : size;
+            parts[1][bit % 4] += __uint_as_float(integers[bit]) - ROUND;
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) sums[i] += parts[i][0] + parts[i][1] + (parts[i][2] + parts[i][3]);
