@@ -17,17 +17,19 @@
 // bits; smaller widths have fewer subsets. So what counts is all that is not a tile: until x is there and cut into planes, in every
 // block, and from the counts to y.
 //
-// Up to 64 tokens (lut_gemm), and whatever else: levels are looked up in registers. A row's levels, 16 bits each, lie as a plane of low and a
+// Up to 64 tokens otherwise (lut_gemm): levels are looked up in registers. A row's levels, 16 bits each, lie as a plane of low and a
 // plane of high bytes; a byte permutation picks four bytes by the four nibbles of a selector, which is made of the codes' bit planes. 16
 // levels take two permutations a plane and one that chooses between them. Then mma.m16n8k16 multiplies; lane 4 g + t reads token g's
 // columns 128 h + 32 s + 8 t and the seven after it, 16 bytes, and a token's four lanes 64 contiguous bytes. Look-ups in shared memory,
 // by pairs of codes and in a column of each lane's own, were slower at every width on an H200.
 //
-// Many tokens on Hopper (lut_wide, free levels): to rebuild a weight of b bits in memory and multiply it with cuBLAS moves 4 + b / 8 bytes
-// for each; at 512 tokens that takes 0.4 of the product's own time. wgmma takes A from registers, where looking up leaves it, while B,
-// x, is in shared memory. A block's 8 warps have 128 rows and up to 256 tokens: 4096 clocks of the tensor cores for a tile's 256 columns,
-// in which a scheduler issues some 2300 instructions. Levels of groups are renewed in branches, across which the assembler lets no
-// product run on; they are rebuilt.
+// More than 8 tokens on Hopper (lut_wide, free levels): to rebuild a weight of b bits in memory and multiply it with cuBLAS moves 4 + b / 8
+// bytes for each; at 512 tokens that takes 0.4 of the product's own time. wgmma takes A from registers, where looking up leaves it, while
+// B, x, is in shared memory. When each block permuted x on its way there, the products ran at half their rate on an H200: loads and
+// stores took the shared memory's time. Now arrange_x writes x once, as the very bytes that shared memory is to hold, and one instruction
+// copies 64 columns of a block's tokens into a ring of slots. A block's 8 warps have 128 rows and up to 256 tokens: 4096 clocks of the
+// tensor cores for a tile's 256 columns, in which a scheduler issues some 1400 instructions. The assembler lets products run on across
+// a branch only where it stands between two stages of the ring; levels of groups, renewed in branches anywhere, are rebuilt.
 
 #define FULL_WARP 0xffffffffu
 typedef unsigned char uint8;
@@ -144,37 +146,41 @@ __device__ unsigned shared_address(const void* p) { return (unsigned)__cvta_gene
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 // C [64, 2 SIZE] += A [64, 16] B [16, 2 SIZE] for the four warps of a warpgroup, in the background: A in registers, a row of 16 x 16 a
 // warp; B in shared memory, which `matrix` describes. Neither may change, nor C be read, before `wait_for_products`.
+#define REGISTERS_8 "%0,%1,%2,%3,%4,%5,%6,%7"
+#define REGISTERS_16 REGISTERS_8 ",%8,%9,%10,%11,%12,%13,%14,%15"
+#define REGISTERS_32 REGISTERS_16 ",%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
 #define REGISTERS_64                                                                                                    \
-    "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31," \
-    "%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,"  \
+    REGISTERS_32                                                                                                        \
+    ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48,%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60," \
     "%61,%62,%63"
 #define REGISTERS_128                                                                                                   \
     REGISTERS_64                                                                                                        \
     ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80,%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,"  \
     "%93,%94,%95,%96,%97,%98,%99,%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114,%115,%116,"      \
     "%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-#define FOUR(c, i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define SIXTEEN(c, i) FOUR(c, i), FOUR(c, i + 4), FOUR(c, i + 8), FOUR(c, i + 12)
-#define SIXTY_FOUR(c, i) SIXTEEN(c, i), SIXTEEN(c, i + 16), SIXTEEN(c, i + 32), SIXTEEN(c, i + 48)
+#define EIGHT(c, i) \
+    "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+#define SIXTEEN(c, i) EIGHT(c, i), EIGHT(c, i + 8)
+#define THIRTY_TWO(c, i) SIXTEEN(c, i), SIXTEEN(c, i + 16)
+#define SIXTY_FOUR(c, i) THIRTY_TWO(c, i), THIRTY_TWO(c, i + 32)
 #define WGMMA(TOKENS, TYPE, REGISTERS, A, B, ...)                                                                         \
     asm volatile("{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n" #TOKENS "k16.f32." #TYPE "." #TYPE  \
                  " {" REGISTERS "}, {" A "}, " B ", p, 1, 1, 0;}"                                                         \
                  : __VA_ARGS__                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-template <bool BF16>
-__device__ void multiply_in_background(float (&c)[64], const unsigned (&a)[4], unsigned long long b) {
-    if (BF16)
-        WGMMA(128, bf16, REGISTERS_64, "%64,%65,%66,%67", "%68", SIXTY_FOUR(c, 0));
-    else
-        WGMMA(128, f16, REGISTERS_64, "%64,%65,%66,%67", "%68", SIXTY_FOUR(c, 0));
-}
-template <bool BF16>
-__device__ void multiply_in_background(float (&c)[128], const unsigned (&a)[4], unsigned long long b) {
-    if (BF16)
-        WGMMA(256, bf16, REGISTERS_128, "%128,%129,%130,%131", "%132", SIXTY_FOUR(c, 0), SIXTY_FOUR(c, 64));
-    else
-        WGMMA(256, f16, REGISTERS_128, "%128,%129,%130,%131", "%132", SIXTY_FOUR(c, 0), SIXTY_FOUR(c, 64));
-}
+#define MULTIPLY_IN_BACKGROUND(SIZE, TOKENS, A, B, ...)                                                                   \
+    template <bool BF16>                                                                                                \
+    __device__ void multiply_in_background(float (&c)[SIZE], const unsigned (&a)[4], unsigned long long b) {            \
+        if (BF16)                                                                                                       \
+            WGMMA(TOKENS, bf16, REGISTERS_##SIZE, A, B, __VA_ARGS__);                                                     \
+        else                                                                                                            \
+            WGMMA(TOKENS, f16, REGISTERS_##SIZE, A, B, __VA_ARGS__);                                                      \
+    }
+MULTIPLY_IN_BACKGROUND(8, 16, "%8,%9,%10,%11", "%12", EIGHT(c, 0))
+MULTIPLY_IN_BACKGROUND(16, 32, "%16,%17,%18,%19", "%20", SIXTEEN(c, 0))
+MULTIPLY_IN_BACKGROUND(32, 64, "%32,%33,%34,%35", "%36", THIRTY_TWO(c, 0))
+MULTIPLY_IN_BACKGROUND(64, 128, "%64,%65,%66,%67", "%68", SIXTY_FOUR(c, 0))
+MULTIPLY_IN_BACKGROUND(128, 256, "%128,%129,%130,%131", "%132", SIXTY_FOUR(c, 0), SIXTY_FOUR(c, 64))
 
 // What registers and shared memory hold is for the products that follow.
 __device__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -190,8 +196,36 @@ __device__ void wait_for_products() {
 __device__ void keep(float& x) { asm volatile("" : "+f"(x)::"memory"); }
 __device__ void keep(unsigned& x) { asm volatile("" : "+r"(x)::"memory"); }
 
-// This thread's stores to shared memory become visible to products in the background, after a barrier.
-__device__ void show_to_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// A barrier in shared memory goes from one phase to the next when `arrivals` calls of `arrive` or `expect_bytes` have come, and the bytes
+// that were expected.
+typedef unsigned long long Barrier;
+__device__ void start_barrier(Barrier* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ void arrive(Barrier* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ void expect_bytes(Barrier* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+// Until the barrier's phase `phase`, counted from 0, is over; the next one may not be.
+__device__ void wait_for_phase(Barrier* barrier, int phase) {
+    asm volatile(
+        "{.reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again;}"
+        ::"r"(shared_address(barrier)), "r"(phase & 1)
+        : "memory");
+}
+
+// Copy from global to shared memory in the background, by one thread: 16-byte units, which `barrier` must have been told to expect.
+__device__ void copy_in_background(void* to, const void* from, int bytes, Barrier* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(to)),
+                 "l"(__cvta_generic_to_global(from)), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// What this thread knows to be in memory, barriers too, is there for its copies in the background.
+__device__ void show_to_copies() { asm volatile("fence.proxy.async;" ::: "memory"); }
 #endif
 #endif
 
@@ -296,7 +330,7 @@ struct Words {
 // [STAGES, ROWS, BITS, 32] times 16 bytes. A lane copies what it will read, so that none waits for another.
 template <int BITS, int ROWS, int STAGES>
 struct Stream {
-    static const int STAGE = ROWS * BITS * 32, WORDS = STAGES * STAGE;  // of 16 bytes, a warp
+    static constexpr int STAGE = ROWS * BITS * 32, WORDS = STAGES * STAGE;  // of 16 bytes, a warp
     const uint4* tiles[ROWS];  // to ask for next
     uint4* mine;
     int left, to, at;  // tiles that were not asked for; where the next is copied to and where the next to load is
@@ -872,11 +906,12 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
     }
 }
 
-// --- many tokens, on Hopper -------------------------------------------------------------------------------------------
+// --- more tokens, on Hopper -------------------------------------------------------------------------------------------
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDACC_RTC__)
-const int STAGE_COLUMNS = 64, X_STAGES = 3, CODE_STAGES = 2;  // of x: a token's 128 bytes; slots for it; tiles of codes
-const int WIDE_WARPS = 8;  // two warpgroups
+const int STAGE_COLUMNS = 64, STAGES = TILE_COLUMNS / STAGE_COLUMNS;  // of x: a token's 128 bytes; in a tile
+const int CODE_STAGES = 3;  // tiles of codes that a warp has under way or at work
+const int WIDE_WARPS = 8;   // two warpgroups
 
 // B of multiply_in_background: tokens' 128 bytes, one after the other, as the products expect them where 16-byte units are exchanged
 // among eight tokens ("128-byte swizzle", groups of eight tokens 1024 bytes apart). `step` of 16 columns.
@@ -884,67 +919,87 @@ __device__ unsigned long long matrix(unsigned address, int step) {
     return 1ull << 62 | 64ull << 32 | 1ull << 16 | (address + 32 * step) >> 4;
 }
 
-// x [TOKENS, 64 columns], on its way to shared memory through registers: its order there is that of the products' columns, which is
-// that of the lanes' fragments. Unit 4 i + t of a token is columns 32 i + 8 t and on; its word w becomes word t of unit 4 i + w.
+// x [N, I] as lut_wide wants it in shared memory, images [blocks of `tokens`, stages, tokens, 128 bytes], zeros where x has nothing; a
+// thread writes 16 bytes. Columns are in the order of the products, which is that of the lanes' fragments: source unit 4 i + t of a
+// token's stage is columns 32 i + 8 t and on; its word w becomes word t of unit 4 i + w.
+__device__ void arrange_x(const uint16* x, uint16* images, int N, int I, int tokens) {
+    const int unit = threadIdx.x % 8, token = blockIdx.y * (blockDim.x / 8) + threadIdx.x / 8, stage = blockIdx.x;
+    const int first = stage * STAGE_COLUMNS + unit / 4 * 32 + unit % 4 * 2;
+    unsigned words[4] = {};
+    take_turn();
+    if (token >= (N + tokens - 1) / tokens * tokens) return;
+    const uint16* from = x + (long long)token * I + first;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+        const int left = token < N ? I - first - PIECE * t : 0;
+        if (left > 1 && I % 2 == 0)
+            words[t] = *(const unsigned*)(from + PIECE * t);
+        else if (left > 0)
+            words[t] = from[PIECE * t] | (left > 1 ? from[PIECE * t + 1] << 16 : 0);
+    }
+    uint4* image = (uint4*)images + (((long long)(token / tokens) * gridDim.x + stage) * tokens + token % tokens) * 8;
+    image[unit ^ token % 8] = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+// Images of x on their way through shared memory, a ring of slots. Thread 0 asks for one AHEAD stages before its use, and so some stages
+// after its slot's last: by then all warps should have released it.
 template <int TOKENS>
-struct WideX {
-    static constexpr int EACH = TOKENS * STAGE_COLUMNS / PIECE / (WIDE_WARPS * 32), BYTES = TOKENS * 2 * STAGE_COLUMNS;
-    static constexpr int TOKENS_APART = TOKENS / EACH;
-    uint4 units[EACH];
-    const uint16* from;
-    int token, width, left;  // of this thread's first unit; and how many tokens there are from it on
+struct Ring {
+    static constexpr int BYTES = TOKENS * 2 * STAGE_COLUMNS, SLOTS = TOKENS > 128 ? 5 : 8, AHEAD = 2 * SLOTS / 3;
+    Barrier *full, *empty;
+    const char* images;
+    int stages;
 
-    __device__ void start(const uint16* x, int first_token, int N, int columns, int first_column) {
-        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-        token = warp / 2 * 8 + lane / 4;
-        width = columns, left = N - first_token - token;
-        from = x + (long long)(first_token + token) * width + first_column + warp % 2 * 32 + lane % 4 * PIECE;
+    __device__ void start(Barrier* barriers, const uint16* from, int count) {
+        full = barriers, empty = barriers + SLOTS, images = (const char*)from, stages = count;
+        if (threadIdx.x == 0)
+            for (int slot = 0; slot < SLOTS; ++slot) start_barrier(full + slot, 1), start_barrier(empty + slot, WIDE_WARPS);
     }
 
-    __device__ void load(int stage) {
-#pragma unroll
-        for (int i = 0; i < EACH; ++i)
-            units[i] = i * TOKENS_APART < left ? *(const uint4*)(from + (long long)i * TOKENS_APART * width + stage * STAGE_COLUMNS)
-                                               : make_uint4(0, 0, 0, 0);
+    __device__ void ask(int stage) const {
+        if (threadIdx.x || stage >= stages) return;
+        const int slot = stage % SLOTS, round = stage / SLOTS;
+        if (round) wait_for_phase(empty + slot, round - 1);
+        expect_bytes(full + slot, BYTES);
+        copy_in_background(shared_memory + slot * BYTES, images + (long long)stage * BYTES, BYTES, full + slot);
     }
 
-    __device__ void store(int stage) const {
-        char* to = shared_memory + stage % X_STAGES * BYTES + token * 2 * STAGE_COLUMNS + threadIdx.x % 4 * 4;
-        const int unit = threadIdx.x / 32 % 2 * 4, exchanged = token % 8;
-#pragma unroll
-        for (int i = 0; i < EACH; ++i) {
-            const unsigned words[4] = {units[i].x, units[i].y, units[i].z, units[i].w};
-#pragma unroll
-            for (int w = 0; w < 4; ++w)
-                *(unsigned*)(to + i * TOKENS_APART * 2 * STAGE_COLUMNS + ((unit + w) ^ exchanged) * 16) = words[w];
-        }
+    __device__ unsigned wait(int stage) const {
+        wait_for_phase(full + stage % SLOTS, stage / SLOTS);
+        return shared_address(shared_memory) + stage % SLOTS * BYTES;
+    }
+
+    __device__ void release(int stage) const {
+        if (threadIdx.x % 32 == 0) arrive(empty + stage % SLOTS);
     }
 };
 
-// y [N, O] = x W^T + bias, TOKENS of them a block, and 128 rows. x [N, whole tiles of columns], zeros beyond I. A block has two
-// warpgroups, a warp a row of tiles; gridDim.y blocks share the columns and then write partial [gridDim.y, N, O] for add_up. Levels are
-// looked up into A's registers while the tensor cores are at work on the pieces before. Shared memory: X_STAGES of x, then the warps'
-// streams; at the end y [TOKENS, 128 rows and a gap].
+// y [N, O] = x W^T + bias, TOKENS of them a block, and 128 rows, for the images of x. A block has two warpgroups, a warp a row of tiles;
+// gridDim.y blocks share the columns and then write partial [gridDim.y, N, O] for add_up. Levels are looked up into A's registers while
+// the tensor cores are at work on the piece before; warps meet in the ring alone. Shared memory: the ring, the warps' streams, the ring's
+// barriers; at the end y [TOKENS, 128 rows and a gap].
 template <int BITS, bool BF16, int TOKENS>
-__device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bias, uint16* y, float* partial, int N) {
+__device__ void lut_wide(const Weight& weight, const uint16* images, const uint16* bias, uint16* y, float* partial, int N) {
     const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4, blocks = (N + TOKENS - 1) / TOKENS;
     const int first_token = blockIdx.x % blocks * TOKENS, tile_row = blockIdx.x / blocks * WIDE_WARPS + warp;
     const int count = weight.tiles_a_row(), each = (count + gridDim.y - 1) / gridDim.y;
-    const int begin = min(blockIdx.y * each, count), end = min(begin + each, count), stages = (end - begin) * (TILE_COLUMNS / STAGE_COLUMNS);
+    const int begin = min(blockIdx.y * each, count), end = min(begin + each, count);
     Stream<BITS, 1, CODE_STAGES> codes;
     Decoder<BITS, BF16, false> decoder;
-    WideX<TOKENS> wide;
+    Ring<TOKENS> ring;
     float c[TOKENS / 2] = {};
     unsigned a[2][2][4] = {};
-    codes.start(weight, tile_row, (uint4*)(shared_memory + X_STAGES * WideX<TOKENS>::BYTES), begin, end - begin);
-    codes.ask();
-    end_of_copies();
+    uint4* streams = (uint4*)(shared_memory + ring.SLOTS * ring.BYTES);
+    const long long first_stage = ((long long)(blockIdx.x % blocks) * count + begin) * STAGES;
+    ring.start((Barrier*)(streams + WIDE_WARPS * codes.WORDS), images + first_stage * (ring.BYTES / 2), (end - begin) * STAGES);
+    codes.start(weight, tile_row, streams, begin, end - begin);
+#pragma unroll
+    for (int k = 0; k < CODE_STAGES - 1; ++k) codes.ask(), end_of_copies();
     decoder.start(weight, min(tile_row, weight.last_tile_row()));
-    wide.start(x, first_token, N, count * TILE_COLUMNS, begin * TILE_COLUMNS);
-    if (stages) wide.load(0), wide.store(0);
-    show_to_products();
-    if (stages) wide.load(1);
+    take_turn();
     __syncthreads();
+    show_to_copies();
+    for (int stage = 0; stage < ring.SLOTS; ++stage) ring.ask(stage);
     for (int k = begin, stage = 0; k < end; ++k) {
         Words<BITS> words[1];
         codes.ask();
@@ -952,25 +1007,22 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
         wait_for_copies<CODE_STAGES - 1>();
         codes.load(words);
 #pragma unroll
-        for (int quarter = 0; quarter < TILE_COLUMNS / STAGE_COLUMNS; ++quarter, ++stage) {
-            // The slot's last products, of two stages ago, are done: every warp has waited for them before the last barrier.
-            if (stage + 1 < stages) wide.store(stage + 1);
-            show_to_products();  // which waits for what was loaded before it, too
-            if (stage + 2 < stages) wide.load(stage + 2);
-            const unsigned address = shared_address(shared_memory) + stage % X_STAGES * WideX<TOKENS>::BYTES;
+        for (int quarter = 0; quarter < STAGES; ++quarter, ++stage) {
+            unsigned address;
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                const int piece = 2 * quarter + half;
                 wait_for_products<1>();
 #pragma unroll
                 for (int i = 0; i < 8; ++i) keep(a[half][i / 4][i % 4]);
-                decoder.fragments(words[0], piece, a[half]);
+                if (half == 1 && stage > 0) ring.release(stage - 1);  // of which the last products were those waited for
+                decoder.fragments(words[0], 2 * quarter + half, a[half]);
+                if (half == 0) address = ring.wait(stage);
+                if (half == 0 && stage >= ring.SLOTS - ring.AHEAD) ring.ask(stage + ring.AHEAD);  // a branch, which half 1 must not have
                 begin_products();
                 multiply_in_background<BF16>(c, a[half][0], matrix(address, 2 * half));
                 multiply_in_background<BF16>(c, a[half][1], matrix(address, 2 * half + 1));
                 end_of_products();
             }
-            __syncthreads();
         }
     }
     wait_for_products<0>();
@@ -987,7 +1039,9 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
     }
     const int ROWS = WIDE_WARPS * TILE_ROWS, APART = ROWS + PIECE;
     uint16* all = (uint16*)shared_memory;
-    const float biases[2] = {bias && row < weight.O ? from_bits<BF16>(bias[row]) : 0, bias && row + 8 < weight.O ? from_bits<BF16>(bias[row + 8]) : 0};
+    float biases[2] = {};
+    for (int half = 0; half < 2; ++half)
+        if (bias && row + 8 * half < weight.O) biases[half] = from_bits<BF16>(bias[row + 8 * half]);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; ++i)
@@ -1011,6 +1065,7 @@ __device__ void lut_wide(const Weight& weight, const uint16* x, const uint16* bi
 template <bool BF16>
 __device__ void add_up(const float* partial, const uint16* bias, uint16* y, int parts, int N, int O) {
     const long long size = (long long)N * O, at = (long long)blockIdx.x * blockDim.x + threadIdx.x;
+    take_turn();
     if (at >= size) return;
     float sum = bias ? from_bits<BF16>(bias[at % O]) : 0;
     for (int part = 0; part < parts; ++part) sum += partial[part * size + at];
@@ -1081,22 +1136,28 @@ constexpr __device__ int most_threads(int tokens) { return tokens == 1 ? BY_SHUF
         lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams, rows);                                  \
     }
 #define WIDE(NAME, BITS, BF16, TOKENS)                                                                                         \
-    extern "C" __global__ void __launch_bounds__(WIDE_WARPS * 32, 1) lut_wide_##NAME##_##TOKENS(                               \
+    extern "C" __global__ void __launch_bounds__(WIDE_WARPS * 32, TOKENS > 64 ? 1 : 2) lut_wide_##NAME##_##TOKENS(             \
         PRODUCT, float* partial, int O, int I, int G, int N) {                                                                 \
         lut_wide<BITS, BF16, TOKENS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N);                           \
     }
-#define MANY(NAME, BITS, BF16) WIDE(NAME, BITS, BF16, 128) WIDE(NAME, BITS, BF16, 256)
+#define MANY(LEVELS, SUM, BITS, BF16)                                                                                          \
+    WIDE(LEVELS, BITS, BF16, 16) WIDE(LEVELS, BITS, BF16, 32) WIDE(LEVELS, BITS, BF16, 64)                                     \
+    WIDE(LEVELS, BITS, BF16, 128) WIDE(LEVELS, BITS, BF16, 256)                                                                \
+    extern "C" __global__ void __launch_bounds__(256) arrange_x_##SUM(                                                         \
+        const uint16* x, uint16* images, int N, int I, int tokens) {                                                           \
+        arrange_x(x, images, N, I, tokens);                                                                                    \
+    }
 
 // What the GPU has a use for: lut_wide, and no other, where the compiler was told of Hopper's own instructions; lut_gemv where tensor
 // cores count bits; on the host all.
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define KERNELS(LEVELS, AFFINE, SUM, BITS, BF16) MANY(LEVELS, BITS, BF16)
+#define KERNELS(LEVELS, AFFINE, SUM, BITS, BF16) MANY(LEVELS, SUM, BITS, BF16)
 #else
 #define BY_LOOK_UP(LEVELS, AFFINE, SUM, BITS, BF16) \
     FEW(LEVELS, BITS, BF16, false, MOST_ROWS) FEW(AFFINE, BITS, BF16, true, 1) ADD_UP(SUM, BF16)
 #if !defined(__CUDACC_RTC__)
 #define KERNELS(LEVELS, AFFINE, SUM, BITS, BF16) \
-    BY_LOOK_UP(LEVELS, AFFINE, SUM, BITS, BF16) ONE(LEVELS, BITS, BF16) MANY(LEVELS, BITS, BF16)
+    BY_LOOK_UP(LEVELS, AFFINE, SUM, BITS, BF16) ONE(LEVELS, BITS, BF16) MANY(LEVELS, SUM, BITS, BF16)
 #elif __CUDA_ARCH__ >= 800 && __CUDA_ARCH__ < 1000
 #define KERNELS(LEVELS, AFFINE, SUM, BITS, BF16) BY_LOOK_UP(LEVELS, AFFINE, SUM, BITS, BF16) ONE(LEVELS, BITS, BF16)
 #else

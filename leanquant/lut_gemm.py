@@ -15,14 +15,16 @@ from . import kernels
 from .packing import affine_levels
 
 CUDA_SOURCE = Path(__file__).with_name("lut_gemm.cu")
-TILE_ROWS, TILE_COLUMNS, THREADS, WARPS, GEMV_WARPS = 16, 256, 256, 8, 16
+TILE_ROWS, TILE_COLUMNS, PIECE, THREADS, WARPS, GEMV_WARPS = 16, 256, 8, 256, 8, 16
 GEMV_STAGES, GEMM_STAGES = {4: 4, 3: 5, 2: 8}, 3  # tiles whose codes a warp has under way or at work
 PLANES_BYTES = 544  # of shared memory for x's bits in a tile of columns: lut_gemm.cu's PLANES_WORDS
 COUNT_BITS = (8, 9)  # major architectures whose tensor cores do; later ones are slow at it
-FUSED_TOKENS = 64  # more are multiplied by cuBLAS, with weights rebuilt in pieces
-WIDE_TOKENS = 1024  # or on Hopper by lut_wide: with still more, rebuilding should cost less than cuBLAS is ahead (not measured)
-WIDE_ROWS, WIDE_THREADS = 128, 256  # of a block
-WIDE_STAGES, WIDE_CODE_STAGES, WIDE_X_BYTES = 3, 2, 128  # slots for 64 columns of x, and for tiles of codes; of a token in a slot
+FEW_TOKENS = 8  # more are multiplied on Hopper by lut_wide, if levels are free
+FUSED_TOKENS = 64  # elsewhere more are multiplied by cuBLAS, with weights rebuilt in pieces
+WIDE_TOKENS = 1024  # so are more than these on Hopper: rebuilding should then cost less than cuBLAS is ahead (not measured)
+WIDE_ROWS, WIDE_SIZES = 128, (16, 32, 64, 128, 256)  # rows of a block, and how many tokens it may have
+STAGE_COLUMNS, CODE_STAGES = 64, 3  # of x in a slot of its ring; tiles of codes that a warp has under way or at work
+WIDE_CLOCKS = {16: (1700, 2600), 32: (1700, 2600), 64: (1900, 2600), 128: (2600,), 256: (4300,)}  # see _wide_plan
 HOPPER_MAJOR = 9
 HOPPER = "--gpu-architecture=sm_90a"  # has lut_wide's instructions; the compiler prefers it to the sm_90 that CuPy names
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
@@ -170,15 +172,14 @@ def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> 
     """x [..., I] -> [..., O]. Up to 64 tokens, on Hopper 1024, are multiplied with codes and levels; for more, weights are rebuilt by a
     kernel and multiplied by cuBLAS."""
     N = x.numel() // tiles.I
-    wide = _is_wide(N, tiles)
-    if N > FUSED_TOKENS and not wide:
+    if _is_wide(N, tiles):
+        return _multiply_wide(x, tiles, bias, *_wide_plan(N, tiles.O, tiles.codes.shape[1], kernels.properties(x.device)))
+    if N > FUSED_TOKENS:
         return _multiply(x, tiles, bias)
     if N == 0:
         return _empty(x, tiles)
     if missing := TILE_COLUMNS * tiles.codes.shape[1] - tiles.I:
         x = torch.nn.functional.pad(x, (0, missing))
-    if wide:
-        return _multiply_wide(x, tiles, bias, *_wide_plan(N, tiles.O, tiles.codes.shape[1], kernels.properties(x.device)))
     if N == 1 and tiles.levels is not None and (plan := _gemv_plan(*tiles.codes.shape[:2], tiles.bits, kernels.properties(x.device))):
         return _multiply_one(x, tiles, bias, *plan)
     return _multiply_fused(x, tiles, bias, *_shares(N, tiles, x.device))
@@ -269,23 +270,27 @@ def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, te
 
 
 def _is_wide(N: int, tiles: Tiles) -> bool:
-    return FUSED_TOKENS < N <= WIDE_TOKENS and tiles.levels is not None and kernels.properties(tiles.codes.device).major == HOPPER_MAJOR
+    return FEW_TOKENS < N <= WIDE_TOKENS and tiles.levels is not None and kernels.properties(tiles.codes.device).major == HOPPER_MAJOR
 
 
 @lru_cache
 def _wide_plan(N: int, O: int, columns: int, gpu) -> tuple[int, int]:
-    """(tokens a block, parts that share the columns) for `_multiply_wide`: what should take least, counted in a tensor core's work.
+    """(tokens a block, parts that share the columns) for `_multiply_wide`: what should take least.
 
-    A block takes some time besides its products, and so does adding up parts.
+    WIDE_CLOCKS are a multiprocessor's for a tile of columns, of a block by itself and of two, where it has room for two. For many tokens
+    they are the tensor cores', for few those of looking levels up. A block takes some time besides, and so does adding up parts.
     """
 
     def cost(plan: tuple[int, int]) -> float:
         tokens, parts = plan
-        blocks = _wide_blocks(N, O, tokens) * parts
-        work = -(-blocks // gpu.multi_processor_count) * (-(-columns // parts) * 16 * tokens + 3000)  # clocks
-        return work if parts == 1 else work + 4000 + 8 * parts * N * O / 2000
+        blocks = -(-_wide_blocks(N, O, tokens) * parts // gpu.multi_processor_count)  # of the multiprocessor that has most
+        at_once = len(WIDE_CLOCKS[tokens])
+        tiles = blocks // at_once * WIDE_CLOCKS[tokens][-1] + (blocks % at_once and WIDE_CLOCKS[tokens][0])
+        work = -(-columns // parts) * tiles + -(-blocks // at_once) * 3000
+        return work if parts == 1 else work + 2500 + 8 * parts * N * O / 2500
 
-    return min(((tokens, parts) for tokens in (256, 128) for parts in range(1, min(columns, 8) + 1)), key=cost)
+    sizes = WIDE_SIZES[:2:-1] if N > 64 else (next(size for size in WIDE_SIZES if N <= size),)
+    return min(((tokens, parts) for tokens in sizes for parts in range(1, min(columns, 16) + 1)), key=cost)
 
 
 def _wide_blocks(N: int, O: int, tokens: int) -> int:
@@ -293,17 +298,24 @@ def _wide_blocks(N: int, O: int, tokens: int) -> int:
 
 
 def _multiply_wide(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, tokens: int, parts: int) -> torch.Tensor:
-    """x [..., whole tiles of columns] -> [..., O] on Hopper, by blocks of 128 rows and `tokens` tokens, 128 or 256; `parts` of them share
-    the columns."""
-    N = x.numel() // x.shape[-1]
+    """x [..., I] -> [..., O] on Hopper, by blocks of 128 rows and `tokens` tokens, of WIDE_SIZES; `parts` of them share the columns."""
+    N, columns = x.numel() // tiles.I, tiles.codes.shape[1]
+    images = x.new_empty(-(-N // tokens), columns * TILE_COLUMNS // STAGE_COLUMNS, tokens, STAGE_COLUMNS)
+    blocks = (images.shape[1], -(-len(images) * tokens * STAGE_COLUMNS // (PIECE * THREADS)))
+    kernels.launch(_kernel("arrange_x", tiles.bits, x.dtype), blocks, THREADS, 0, x, images, N, tiles.I, tokens)
     y = _empty(x, tiles)
     partial = x.new_empty(parts, N, tiles.O, dtype=torch.float32) if parts > 1 else None
-    shared = WIDE_STAGES * tokens * WIDE_X_BYTES + WIDE_THREADS // 32 * _stream_bytes(WIDE_CODE_STAGES, tiles.bits)
     kernel, blocks = _kernel("lut_wide", tiles.bits, x.dtype, False, tokens), (_wide_blocks(N, tiles.O, tokens), parts)
-    _launch(kernel, tiles, blocks, WIDE_THREADS, shared, x, bias, y, partial, tiles.O, tiles.I, 1, N)
+    _launch(kernel, tiles, blocks, THREADS, _wide_bytes(tokens, tiles.bits), images, bias, y, partial, tiles.O, tiles.I, 1, N)
     if partial is not None:
         _add_up(partial, bias, y, tiles.bits)
     return y
+
+
+def _wide_bytes(tokens: int, bits: int) -> int:
+    """Of shared memory, as lut_wide lays it out: slots for x, codes, and two barriers for each slot."""
+    slots = 5 if tokens > 128 else 8
+    return slots * (tokens * 2 * STAGE_COLUMNS + 16) + WARPS * _stream_bytes(CODE_STAGES, bits)
 
 
 def _add_up(partial: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor, bits: int) -> None:
@@ -320,13 +332,14 @@ def _kernel(name: str, bits: int, dtype: torch.dtype, grouped: bool | None = Non
         "lut_gemv": (*weight, dtype, bias, dtype, *5 * [int]),
         "lut_gemm": (*weight, dtype, bias, dtype, partial, *5 * [int]),
         "lut_wide": (*weight, dtype, bias, dtype, partial, *4 * [int]),
+        "arrange_x": (dtype, dtype, *3 * [int]),
         "dequantize": (*weight, dtype, *5 * [int]),
         "add_up": (torch.float32, bias, dtype, *3 * [int]),
     }
     grid = {None: "", False: "levels_", True: "affine_"}[grouped]
-    options = (f"-DONLY={10 * bits + (dtype == torch.bfloat16)}", *[HOPPER] * (name == "lut_wide"))
+    options = (f"-DONLY={10 * bits + (dtype == torch.bfloat16)}", *[HOPPER] * (name in ("lut_wide", "arrange_x")))
     full_name = f"{name}_{grid}{bits}_{NAMES[dtype]}{'' if tokens is None else f'_{tokens}'}"
-    return kernels.Kernel(CUDA_SOURCE, full_name, parameters[name], options, early=name in ("lut_gemv", "lut_gemm"))
+    return kernels.Kernel(CUDA_SOURCE, full_name, parameters[name], options, early=name != "dequantize")
 
 
 def _launch(kernel: kernels.Kernel, tiles: Tiles, blocks: tuple[int, int], threads: int, shared_bytes: int, *args) -> None:
@@ -359,7 +372,7 @@ def kernels_are_right(device: torch.device, bits: int, dtype: torch.dtype, group
     def product(x: torch.Tensor) -> torch.Tensor:
         return lut_linear(x, *there[:4], None, bits, tiles.O)
 
-    def wide(x: torch.Tensor) -> torch.Tensor:  # no plan for so small a weight takes this size
+    def wide(x: torch.Tensor) -> torch.Tensor:  # so small a weight is given blocks of 128 tokens
         return kernels.run(partial(_multiply_wide, tokens=256, parts=1), _multiply, x, there, None)
 
     def agrees(multiply, N: int, sign: int = 1) -> bool:  # rows of its own for each N: memory may hold the last one's result

@@ -157,7 +157,8 @@ def bench_plans(O: int, I: int, bits: int, device: torch.device) -> list[dict]:
     for N in PLANNED_TOKENS:
         if N > lut_gemm.FUSED_TOKENS and not lut_gemm._is_wide(N, tiles[0]):
             continue  # there is nothing to plan
-        x = torch.randn(N, tiles[0].codes.shape[1] * lut_gemm.TILE_COLUMNS, device=device).half()
+        columns = I if lut_gemm._is_wide(N, tiles[0]) else tiles[0].codes.shape[1] * lut_gemm.TILE_COLUMNS
+        x = torch.randn(N, columns, device=device).half()
         multiply, ours, others = plans(N, tiles[0])
         times = {plan: _plan_milliseconds(multiply, x, tiles, plan, device) for plan in dict.fromkeys((ours, *others))}
         best = min(times, key=lambda plan: (times[plan] != times[plan], times[plan]))
@@ -172,8 +173,9 @@ def plans(N: int, tiles: lut_gemm.Tiles) -> tuple[Callable, tuple, list[tuple]]:
     """Who multiplies N tokens, by what plan, and what other plans there are: their numbers are those of lut_gemm.py's functions."""
     rows, columns = tiles.codes.shape[:2]
     device, gpu = tiles.codes.device, kernels.properties(tiles.codes.device)
-    if N > lut_gemm.FUSED_TOKENS:
-        others = itertools.product((128, 256), range(1, min(columns, 8) + 1))
+    if lut_gemm._is_wide(N, tiles):
+        sizes = [size for size in lut_gemm.WIDE_SIZES if size >= min(N, 128)][:2]
+        others = itertools.product(sizes, range(1, min(columns, 16) + 1))
         return lut_gemm._multiply_wide, lut_gemm._wide_plan(N, tiles.O, columns, gpu), list(others)
     if N == 1:
         others = [(teams, warps, 1) for warps in (4, 6, 8) for teams in range(1, warps + 1) if warps % teams == 0]

@@ -1,8 +1,9 @@
 // Enough of CUDA to build a .cu file for the host: each thread of a block is a fiber that yields where threads meet.
 //
-// Barriers, shuffles and ballots abort if a thread of the block (or warp) ends without reaching them. Blocks run one after
-// the other. Under AddressSanitizer, shared memory beyond what the launch asked for is poisoned. It cannot see races (a thread runs
-// until it meets others), bank conflicts, misaligned vector loads, bounds of a launch or contraction to fused multiply-adds.
+// Barriers, shuffles and ballots abort if a thread of the block (or warp) ends without reaching them. What goes on in the background is
+// done as late as it may be, and what is copied reads as NaN until then. A warp runs as far ahead of the next one as it can, blocks run
+// one after the other. Under AddressSanitizer, shared memory beyond what the launch asked for is poisoned. It cannot see races (a thread
+// runs until it meets others), bank conflicts, misaligned vector loads, bounds of a launch or contraction to fused multiply-adds.
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -11,6 +12,7 @@
 
 #include <deque>
 #include <functional>
+#include <map>
 #include <utility>
 #include <vector>
 
@@ -30,6 +32,12 @@ struct Index {
 static Index blockIdx, blockDim, gridDim, threadIdx;
 alignas(1024) char shared_memory[232448];
 
+static void require(bool good, const char* what) {
+    if (good) return;
+    fprintf(stderr, "%s\n", what);
+    abort();
+}
+
 namespace host {
 struct Meeting {  // of the threads of a block or of a warp
     int arrived = 0, expected = 0;
@@ -45,6 +53,11 @@ struct Background {
             for (const auto& task : groups.front()) task();
     }
 };
+// A barrier in shared memory, by its address there: calls and bytes that its phase still waits for, and calls that the next one will.
+struct PhaseBarrier {
+    int calls, all_calls, phase = 0;
+    long bytes = 0;
+};
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
@@ -55,20 +68,29 @@ static std::vector<Fiber> fibers;
 static std::vector<Meeting> warps;
 static std::vector<unsigned> slots[2];  // what each thread shows to its warp, for even and odd rounds
 static Meeting block;
+static std::map<const void*, PhaseBarrier> phase_barriers;
+static std::vector<std::function<void()>> block_copies;  // of the block, under way: done, the last one first, when all threads wait
+static long events;                                      // threads that came to a meeting or a barrier, or went on from there
 static ucontext_t scheduler;
 static void (*body)(void*);
 static void* arguments;
 
+template <class Condition>
+static void wait_until(const Condition& condition) {
+    const int me = threadIdx.x;
+    ++events;
+    while (!condition()) swapcontext(&fibers[me].context, &scheduler);
+    ++events;
+    threadIdx.x = me;
+}
+
 static void meet(Meeting& meeting) {
     const long round = meeting.round;
-    const int me = threadIdx.x;
     if (++meeting.arrived == meeting.expected) {
         meeting.arrived = 0;
         ++meeting.round;
-        return;
     }
-    while (meeting.round == round) swapcontext(&fibers[me].context, &scheduler);
-    threadIdx.x = me;
+    wait_until([&] { return meeting.round != round; });
 }
 
 // Every lane shows `mine`; afterwards slots[result] holds all of them until the warp's next but one exchange.
@@ -93,6 +115,7 @@ static void run_block(int threads) {
     for (int t = 0; t < threads; ++t) ++warps[t / 32].expected;
     block = Meeting();
     block.expected = threads;
+    phase_barriers.clear();
     for (auto& slot : slots) slot.assign(threads, 0);
     for (auto& fiber : fibers) {
         fiber.stack.resize(65536);
@@ -102,20 +125,24 @@ static void run_block(int threads) {
         makecontext(&fiber.context, start, 0);
     }
     for (int live = threads; live;) {
-        bool moved = false;
-        for (int t = 0; t < threads; ++t) {
-            if (fibers[t].done) continue;
-            const long before = block.round + warps[t / 32].round + block.arrived + warps[t / 32].arrived;
-            threadIdx.x = t;
-            swapcontext(&scheduler, &fibers[t].context);
-            live -= fibers[t].done;
-            moved |= fibers[t].done || before != block.round + warps[t / 32].round + block.arrived + warps[t / 32].arrived;
-        }
-        if (!moved && live) {
-            fprintf(stderr, "deadlock: some threads wait where others never come\n");
-            abort();
-        }
+        const long before = events;
+        for (int first = 0; first < threads; first += 32)
+            for (long last = -1; last != events;) {  // a warp goes on for as long as it can, so that it is far ahead of the next one
+                last = events;
+                for (int t = first; t < threads && t < first + 32; ++t) {
+                    if (fibers[t].done) continue;
+                    threadIdx.x = t;
+                    swapcontext(&scheduler, &fibers[t].context);
+                    live -= fibers[t].done, events += fibers[t].done;
+                }
+            }
+        if (events != before) continue;
+        require(!block_copies.empty(), "deadlock: some threads wait where others never come");
+        const auto copy = block_copies.back();
+        block_copies.pop_back();
+        copy();
     }
+    require(block_copies.empty(), "a block ended before its copies");
 }
 
 template <class... A, size_t... I>
@@ -263,12 +290,6 @@ static host::Background& background(bool products) {
     return products ? fiber.products : fiber.copies;
 }
 
-static void require(bool good, const char* what) {
-    if (good) return;
-    fprintf(stderr, "%s\n", what);
-    abort();
-}
-
 static void copy_16_bytes(void* to, const void* from) {
     background(false).group.push_back([=] { memcpy(to, from, 16); });
     memset(to, 0xff, 16);
@@ -325,4 +346,35 @@ static void wait_for_products() {
 }
 static void keep(float&) {}
 static void keep(unsigned&) {}
-static void show_to_products() {}
+
+// Barriers with phases, and copies that complete them.
+typedef unsigned long long Barrier;
+static host::PhaseBarrier& found(Barrier* barrier) {
+    require(host::phase_barriers.count(barrier), "a barrier that was not started");
+    return host::phase_barriers[barrier];
+}
+static void count_on(Barrier* barrier, int calls, long bytes) {
+    auto& b = found(barrier);
+    b.calls -= calls, b.bytes -= bytes;
+    require(b.calls >= 0, "more arrive at a barrier than it has room for");
+    if (b.calls == 0 && b.bytes == 0) ++b.phase, b.calls = b.all_calls;
+    ++host::events;
+}
+static void start_barrier(Barrier* barrier, int arrivals) {
+    memset(barrier, 0, sizeof *barrier);  // its memory must be the block's
+    host::phase_barriers[barrier] = {arrivals, arrivals};
+}
+static void arrive(Barrier* barrier) { count_on(barrier, 1, 0); }
+static void expect_bytes(Barrier* barrier, int bytes) { count_on(barrier, 1, -bytes); }
+static void wait_for_phase(Barrier* barrier, int phase) {
+    const auto& b = found(barrier);
+    require(b.phase == phase || b.phase == phase + 1, "a phase that its parity does not tell");
+    host::wait_until([&] { return b.phase > phase; });
+    require(b.phase == phase + 1, "a phase that was missed");
+}
+static void copy_in_background(void* to, const void* from, int bytes, Barrier* barrier) {
+    require(bytes % 16 == 0 && (size_t)from % 16 == 0 && (size_t)to % 16 == 0, "a copy of other than 16-byte units");
+    host::block_copies.push_back([=] { memcpy(to, from, bytes), count_on(barrier, 0, bytes); });
+    memset(to, 0xff, bytes);
+}
+static void show_to_copies() {}

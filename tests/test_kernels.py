@@ -253,9 +253,12 @@ def test_asan_would_notice(built, monkeypatch, tmp_path):
 # --- the compiler ----------------------------------------------------------------------------------------------
 
 
+HOPPERS_OWN = ("lut_wide", "arrange_x")
+
+
 def kernels_for(source: Path, architecture: int) -> set[str]:
     """Of a CUDA file, those that a GPU has a use for, without Hopper's own."""
-    unused = ("lut_wide",) if architecture // 10 in lut_gemm.COUNT_BITS else ("lut_wide", "lut_gemv")
+    unused = HOPPERS_OWN if architecture // 10 in lut_gemm.COUNT_BITS else (*HOPPERS_OWN, "lut_gemv")
     return {name for name in host.kernel_names(source) if not name.startswith(unused)}
 
 
@@ -270,7 +273,7 @@ def test_compiles_without_spills(source, architecture):
 def test_hoppers_own_kernels_compile_without_spills():
     """Though CuPy names the plain architecture too. The assembler reports products in the background that it has to wait for."""
     log = nvrtc.compile_log(lut_gemm.CUDA_SOURCE, 90, lut_gemm.HOPPER)
-    assert nvrtc.functions(log) == {name for name in host.kernel_names(lut_gemm.CUDA_SOURCE) if name.startswith("lut_wide")}
+    assert nvrtc.functions(log) == {name for name in host.kernel_names(lut_gemm.CUDA_SOURCE) if name.startswith(HOPPERS_OWN)}
     assert nvrtc.spills(log) == {}
     assert "serialized" not in log
 

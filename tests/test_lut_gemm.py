@@ -150,28 +150,71 @@ def test_many_tiles_on_the_host(built, monkeypatch, groups, bits):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [4, 3, 2])
-@pytest.mark.parametrize("shape", [(16, 256), (37, 200), (136, 780)], ids=str)
-def test_many_tokens_on_hopper_on_the_host(built, monkeypatch, shape, bits, dtype):
-    """Both sizes of blocks, tails of tokens and rows, parts of columns, the last of them empty. What products in the background read
-    stays as it is until they are waited for, which the host sees to."""
+@pytest.mark.parametrize("shape", [(16, 256), (37, 201), (136, 780)], ids=str)
+def test_more_tokens_on_hopper_on_the_host(built, monkeypatch, shape, bits, dtype):
+    """Each size of blocks, tails of tokens, rows and columns, parts of columns, the last of them empty. What products in the background
+    read stays as it is until they are waited for, which the host sees to."""
     tiles, W = make_tiles(*shape, 0, bits, dtype)
     bias, launches = draw(tiles.O, dtype=dtype, seed=2), host.run_on(monkeypatch, built)
-    for N, tokens, parts in ((65, 128, 1), (130, 256, 1), (140, 128, 3)) if tiles.O > 128 else ((70, 256, 1), (3, 128, 1)):
+    few, many = ((9, 16, 1), (40, 64, 3)), ((65, 128, 1), (130, 256, 1), (140, 128, 3))
+    for N, tokens, parts in (*few, *many) if tiles.O > 128 else ((17, 32, 1), (70, 256, 1), (3, 128, 1), (30, 16, 2)):
         x = draw(N, tiles.I, dtype=dtype)
-        assert_like(lut_gemm._multiply_wide(pad(x, tiles), tiles, bias, tokens, parts), x, W, bias)
+        assert_like(lut_gemm._multiply_wide(x, tiles, bias, tokens, parts), x, W, bias)
     kind = f"levels_{bits}_{lut_gemm.NAMES[dtype]}"
-    assert {name for name, *_ in launches} >= {f"lut_wide_{kind}_{tokens}" for tokens in (128, 256)}
+    sizes = (16, 64, 128, 256) if tiles.O > 128 else (16, 32, 128, 256)
+    assert {name for name, *_ in launches} >= {f"lut_wide_{kind}_{tokens}" for tokens in sizes}
+
+
+@pytest.mark.parametrize("N", [9, 16, 17, 40, 64, 65, 200, 300, 512])
+def test_any_number_of_tokens_on_hopper_on_the_host(built, monkeypatch, N):
+    tiles, W = make_tiles(20, 300, 0, 3, torch.bfloat16)
+    launches, x = host.run_on(monkeypatch, built), draw(N, 300, dtype=torch.bfloat16)
+    assert_like(lut_gemm._multiply_cuda(x, tiles, None), x, W, None)
+    assert [name.split("_3_")[0] for name, *_ in launches][:2] == ["arrange_x", "lut_wide_levels"]
+
+
+@pytest.mark.parametrize("tokens", lut_gemm.WIDE_SIZES)
+def test_rings_of_x_turn_over_on_the_host(built, monkeypatch, tokens):
+    """More stages than slots, several times: each slot is asked for again once all warps are through with it."""
+    tiles, W = make_tiles(24, 256 * 9 + 40, 0, 4, torch.float16)
+    host.run_on(monkeypatch, built)
+    x = draw(tokens + 5, tiles.I, dtype=torch.float16) / 8
+    assert_like(lut_gemm._multiply_wide(x, tiles, None, tokens, 1), x, W, None)
+
+
+def test_x_is_arranged_as_products_expect_it(built, monkeypatch):
+    """Unit 4 i + t of a token's 64 columns, eight of them, gives its word w to unit 4 i + w; units are exchanged among eight tokens."""
+    tiles, _ = make_tiles(16, 300, 0, 4, torch.float16)
+    launches, x = host.run_on(monkeypatch, built), draw(21, 300, dtype=torch.float16)
+    lut_gemm._multiply_wide(x, tiles, None, 16, 1)
+    images = next(args[1] for name, *_, args in launches if name == "arrange_x_4_half")
+    assert images.shape == (2, 8, 16, 64)
+    expected = torch.zeros(32, 512, dtype=torch.float16)
+    expected[:21, :300] = x
+    units = expected.view(2, 16, 8, 2, 4, 4, 2).transpose(4, 5).reshape(2, 16, 8, 8, 8).transpose(1, 2)
+    for token in range(16):
+        exchanged = [unit ^ token % 8 for unit in range(8)]
+        assert torch.equal(images[:, :, token].view(2, 8, 8, 8)[:, :, exchanged], units[:, :, token])
 
 
 @pytest.mark.parametrize(
-    "major, N, groups, kernel", [(9, 65, 0, "lut_wide"), (9, 2000, 0, "dequantize"), (9, 65, 3, "dequantize"), (8, 65, 0, "dequantize")]
+    "major, N, groups, kernels_used",
+    [
+        (9, 9, 0, ["arrange_x", "lut_wide_levels"]),
+        (9, 65, 0, ["arrange_x", "lut_wide_levels"]),
+        (9, 9, 3, ["lut_gemm_affine"]),
+        (8, 9, 0, ["lut_gemm_levels"]),
+        (9, 2000, 0, ["dequantize_levels"]),
+        (9, 65, 3, ["dequantize_affine"]),
+        (8, 65, 0, ["dequantize_levels"]),
+    ],
 )
-def test_who_multiplies_many_tokens(built, monkeypatch, major, N, groups, kernel):
+def test_who_multiplies_more_tokens(built, monkeypatch, major, N, groups, kernels_used):
     tiles, W = make_tiles(17, 96, groups, 3, torch.bfloat16)
     launches = host.run_on(monkeypatch, built, major)
     x = draw(N, 96, dtype=torch.bfloat16)
     assert_like(lut_gemm._multiply_cuda(x, tiles, None), x, W, None)
-    assert [name.split("_3_")[0] for name, *_ in launches] == [f"{kernel}_{'affine' if groups else 'levels'}"]
+    assert [name.split("_3_")[0] for name, *_ in launches] == kernels_used
 
 
 def test_hopper_where_the_compiler_is_too_old(built, monkeypatch):
@@ -179,21 +222,34 @@ def test_hopper_where_the_compiler_is_too_old(built, monkeypatch):
     tiles, W = make_tiles(17, 96, 0, 4, torch.float16)
     host.run_on(monkeypatch, built)
     compiled = kernels._compiled
-    refuse = lambda kernel, index: f"no {kernel.name}" if kernel.name.startswith("lut_wide") else compiled(kernel, index)  # noqa: E731
+    refuse = lambda kernel, index: f"no {kernel.name}" if lut_gemm.HOPPER in kernel.options else compiled(kernel, index)  # noqa: E731
     monkeypatch.setattr(kernels, "_compiled", refuse)
     x = draw(65, 96, dtype=torch.float16)
-    with pytest.warns(UserWarning, match="no lut_wide_levels_4_half_128"):
+    with pytest.warns(UserWarning, match="no arrange_x_4_half"):
         assert_like(lut_linear(x, *tiles[:4], None, 4, 17), x, W, None)
 
 
-@pytest.mark.parametrize("O, I, N", [(4096, 4096, 512), (1024, 4096, 512), (28672, 8192, 512), (1024, 8192, 65), (64, 64, 1000)])
-def test_plans_for_many_tokens_keep_a_gpu_busy(O, I, N):
+@pytest.mark.parametrize("N", [9, 16, 33, 64, 65, 512, 1000])
+@pytest.mark.parametrize("O, I", [(4096, 4096), (1024, 4096), (28672, 8192), (1024, 8192), (64, 64)])
+def test_plans_for_more_tokens_keep_a_gpu_busy(O, I, N):
     gpu = host.Gpu(9, 132, host.SHARED_BYTES[9])
     columns = -(-I // 256)
     tokens, parts = lut_gemm._wide_plan(N, O, columns, gpu)
     blocks = -(-O // 128) * -(-N // tokens) * parts
-    assert tokens in (128, 256) and 1 <= parts <= columns
-    assert blocks >= 96 or parts == min(columns, 8)
+    assert tokens in lut_gemm.WIDE_SIZES and 1 <= parts <= columns and tokens < 2 * max(N, 128)
+    assert blocks >= 96 or parts == min(columns, 16) or N <= 128
+
+
+@pytest.mark.parametrize("N, O, I, plan", [(512, 4096, 14336, (256, 2)), (512, 28672, 8192, (256, 1)), (512, 4096, 4096, (128, 1))])
+def test_plans_that_were_fastest_where_measured(N, O, I, plan):
+    assert lut_gemm._wide_plan(N, O, I // 256, host.Gpu(9, 132, host.SHARED_BYTES[9])) == plan
+
+
+@pytest.mark.parametrize("bits", [4, 3, 2])
+@pytest.mark.parametrize("tokens", lut_gemm.WIDE_SIZES)
+def test_blocks_for_few_tokens_fit_twice(tokens, bits):
+    """1 KB of a multiprocessor's 228 is the driver's, of each block."""
+    assert (2 if tokens <= 64 else 1) * (lut_gemm._wide_bytes(tokens, bits) + 1024) <= 228 * 1024
 
 
 def outlier(x: torch.Tensor, size: float = 1000) -> torch.Tensor:
@@ -257,12 +313,13 @@ def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
     for bits, dtype, shape in itertools.product((4, 3, 2), DTYPES, ((17, 70, 0), (35, 192, 3))):
         tiles, W = make_tiles(*shape, bits, dtype)
         bias = draw(tiles.O, dtype=dtype)
-        for N in (1, 2, 11, 19, 33):
-            lut_gemm._multiply_cuda(draw(N, tiles.I, dtype=dtype), tiles, bias if N > 1 else None)
-        x = pad(draw(3, tiles.I, dtype=dtype), tiles)
-        lut_gemm._multiply_fused(x, tiles, None, 1, 4, 2)
-        for tokens, parts in ((128, 2), (256, 1)) if tiles.levels is not None else ():
-            lut_gemm._multiply_wide(x, tiles, bias, tokens, parts)
+        lut_gemm._multiply_cuda(draw(1, tiles.I, dtype=dtype), tiles, None)
+        for N in (2, 11, 19, 33):
+            x = pad(draw(N, tiles.I, dtype=dtype), tiles)
+            lut_gemm._multiply_fused(x, tiles, bias, *lut_gemm._shares(N, tiles, x.device))
+        lut_gemm._multiply_fused(x[:3], tiles, None, 1, 4, 2)
+        for tokens in lut_gemm.WIDE_SIZES if tiles.levels is not None else ():
+            lut_gemm._multiply_wide(draw(tokens + 1, tiles.I, dtype=dtype), tiles, bias, tokens, tokens // 16 % 2 + 1)
         lut_gemm.dequantize(W, tiles, 0, tiles.O)
     names = host.kernel_names(CUDA_SOURCE)
     assert {name for name, *_ in launches} == set(names)
@@ -285,7 +342,9 @@ def test_right_kernels_pass_their_check(built, monkeypatch, unchecked, bits, dty
     launches = host.run_on(monkeypatch, built)
     assert lut_gemm.kernels_are_right(torch.device("cpu"), bits, dtype, grouped)
     kind = f"{'affine' if grouped else 'levels'}_{bits}_{lut_gemm.NAMES[dtype]}"
-    assert {name for name, *_ in launches} >= {name for name in host.kernel_names(CUDA_SOURCE) if kind in name}
+    unused = () if grouped else tuple(f"lut_gemm_{kind}_{tokens}" for tokens in (2, 4, 8))  # lut_wide takes more than 8 tokens
+    used = {name for name in host.kernel_names(CUDA_SOURCE) if kind in name and name not in unused}
+    assert {name for name, *_ in launches} - {f"add_up_{kind[7:]}", f"arrange_x_{kind[7:]}"} == used
 
 
 def assert_stays_packed(warning: str) -> None:
@@ -297,7 +356,7 @@ def assert_stays_packed(warning: str) -> None:
     assert [linear.form for linear in model] == ["packed", "packed"]
 
 
-@pytest.mark.parametrize("wrong", ["lut_gemv", "lut_gemm_levels_4_half_8", "lut_wide_levels_4_half_256", "dequantize"])
+@pytest.mark.parametrize("wrong", ["lut_gemv", "arrange_x", "lut_wide_levels_4_half_16", "lut_wide_levels_4_half_256", "dequantize"])
 def test_wrong_kernels_are_not_used(built, monkeypatch, unchecked, wrong):
     host.run_on(monkeypatch, built)
     call = kernels._call
@@ -413,7 +472,7 @@ def test_other_plans_are_timed_too(built, monkeypatch, capsys):
     rows = bench_inference.bench_plans(20, 300, 2, torch.device("cpu"))
     assert [sum(row["planned"] for row in rows if row["tokens"] == N) for N in (1, 2, 9, 65)] == [1, 1, 1, 1]
     assert len(rows) > 30 and all(row["ms"] > 0 for row in rows)
-    assert {name.split("_levels")[0] for name, *_ in launches} == {"lut_gemv", "lut_gemm", "lut_wide", "add_up_2_half"}
+    assert {name.split("_levels")[0] for name, *_ in launches} == {"lut_gemv", "lut_gemm", "arrange_x_2_half", "lut_wide", "add_up_2_half"}
     assert capsys.readouterr().out.count("best") == 4
 
 
@@ -559,7 +618,7 @@ class TestOnTheGpu:
         assert torch.equal(y, expected)
 
     @pytest.mark.parametrize("captured", [False, True])
-    @pytest.mark.parametrize("N", [1, 4, 40])
+    @pytest.mark.parametrize("N", [1, 4, 40, 300])
     def test_each_of_a_chain_waits_for_the_one_before(self, N, captured):
         """They may begin early, but not read early."""
         tiles = to_gpu(make_tiles(1024, 1024, 0, 4, torch.float16)[0])
