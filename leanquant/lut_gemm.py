@@ -24,7 +24,7 @@ FUSED_TOKENS = 64  # elsewhere more are multiplied by cuBLAS, with weights rebui
 WIDE_TOKENS = 1024  # so are more than these on Hopper: rebuilding should then cost less than cuBLAS is ahead (not measured)
 WIDE_ROWS, WIDE_SIZES = 128, (16, 32, 64, 128, 256)  # rows of a block, and how many tokens it may have
 STAGE_COLUMNS, CODE_STAGES = 64, 3  # of x in a slot of its ring; tiles of codes that a warp has under way or at work
-WIDE_CLOCKS = {16: (1700, 2600), 32: (1700, 2600), 64: (1900, 2600), 128: (2600,), 256: (4300,)}  # see _wide_plan
+WIDE_CLOCKS = {16: (1800, 3000), 32: (1800, 3000), 64: (1900, 3000), 128: (2600,), 256: (4300,)}  # see _wide_plan; estimates
 HOPPER_MAJOR = 9
 HOPPER = "--gpu-architecture=sm_90a"  # has lut_wide's instructions; the compiler prefers it to the sm_90 that CuPy names
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
@@ -270,7 +270,10 @@ def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, te
 
 
 def _is_wide(N: int, tiles: Tiles) -> bool:
-    return FEW_TOKENS < N <= WIDE_TOKENS and tiles.levels is not None and kernels.properties(tiles.codes.device).major == HOPPER_MAJOR
+    """Is it for lut_wide? Its compiler may be too old for it, or the GPU another."""
+    if not FEW_TOKENS < N <= WIDE_TOKENS or tiles.levels is None or kernels.properties(tiles.codes.device).major != HOPPER_MAJOR:
+        return False
+    return kernels.is_available(_kernel("arrange_x", tiles.bits, tiles.levels.dtype), tiles.codes.device)
 
 
 @lru_cache
