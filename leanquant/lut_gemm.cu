@@ -11,11 +11,11 @@
 // memory. No level is looked up. A row's levels are a function of the code's bits, and so a sum over the parities of its subsets S of
 // bits (Walsh and Hadamard):
 //   level(c) = sum over S of h_S (-1)^parity(c & S),   hence   y = sum over S of h_S sum over columns of (-1)^parity x.
-// x is a sign and an integer of 23 bits, which are bit planes too. The sign joins the parity. With C_S the sum of |x| where the two are
+// x is a sign and an integer of 16 bits, which are bit planes too. The sign joins the parity. With C_S the sum of |x| where the two are
 // odd together, an inner sum is that of all |x| less 2 C_S; for the empty S it is that of x. C_S is counts of ones in parity & plane: a
-// product of bits. A tile of 4 bits takes a lane some 60 instructions of logic, where looking up takes 370, and the warp 45 products of
-// bits; smaller widths have fewer subsets. So what counts is all that is not a tile: until x is there and cut into planes, in every
-// block, and from the counts to y.
+// product of bits. A tile of 4 bits takes a lane 60 instructions of logic, where looking up takes 370, and the warp 30 products of bits,
+// one in some 11 clocks on an H200; smaller widths have fewer subsets. All that is not a tile counts as much: until x is there and cut
+// into planes, in every block, and from the counts to y. A small weight is looked up.
 //
 // Up to 64 tokens otherwise (lut_gemm): levels are looked up in registers. A row's levels, 16 bits each, lie as a plane of low and a
 // plane of high bytes; a byte permutation picks four bytes by the four nibbles of a selector, which is made of the codes' bit planes. 16
@@ -132,13 +132,22 @@ __device__ void wait_for_copies() {
 }
 
 // Until here this kernel may have run while those before it in the stream were at work, if it was launched so (`early` in kernels.py):
-// what they write is there from now on. Only then may the next one begin, so that it never meets more than one that is not done.
-__device__ void take_turn() {
+// what they write is there from now on. It waits for the one before, which is not done before it has waited in its turn.
+__device__ void wait_for_turn() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// The next kernel may begin, as soon as there is room for it beside all blocks of this one.
+__device__ void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
+
+// The next one begins when those before are done: while they are not it would be in their way, most of all in lut_gemv's.
+__device__ void take_turn() { wait_for_turn(), let_next_begin(); }
 
 // An address within shared memory.
 __device__ unsigned shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
@@ -177,7 +186,6 @@ __device__ unsigned shared_address(const void* p) { return (unsigned)__cvta_gene
             WGMMA(TOKENS, f16, REGISTERS_##SIZE, A, B, __VA_ARGS__);                                                      \
     }
 MULTIPLY_IN_BACKGROUND(8, 16, "%8,%9,%10,%11", "%12", EIGHT(c, 0))
-MULTIPLY_IN_BACKGROUND(16, 32, "%16,%17,%18,%19", "%20", SIXTEEN(c, 0))
 MULTIPLY_IN_BACKGROUND(32, 64, "%32,%33,%34,%35", "%36", THIRTY_TWO(c, 0))
 MULTIPLY_IN_BACKGROUND(64, 128, "%64,%65,%66,%67", "%68", SIXTY_FOUR(c, 0))
 MULTIPLY_IN_BACKGROUND(128, 256, "%128,%129,%130,%131", "%132", SIXTY_FOUR(c, 0), SIXTY_FOUR(c, 64))
@@ -857,7 +865,8 @@ __device__ void lut_gemm(const Weight& weight, const uint16* x, const uint16* bi
         next_tile(begin, words);
 #pragma unroll
         for (int piece = 0; piece < PIECES; ++piece) decoders[0].fragments(words[0], piece, a[piece][0]);
-        take_turn();
+        let_next_begin();  // what it does before its turn is short, and mostly on other multiprocessors
+        wait_for_turn();
 #pragma unroll
         for (int piece = 0; piece < PIECES && begin < end; ++piece) products(begin, piece, a[piece]);
     } else if (!shared_x)
@@ -1141,7 +1150,7 @@ constexpr __device__ int most_threads(int tokens) { return tokens == 1 ? BY_SHUF
         lut_wide<BITS, BF16, TOKENS>({tiles, levels, scale, zero, O, I, G}, x, bias, y, partial, N);                           \
     }
 #define MANY(LEVELS, SUM, BITS, BF16)                                                                                          \
-    WIDE(LEVELS, BITS, BF16, 16) WIDE(LEVELS, BITS, BF16, 32) WIDE(LEVELS, BITS, BF16, 64)                                     \
+    WIDE(LEVELS, BITS, BF16, 16) WIDE(LEVELS, BITS, BF16, 64)                                                                  \
     WIDE(LEVELS, BITS, BF16, 128) WIDE(LEVELS, BITS, BF16, 256)                                                                \
     extern "C" __global__ void __launch_bounds__(256) arrange_x_##SUM(                                                         \
         const uint16* x, uint16* images, int N, int I, int tokens) {                                                           \

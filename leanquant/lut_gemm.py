@@ -17,14 +17,16 @@ from .packing import affine_levels
 CUDA_SOURCE = Path(__file__).with_name("lut_gemm.cu")
 TILE_ROWS, TILE_COLUMNS, PIECE, THREADS, WARPS, GEMV_WARPS = 16, 256, 8, 256, 8, 16
 GEMV_STAGES, GEMM_STAGES = {4: 4, 3: 5, 2: 8}, 3  # tiles whose codes a warp has under way or at work
+DRIVER_BYTES = 1024  # of shared memory, in each block
 PLANES_BYTES = 544  # of shared memory for x's bits in a tile of columns: lut_gemm.cu's PLANES_WORDS
 COUNT_BITS = (8, 9)  # major architectures whose tensor cores do; later ones are slow at it
 FEW_TOKENS = 8  # more are multiplied on Hopper by lut_wide, if levels are free
 FUSED_TOKENS = 64  # elsewhere more are multiplied by cuBLAS, with weights rebuilt in pieces
 WIDE_TOKENS = 1024  # so are more than these on Hopper: rebuilding should then cost less than cuBLAS is ahead (not measured)
-WIDE_ROWS, WIDE_SIZES = 128, (16, 32, 64, 128, 256)  # rows of a block, and how many tokens it may have
+WIDE_ROWS, WIDE_SIZES = 128, (16, 64, 128, 256)  # rows of a block, and how many tokens it may have
 STAGE_COLUMNS, CODE_STAGES = 64, 3  # of x in a slot of its ring; tiles of codes that a warp has under way or at work
-WIDE_CLOCKS = {16: (1800, 3000), 32: (1800, 3000), 64: (1900, 3000), 128: (2600,), 256: (4300,)}  # see _wide_plan; estimates
+WIDE_CLOCKS = {128: 4270, 256: 6100}  # for a tile of columns and so many tokens, on an H200
+SMALL = 32  # tiles of a multiprocessor: with fewer a weight is small
 HOPPER_MAJOR = 9
 HOPPER = "--gpu-architecture=sm_90a"  # has lut_wide's instructions; the compiler prefers it to the sm_90 that CuPy names
 PIECE_BYTES = 2**27  # of rebuilt weights at a time
@@ -173,7 +175,7 @@ def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> 
     kernel and multiplied by cuBLAS."""
     N = x.numel() // tiles.I
     if _is_wide(N, tiles):
-        return _multiply_wide(x, tiles, bias, *_wide_plan(N, tiles.O, tiles.codes.shape[1], kernels.properties(x.device)))
+        return _multiply_wide(x, tiles, bias, *_wide_plan(N, tiles.O, tiles.codes.shape[1], tiles.bits, kernels.properties(x.device)))
     if N > FUSED_TOKENS:
         return _multiply(x, tiles, bias)
     if N == 0:
@@ -185,6 +187,11 @@ def _multiply_cuda(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None) -> 
     return _multiply_fused(x, tiles, bias, *_shares(N, tiles, x.device))
 
 
+def _is_small(rows: int, columns: int, gpu) -> bool:
+    """A weight of so many tiles: x's way to and through a block counts for more than they do."""
+    return rows * columns <= SMALL * gpu.multi_processor_count
+
+
 def _empty(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
     """y [..., O], not yet written. With its shape from the start, as x keeps its own: to view both as matrices takes 2 us."""
     return x.new_empty(*x.shape[:-1], tiles.O)
@@ -192,17 +199,23 @@ def _empty(x: torch.Tensor, tiles: Tiles) -> torch.Tensor:
 
 @lru_cache
 def _gemv_plan(rows: int, columns: int, bits: int, gpu) -> tuple[int, int, int] | None:
-    """(teams, warps, each) for `_multiply_one`, by the tiles of a weight. None: its GPU's tensor cores do not count bits, or it is too
-    wide.
+    """(teams, warps, each) for `_multiply_one`, by the tiles of a weight; as measured on an H200, where there is a choice. None: to be
+    looked up, since its GPU's tensor cores do not count bits, or x's planes take longer than its tiles, or too much memory.
 
-    One block a multiprocessor, since each makes x's planes: with several rows of tiles for each team, one after the other, if need be.
+    Every block makes the planes, so they should all be at work at once. With few rows the warps of a team share the columns; with many
+    each has rows of tiles of its own, if need be several one after the other, and two blocks share a multiprocessor. Registers suffice
+    for 8 warps of 4 bits, and for 16 of fewer: in two blocks, so that the next kernel's begin early, if memory does for both.
     """
-    for most in (8, 4) if gpu.major in COUNT_BITS else ():
-        each = -(-rows // (most * gpu.multi_processor_count))
-        teams = -(-rows // (each * gpu.multi_processor_count))
-        warps = most // teams * teams
-        if _gemv_bytes(warps, each, columns, bits) <= gpu.shared_memory_per_block_optin:
-            return teams, warps, each
+    if gpu.major not in COUNT_BITS or _is_small(rows, columns, gpu):
+        return None
+    for most, blocks in ((8, 1), (4, 1)) if bits == 4 else ((8, 2), (16, 1), (8, 1), (4, 1)):
+        teams = -(-rows // gpu.multi_processor_count)
+        plan = teams, most // teams * teams, 1
+        if teams > 4:
+            teams = min(most, 4 if bits == 4 else 8)
+            plan = teams, teams, -(-rows // (2 * teams * gpu.multi_processor_count))
+        if blocks * (_gemv_bytes(*plan[1:], columns, bits) + DRIVER_BYTES) <= gpu.shared_memory_per_block_optin + DRIVER_BYTES:
+            return plan
     return None
 
 
@@ -229,16 +242,15 @@ def _multiply_one(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, team
 def _shares(N: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
     """(teams, warps, parts) for `_multiply_fused`, by the rows of tiles a multiprocessor has.
 
-    The warps of a block share the columns; with many rows there are fewer of them, so that all are busy to the end, with few rows
-    more, so that each has its first tile's levels looked up when x arrives. More than 8 tokens: four warps with rows of their own
-    share x, and two blocks for each multiprocessor the columns.
+    The warps of a block share the columns; with many rows there are fewer of them, so that all are busy to the end, with few rows and
+    long ones more. More than 8 tokens: four warps with rows of their own share x, and two blocks for each multiprocessor the columns.
     """
     processors = kernels.properties(device).multi_processor_count
     rows, columns = tiles.codes.shape[:2]
     if N > 8:
         blocks = -(-rows // (4 * _rows_a_warp(N, tiles, device)))
         return 4, 4, max(1, min(2 * processors // blocks, columns // 2))
-    return 1, 4 if rows > 4 * processors else 16 if 2 * rows <= processors else 8, 1
+    return 1, 4 if rows > 4 * processors else 16 if 2 * rows <= processors and columns > 16 else 8, 1
 
 
 def _rows_a_warp(N: int, tiles: Tiles, device: torch.device) -> int:
@@ -277,23 +289,23 @@ def _is_wide(N: int, tiles: Tiles) -> bool:
 
 
 @lru_cache
-def _wide_plan(N: int, O: int, columns: int, gpu) -> tuple[int, int]:
-    """(tokens a block, parts that share the columns) for `_multiply_wide`: what should take least.
+def _wide_plan(N: int, O: int, columns: int, bits: int, gpu) -> tuple[int, int]:
+    """(tokens a block, parts that share the columns) for `_multiply_wide`.
 
-    WIDE_CLOCKS are a multiprocessor's for a tile of columns, of a block by itself and of two, where it has room for two. For many tokens
-    they are the tensor cores', for few those of looking levels up. A block takes some time besides, and so does adding up parts.
+    Up to 64 tokens, which take about as long as one: two blocks for each multiprocessor, but two tiles of columns for each. More: what
+    should take least, by WIDE_CLOCKS; a block takes some time besides, and so does adding up parts.
     """
+    if N <= 64:
+        tokens = 16 if N <= 16 and (bits == 4 or _is_small(-(-O // TILE_ROWS), columns, gpu)) else 64
+        return tokens, max(1, min(2 * gpu.multi_processor_count // _wide_blocks(N, O, tokens), columns // 2))
 
     def cost(plan: tuple[int, int]) -> float:
         tokens, parts = plan
         blocks = -(-_wide_blocks(N, O, tokens) * parts // gpu.multi_processor_count)  # of the multiprocessor that has most
-        at_once = len(WIDE_CLOCKS[tokens])
-        tiles = blocks // at_once * WIDE_CLOCKS[tokens][-1] + (blocks % at_once and WIDE_CLOCKS[tokens][0])
-        work = -(-columns // parts) * tiles + -(-blocks // at_once) * 3000
-        return work if parts == 1 else work + 2500 + 8 * parts * N * O / 2500
+        work = blocks * (-(-columns // parts) * WIDE_CLOCKS[tokens] + 3000)
+        return work if parts == 1 else work + 4000 + 8 * parts * N * O / 2000
 
-    sizes = WIDE_SIZES[:2:-1] if N > 64 else (next(size for size in WIDE_SIZES if N <= size),)
-    return min(((tokens, parts) for tokens in sizes for parts in range(1, min(columns, 16) + 1)), key=cost)
+    return min(((tokens, parts) for tokens in WIDE_CLOCKS for parts in range(1, min(columns, 16) + 1)), key=cost)
 
 
 def _wide_blocks(N: int, O: int, tokens: int) -> int:
@@ -372,18 +384,19 @@ def kernels_are_right(device: torch.device, bits: int, dtype: torch.dtype, group
     W, x = _dequantized_rows(dtype, tiles, slice(0, tiles.O)), torch.randn(300, tiles.I, generator=generator, device="cpu").to(dtype)
     there, exact = Tiles(*(t.to(device) if isinstance(t, torch.Tensor) else t for t in tiles)), x.float() @ W.float().T
 
-    def product(x: torch.Tensor) -> torch.Tensor:
-        return lut_linear(x, *there[:4], None, bits, tiles.O)
+    def by(multiply, **plan):  # what is not planned for so small a weight
+        return lambda x: kernels.run(partial(multiply, **plan), _multiply, x, there, None)
 
-    def wide(x: torch.Tensor) -> torch.Tensor:  # so small a weight is given blocks of 128 tokens
-        return kernels.run(partial(_multiply_wide, tokens=256, parts=1), _multiply, x, there, None)
-
-    def agrees(multiply, N: int, sign: int = 1) -> bool:  # rows of its own for each N: memory may hold the last one's result
-        error = multiply(sign * x[-N:].to(device)).cpu().float() - sign * exact[-N:]
+    def agrees(multiply, N: int, factor: int = 1) -> bool:  # another x each time: memory may hold the last one's result
+        error = multiply(factor * x[-N:].to(device)).cpu().float() - factor * exact[-N:]
         return bool(error.norm() <= 0.01 * exact[-N:].norm())
 
     right = torch.equal(dequantize(x.to(device), there, 0, tiles.O).cpu(), W)
-    right = right and all(agrees(product, N) for N in (1, 8, 16, 32, 64, 300)) and (not _is_wide(300, there) or agrees(wide, 300, -1))
+    right = right and all(agrees(lambda x: lut_linear(x, *there[:4], None, bits, tiles.O), N) for N in (1, 8, 16, 32, 64, 300))
+    if not grouped and kernels.properties(device).major in COUNT_BITS:
+        right = right and agrees(by(_multiply_one, teams=2, warps=8, each=1), 1, -1)
+    if _is_wide(300, there):
+        right = right and all(agrees(by(_multiply_wide, tokens=tokens, parts=2), 300, -n) for n, tokens in enumerate(WIDE_CLOCKS, 1))
     if not right:
         kind = f"{bits} bits{' in groups' * grouped} and {dtype}"
         warnings.warn(f"kernels for {kind} give wrong products on {device}: torch does their work, slower; please report it", stacklevel=2)

@@ -176,7 +176,7 @@ def plans(N: int, tiles: lut_gemm.Tiles) -> tuple[Callable, tuple, list[tuple]]:
     if lut_gemm._is_wide(N, tiles):
         sizes = [size for size in lut_gemm.WIDE_SIZES if size >= min(N, 128)][:2]
         others = itertools.product(sizes, range(1, min(columns, 16) + 1))
-        return lut_gemm._multiply_wide, lut_gemm._wide_plan(N, tiles.O, columns, gpu), list(others)
+        return lut_gemm._multiply_wide, lut_gemm._wide_plan(N, tiles.O, columns, tiles.bits, gpu), list(others)
     if N == 1:
         others = [(teams, warps, 1) for warps in (4, 6, 8) for teams in range(1, warps + 1) if warps % teams == 0]
         others += [(warps, warps, each) for warps in (4, 5, 6, 7, 8) for each in (2, 3)]

@@ -157,12 +157,11 @@ def test_more_tokens_on_hopper_on_the_host(built, monkeypatch, shape, bits, dtyp
     tiles, W = make_tiles(*shape, 0, bits, dtype)
     bias, launches = draw(tiles.O, dtype=dtype, seed=2), host.run_on(monkeypatch, built)
     few, many = ((9, 16, 1), (40, 64, 3)), ((65, 128, 1), (130, 256, 1), (140, 128, 3))
-    for N, tokens, parts in (*few, *many) if tiles.O > 128 else ((17, 32, 1), (70, 256, 1), (3, 128, 1), (30, 16, 2)):
+    for N, tokens, parts in (*few, *many) if tiles.O > 128 else ((17, 64, 1), (70, 256, 1), (3, 128, 1), (30, 16, 2)):
         x = draw(N, tiles.I, dtype=dtype)
         assert_like(lut_gemm._multiply_wide(x, tiles, bias, tokens, parts), x, W, bias)
     kind = f"levels_{bits}_{lut_gemm.NAMES[dtype]}"
-    sizes = (16, 64, 128, 256) if tiles.O > 128 else (16, 32, 128, 256)
-    assert {name for name, *_ in launches} >= {f"lut_wide_{kind}_{tokens}" for tokens in sizes}
+    assert {name for name, *_ in launches} >= {f"lut_wide_{kind}_{tokens}" for tokens in lut_gemm.WIDE_SIZES}
 
 
 @pytest.mark.parametrize("N", [9, 16, 17, 40, 64, 65, 200, 300, 512])
@@ -238,15 +237,31 @@ def test_hopper_where_the_compiler_is_too_old(built, monkeypatch):
 def test_plans_for_more_tokens_keep_a_gpu_busy(O, I, N):
     gpu = host.Gpu(9, 132, host.SHARED_BYTES[9])
     columns = -(-I // 256)
-    tokens, parts = lut_gemm._wide_plan(N, O, columns, gpu)
+    tokens, parts = lut_gemm._wide_plan(N, O, columns, 4, gpu)
     blocks = -(-O // 128) * -(-N // tokens) * parts
     assert tokens in lut_gemm.WIDE_SIZES and 1 <= parts <= columns and tokens < 2 * max(N, 128)
     assert blocks >= 96 or parts == min(columns, 16) or N <= 128
 
 
-@pytest.mark.parametrize("N, O, I, plan", [(512, 4096, 14336, (256, 2)), (512, 28672, 8192, (256, 1)), (512, 4096, 4096, (128, 1))])
+@pytest.mark.parametrize(
+    "N, O, I, plan",
+    [
+        (16, 8192, 8192, (16, 4)),
+        (64, 1024, 4096, (64, 8)),
+        (64, 4096, 4096, (64, 8)),
+        (64, 14336, 4096, (64, 2)),
+        (64, 4096, 14336, (64, 8)),
+        (64, 28672, 8192, (64, 1)),
+        (512, 1024, 4096, (128, 4)),
+        (512, 1024, 8192, (256, 8)),
+        (512, 4096, 4096, (128, 1)),
+        (512, 4096, 14336, (256, 2)),
+        (512, 8192, 8192, (256, 1)),
+        (512, 28672, 8192, (256, 1)),
+    ],
+)
 def test_plans_that_were_fastest_where_measured(N, O, I, plan):
-    assert lut_gemm._wide_plan(N, O, I // 256, host.Gpu(9, 132, host.SHARED_BYTES[9])) == plan
+    assert lut_gemm._wide_plan(N, O, I // 256, 4, host.Gpu(9, 132, host.SHARED_BYTES[9])) == plan
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -289,7 +304,7 @@ def test_one_token_loses_nothing_whatever_it_looks_like(built, monkeypatch, mean
     assert {name for name, *_ in launches} == {f"lut_gemv_levels_{bits}_{lut_gemm.NAMES[dtype]}"}
 
 
-@pytest.mark.parametrize("major, I", [(7, 300), (12, 300), (8, 256 * 190)])
+@pytest.mark.parametrize("major, I", [(7, 256 * 40), (12, 256 * 40), (8, 256 * 190)])
 def test_one_token_where_bits_cannot_be_counted(built, monkeypatch, major, I):
     """GPUs whose tensor cores do not count bits, and weights too wide for the shared memory, look levels up."""
     tiles, W = make_tiles(17, I, 0, 2, torch.float16)
@@ -297,6 +312,24 @@ def test_one_token_where_bits_cannot_be_counted(built, monkeypatch, major, I):
     x = draw(1, I, dtype=torch.float16)
     assert_like(lut_gemm._multiply_cuda(x, tiles, None), x, W, None)
     assert [name for name, *_ in launches] == ["lut_gemm_levels_2_half_1"]
+
+
+@pytest.mark.parametrize(
+    "O, I, plans",  # at 4, 3 and 2 bits; None: looked up
+    [
+        (1024, 8192, (None, None, None)),
+        (4096, 4096, (None, None, None)),
+        (14336, 4096, ((4, 4, 1), (8, 8, 1), (8, 8, 1))),
+        (4096, 14336, ((2, 8, 1), (2, 8, 1), (2, 8, 1))),
+        (8192, 8192, ((4, 8, 1), (4, 8, 1), (4, 8, 1))),
+        (28672, 8192, ((4, 4, 2), (8, 8, 1), (8, 8, 1))),
+        (8192, 28672, ((4, 8, 1), (4, 16, 1), (4, 16, 1))),
+        (16, 256 * 500, (None, None, None)),
+    ],
+)
+def test_plans_for_one_token_that_were_among_the_fastest_where_measured(O, I, plans):
+    gpu = host.Gpu(9, 132, host.SHARED_BYTES[9])
+    assert tuple(lut_gemm._gemv_plan(O // 16, I // 256, bits, gpu) for bits in (4, 3, 2)) == plans
 
 
 @pytest.mark.parametrize("bits", [4, 3, 2])
@@ -317,8 +350,9 @@ def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
     for bits, dtype, shape in itertools.product((4, 3, 2), DTYPES, ((17, 70, 0), (35, 192, 3))):
         tiles, W = make_tiles(*shape, bits, dtype)
         bias = draw(tiles.O, dtype=dtype)
-        lut_gemm._multiply_cuda(draw(1, tiles.I, dtype=dtype), tiles, None)
-        for N in (2, 11, 19, 33):
+        if tiles.levels is not None:
+            lut_gemm._multiply_one(outlier(pad(draw(1, tiles.I, dtype=dtype), tiles)), tiles, None, 1, 2, 1)
+        for N in (1, 2, 11, 19, 33):
             x = pad(draw(N, tiles.I, dtype=dtype), tiles)
             lut_gemm._multiply_fused(x, tiles, bias, *lut_gemm._shares(N, tiles, x.device))
         lut_gemm._multiply_fused(x[:3], tiles, None, 1, 4, 2)
@@ -423,13 +457,14 @@ def test_gradients_under_torch_compile():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_and_infinity_come_through(built, monkeypatch, dtype):
-    """A model that overflows must not look sane: every NaN stays one, whatever its bits, and one token with infinity in it becomes NaN."""
+    """A model that overflows must not look sane: every NaN stays one, whatever its bits, and where bits are counted infinity becomes one."""
     tiles, W = make_tiles(16, 64, 0, 4, dtype)
     host.run_on(monkeypatch, built)
     for value in (float("inf"), float("-inf"), float("nan")):
         x = draw(1, 64, dtype=dtype)
         x[0, 5] = value
-        assert lut_gemm._multiply_cuda(x, tiles, None).isnan().all()
+        assert lut_gemm._multiply_one(pad(x, tiles), tiles, None, 1, 2, 1).isnan().all()
+        assert not lut_gemm._multiply_cuda(x, tiles, None).isfinite().any()
         assert not lut_gemm._multiply_cuda(x.expand(2, -1).contiguous(), tiles, None).isfinite().any()
     for bits in (0x7FFF, -1, 0x7FC0 if dtype == torch.bfloat16 else 0x7E00):
         x = draw(2, 64, dtype=dtype)
@@ -472,12 +507,15 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path):
 
 def test_other_plans_are_timed_too(built, monkeypatch, capsys):
     launches = host.run_on(monkeypatch, built)
+    monkeypatch.setattr(lut_gemm, "_is_small", lambda *_: False)
+    lut_gemm._gemv_plan.cache_clear()
     monkeypatch.setattr(bench_inference, "PLANNED_TOKENS", (1, 2, 9, 65))
     rows = bench_inference.bench_plans(20, 300, 2, torch.device("cpu"))
     assert [sum(row["planned"] for row in rows if row["tokens"] == N) for N in (1, 2, 9, 65)] == [1, 1, 1, 1]
     assert len(rows) > 30 and all(row["ms"] > 0 for row in rows)
     assert {name.split("_levels")[0] for name, *_ in launches} == {"lut_gemv", "lut_gemm", "arrange_x_2_half", "lut_wide", "add_up_2_half"}
     assert capsys.readouterr().out.count("best") == 4
+    lut_gemm._gemv_plan.cache_clear()
 
 
 # --- the module ------------------------------------------------------------------------------------------------
