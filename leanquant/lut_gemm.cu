@@ -707,6 +707,27 @@ struct Counts {
     }
 };
 
+// What `count` tiles of a row of tiles sum up to, [16]: the next ones of the stream, with x's planes and the rows' levels.
+template <int BITS, bool BF16, int STAGES>
+__device__ void sum_up(Stream<BITS, 1, STAGES>& codes, const unsigned* planes, int count, float* levels, bool expanded, float* sums) {
+    Counts<BITS> counts;
+    counts.start();
+    for (int k = 0; k < count; ++k) {
+        Words<BITS> words[1];
+        codes.ask();
+        end_of_copies();
+        wait_for_copies<STAGES - 1>();
+        codes.load(words);
+        counts.add(words[0], planes + k * PLANES_WORDS);
+    }
+    float part[2];
+    wait_for_copies<STAGES - 1>();  // for levels, if there are no tiles
+    if (!expanded) Expansion<BITS, BF16>::expand(levels);
+    counts.finish(levels, part);
+    sums += threadIdx.x % 32 / 4;
+    if (threadIdx.x % 4 == 0) sums[0] = part[0], sums[8] = part[1];
+}
+
 // y [O] = W x + bias, for x [I] with whole tiles of columns, zeros beyond I. A block has `teams` times `rows` rows of tiles, which share
 // the planes of x; the warps of a team share the columns' tiles. Where each has but one, it has `rows` rows of tiles one after the
 // other, as they lie in memory, else rows is 1. Shared memory: planes, PLANES_WORDS for each tile of columns; of each warp its stream,
@@ -743,23 +764,8 @@ __device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bi
         write_planes<BF16>(x, planes, 8 * count, task, 1 / unit, rest, of_x);
 #pragma unroll 1
         for (int r = 0; r < own; ++r) {
-            Counts<BITS> counts;
-            counts.start();
-            for (int k = begin; k < end; ++k) {
-                Words<BITS> words[1];
-                codes.ask();
-                end_of_copies();
-                wait_for_copies<STAGES - 1>();
-                codes.load(words);
-                counts.add(words[0], planes + k * PLANES_WORDS);
-            }
-            float* h = levels + (warp * rows + r) * Levels::WORDS;
-            wait_for_copies<STAGES - 1>();  // a warp may have no tiles
-            if (!rest) Levels::expand(h);
-            float part[2];
-            counts.finish(h, part);
-            float* to = sums + r * sums_a_row + warp * TILE_ROWS + lane / 4;
-            if (lane % 4 == 0) to[0] = part[0], to[8] = part[1];
+            float *h = levels + (warp * rows + r) * Levels::WORDS, *to = sums + r * sums_a_row + warp * TILE_ROWS;
+            sum_up<BITS, BF16>(codes, planes + begin * PLANES_WORDS, end - begin, h, rest, to);
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
