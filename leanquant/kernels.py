@@ -33,7 +33,7 @@ class Kernel(NamedTuple):
 
     parameters: the dtype of each tensor it takes, (dtype, None) for one that may be missing, `int` for a 32-bit integer.
     options: for the compiler, which is asked once for all kernels of a file that share them.
-    early: it may begin while the kernel before it ends, since it waits for that one before it touches what kernels write, but for
+    early: it may begin while kernels before it are at work, since it waits for them before it touches what kernels write, but for
     codes, levels and scales (programmatic dependent launch, on GPUs that have it).
     """
 

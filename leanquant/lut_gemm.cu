@@ -113,8 +113,6 @@ __device__ void copy_16_bytes(void* to, const void* from) {
 __device__ void copy_8_bytes(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"((unsigned)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-#else
-    *(uint2*)to = *(const uint2*)from;
 #endif
 }
 
@@ -470,10 +468,10 @@ struct Decoder {
 // x is a sign and an integer of 16 bits, times a unit: two groups of 8 planes, the columns of two B.
 const int GROUPS = 2, PLANES_WORDS = GROUPS * 64 + 8;  // of a tile; the 8 are the signs, two words for each t
 const float LARGEST = 65535, ROUND = 8388608;  // 2^23: a float from it to twice as much has the integer in its lower bits
-// That suffices for a float16 x whose largest element is not above so many times its root mean square: the error is that ratio times
-// 2^-17.8 of y, while y's own rounding is 2^-12.3. Of others what is left is multiplied, too. bfloat16, whose rounding is 2^-9.3, has
-// none with up to 65536 columns.
-const float CREST = 28;
+// That suffices where x's largest element is not above so many times the mean of all sizes: XX
+// a y of elements like the mean, as in rows whose weights are small where x is large; y's own rounding is 2^-12.3, or 2^-9.3. Of other x
+// what the integers leave is multiplied, too.
+constexpr __device__ float crest(bool bf16) { return bf16 ? 280 : 35; }
 // Tiles whose codes a warp has under way or at work: 8 KB, or a little less.
 constexpr __device__ int gemv_stages(int bits) { return bits == 4 ? 4 : bits == 3 ? 5 : 8; }
 
@@ -519,10 +517,11 @@ struct Task {
         return from_bits<BF16>((uint16)(pair(s, e / 2) >> 16 * (e % 2)));
     }
 
-    __device__ float squares() const {
+    template <bool BF16>
+    __device__ float sum_of_sizes() const {
         float sums[4] = {};
 #pragma unroll
-        for (int i = 0; i < 32; ++i) sums[i / 8] += value<false>(i / 8, i % 8) * value<false>(i / 8, i % 8);
+        for (int i = 0; i < 32; ++i) sums[i / 8] += fabsf(value<BF16>(i / 8, i % 8));
         return sums[0] + sums[1] + (sums[2] + sums[3]);
     }
 
@@ -535,7 +534,11 @@ struct Task {
 #pragma unroll
         for (int bit = 31; bit >= 0; --bit) {  // 16 q + 4 j + s
             const float scaled = value<BF16>(bit % 4, bit / 16 * 4 + bit / 4 % 4) * per_unit;
-            const float left = REST ? (scaled - (scaled + 1.5f * ROUND - 1.5f * ROUND)) * (2 * LARGEST) : scaled;
+            float left = scaled;
+            if (REST) {
+                const float size = fabsf(scaled), over = (size - (size + ROUND - ROUND)) * (2 * LARGEST);
+                left = scaled < 0 ? -over : over;
+            }
             signs = signs << 1 | __float_as_uint(left) >> 31;
             integers[bit] = __float_as_uint(fabsf(left) + ROUND);
             if (!REST) parts[0][bit % 4] += scaled;
@@ -576,20 +579,20 @@ template <bool BF16>
 __device__ float unit_of(const uint16* x, int tasks, float* scratch, Task& task, bool& rest) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, last = (tasks - 1 - (int)threadIdx.x) / (int)blockDim.x;
     unsigned most = 0;
-    float squares = 0;
+    float sizes = 0;
 #pragma unroll 1
     for (int at = threadIdx.x + last * blockDim.x; at >= 0 && at < tasks; at -= blockDim.x) {
         task.load(x, at);
         most = max(most, task.largest());
-        if (!BF16) squares += task.squares();
+        sizes += task.template sum_of_sizes<BF16>();
     }
     most = __reduce_max_sync(FULL_WARP, most);
-    for (int by = 16; by && !BF16; by /= 2) squares += __shfl_sync(FULL_WARP, squares, lane ^ by);
-    if (lane == 0) scratch[warp] = __uint_as_float(most), scratch[GEMV_WARPS + warp] = squares;
+    for (int by = 16; by; by /= 2) sizes += __shfl_sync(FULL_WARP, sizes, lane ^ by);
+    if (lane == 0) scratch[warp] = __uint_as_float(most), scratch[GEMV_WARPS + warp] = sizes;
     __syncthreads();
     most = __reduce_max_sync(FULL_WARP, lane < (int)blockDim.x / 32 ? __float_as_uint(scratch[lane]) : 0);
     const float largest = from_bits<BF16>((uint16)most);
-    rest = !BF16 && largest * largest * (32 * tasks) > CREST * CREST * sum_of_warps(scratch + GEMV_WARPS);
+    rest = largest * (32 * tasks) > crest(BF16) * sum_of_warps(scratch + GEMV_WARPS);
     const float finite = largest - largest == 0 ? largest : __uint_as_float(0x7fffffff);  // with NaN or infinity in x all is NaN
     return (largest < 1e-30f ? 1e-30f : finite) / LARGEST;
 }
@@ -602,7 +605,7 @@ __device__ void write_planes(const uint16* x, unsigned* planes, int tasks, Task&
 #pragma unroll 1
     for (int at = threadIdx.x; at < tasks; at += blockDim.x) {
         unsigned* to = planes + at / 8 * PLANES_WORDS;
-        if (!BF16 && rest)
+        if (rest)
             task.template write<BF16, true>(to, at, per_unit, sums);
         else
             task.template write<BF16, false>(to, at, per_unit, sums);
@@ -707,12 +710,12 @@ struct Counts {
     }
 };
 
-// What `count` tiles of a row of tiles sum up to, [16]: the next ones of the stream, with x's planes and the rows' levels.
-template <int BITS, bool BF16, int STAGES>
-__device__ void sum_up(Stream<BITS, 1, STAGES>& codes, const unsigned* planes, int count, float* levels, bool expanded, float* sums) {
+// Of tiles begin .. end - 1 of a row of tiles, the next ones of the stream, with x's planes of all tiles.
+template <int BITS, int STAGES>
+__device__ Counts<BITS> count_tiles(Stream<BITS, 1, STAGES>& codes, const unsigned* planes, int begin, int end) {
     Counts<BITS> counts;
     counts.start();
-    for (int k = 0; k < count; ++k) {
+    for (int k = begin; k < end; ++k) {
         Words<BITS> words[1];
         codes.ask();
         end_of_copies();
@@ -720,12 +723,8 @@ __device__ void sum_up(Stream<BITS, 1, STAGES>& codes, const unsigned* planes, i
         codes.load(words);
         counts.add(words[0], planes + k * PLANES_WORDS);
     }
-    float part[2];
     wait_for_copies<STAGES - 1>();  // for levels, if there are no tiles
-    if (!expanded) Expansion<BITS, BF16>::expand(levels);
-    counts.finish(levels, part);
-    sums += threadIdx.x % 32 / 4;
-    if (threadIdx.x % 4 == 0) sums[0] = part[0], sums[8] = part[1];
+    return counts;
 }
 
 // y [O] = W x + bias, for x [I] with whole tiles of columns, zeros beyond I. A block has `teams` times `rows` rows of tiles, which share
@@ -764,8 +763,11 @@ __device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bi
         write_planes<BF16>(x, planes, 8 * count, task, 1 / unit, rest, of_x);
 #pragma unroll 1
         for (int r = 0; r < own; ++r) {
-            float *h = levels + (warp * rows + r) * Levels::WORDS, *to = sums + r * sums_a_row + warp * TILE_ROWS;
-            sum_up<BITS, BF16>(codes, planes + begin * PLANES_WORDS, end - begin, h, rest, to);
+            const Counts<BITS> counts = count_tiles<BITS>(codes, planes, begin, end);
+            float *h = levels + (warp * rows + r) * Levels::WORDS, *to = sums + r * sums_a_row + warp * TILE_ROWS + lane / 4, part[2];
+            if (!rest) Levels::expand(h);
+            counts.finish(h, part);
+            if (lane % 4 == 0) to[0] = part[0], to[8] = part[1];
         }
 #pragma unroll
         for (int i = 0; i < 2; ++i) {

@@ -142,7 +142,9 @@ def test_many_tiles_on_the_host(built, monkeypatch, groups, bits):
     for N, *split in ((2, 1, 4, 1), (8, 4, 8, 2), (9, 4, 4, 1), (17, 4, 4, 2), (33, 2, 2, 3), (20, 1, 1, 1)):
         y = lut_gemm._multiply_fused(x[:N], tiles, None, *split)
         assert_like(y, x[:N, :2480], W, None)
-    for plan in ((1, 8, 1), (2, 4, 1), (7, 7, 1), (8, 8, 1), (1, 1, 3), (2, 2, 2)) if not groups else ():
+    assert_like(lut_gemm._multiply_fused(x[:3], tiles, None, 1, 16, 1), x[:3, :2480], W, None)
+    wide = ((4, 16, 1), (16, 16, 1)) if bits < 4 else ()  # whose registers suffice
+    for plan in ((1, 8, 1), (2, 4, 1), (7, 7, 1), (8, 8, 1), (1, 1, 3), (2, 2, 2), *wide) if not groups else ():
         assert_like(lut_gemm._multiply_one(x[:1], tiles, None, *plan), x[:1, :2480], W, None)
     with pytest.raises(ValueError, match="each must be one"):
         lut_gemm._multiply_fused(x[:9], tiles, None, 2, 4, 1)
@@ -240,7 +242,7 @@ def test_plans_for_more_tokens_keep_a_gpu_busy(O, I, N):
     tokens, parts = lut_gemm._wide_plan(N, O, columns, 4, gpu)
     blocks = -(-O // 128) * -(-N // tokens) * parts
     assert tokens in lut_gemm.WIDE_SIZES and 1 <= parts <= columns and tokens < 2 * max(N, 128)
-    assert blocks >= 96 or parts == min(columns, 16) or N <= 128
+    assert blocks >= 96 or parts >= min(columns, 16) // 2
 
 
 @pytest.mark.parametrize(
@@ -276,9 +278,16 @@ def outlier(x: torch.Tensor, size: float = 1000) -> torch.Tensor:
     return x
 
 
+def codes_with_zeros(tiles: Tiles) -> torch.Tensor:
+    codes = lut_gemm.untile_codes(tiles.codes, tiles.bits, tiles.O, tiles.I)
+    codes[:, :8] = 0
+    return codes
+
+
 ONE_TOKEN = {
     "one outlier": outlier,
     "one that is not yet an outlier": lambda x: outlier(x, 28),
+    "some where weights are small": lambda x: x.index_fill_(1, torch.arange(8), 1000),
     "far from zero": lambda x: x + 3,
     "all equal": lambda x: torch.full_like(x, -0.37),
     "denormals": lambda x: x * 2e-6,
@@ -296,6 +305,9 @@ def test_one_token_loses_nothing_whatever_it_looks_like(built, monkeypatch, mean
     tiles, _ = make_tiles(16, 8192, 0, bits, dtype)
     launches = host.run_on(monkeypatch, built)
     levels = (tiles.levels + mean) / 128
+    if "weights" in kind:
+        levels[:, 0] = 0
+        tiles = tiles._replace(codes=lut_gemm.tile_codes(codes_with_zeros(tiles), bits))
     x = ONE_TOKEN[kind](draw(1, tiles.I, dtype=dtype)).to(dtype)
     y = lut_gemm._multiply_one(x, tiles._replace(levels=levels), None, 4, 4, 1)
     codes = lut_gemm.untile_codes(tiles.codes, bits, tiles.O, tiles.I)
@@ -332,6 +344,25 @@ def test_plans_for_one_token_that_were_among_the_fastest_where_measured(O, I, pl
     assert tuple(lut_gemm._gemv_plan(O // 16, I // 256, bits, gpu) for bits in (4, 3, 2)) == plans
 
 
+@pytest.mark.parametrize(
+    "gpu", [host.Gpu(7, 40, 65536), host.Gpu(7, 80, 98304), host.Gpu(8, 108, 166912), host.Gpu(8, 142, 101376), host.Gpu(9, 132, 232448)]
+)
+@pytest.mark.parametrize("bits", [4, 3, 2])
+def test_plans_are_valid_for_any_shape(monkeypatch, bits, gpu):
+    """Blocks of no more threads and shared memory than kernels and GPUs allow; only teams of one warp have several rows of tiles."""
+    monkeypatch.setattr(kernels, "properties", lambda device: gpu)
+    for rows, columns in itertools.product((1, 20, 36, 64, 256, 896, 1792, 8016, 16000), (1, 2, 16, 17, 28, 32, 56, 112, 200)):
+        if plan := lut_gemm._gemv_plan(rows, columns, bits, gpu):
+            teams, warps, each = plan
+            assert warps % teams == 0 and warps <= (8 if bits == 4 else 16) and (each == 1 or warps == teams)
+            assert lut_gemm._gemv_bytes(warps, each, columns, bits) <= gpu.shared_memory_per_block_optin
+        codes = torch.empty(rows, columns, bits, 32, 4, dtype=torch.int32, device="meta")
+        tiles = Tiles(codes, None, None, None, bits, 16 * rows, 256 * columns)
+        teams, warps, parts = lut_gemm._shares(2, tiles, codes.device)
+        assert warps <= (16 if gpu.major >= 8 else 8) and teams == parts == 1
+        assert warps * lut_gemm._stream_bytes(lut_gemm.GEMM_STAGES, bits) <= gpu.shared_memory_per_block_optin
+
+
 @pytest.mark.parametrize("bits", [4, 3, 2])
 def test_hostile_levels_on_the_host(built, monkeypatch, bits):
     """Denormals, zeros, the largest numbers, equal levels: every bit pattern comes through the tables."""
@@ -351,7 +382,8 @@ def test_kernels_stay_within_their_memory(built, monkeypatch, tmp_path):
         tiles, W = make_tiles(*shape, bits, dtype)
         bias = draw(tiles.O, dtype=dtype)
         if tiles.levels is not None:
-            lut_gemm._multiply_one(outlier(pad(draw(1, tiles.I, dtype=dtype), tiles)), tiles, None, 1, 2, 1)
+            for plan in ((1, 2, 1), (4, 8, 1), (2, 2, 2)):
+                lut_gemm._multiply_one(outlier(pad(draw(1, tiles.I, dtype=dtype), tiles)), tiles, None, *plan)
         for N in (1, 2, 11, 19, 33):
             x = pad(draw(N, tiles.I, dtype=dtype), tiles)
             lut_gemm._multiply_fused(x, tiles, bias, *lut_gemm._shares(N, tiles, x.device))
@@ -394,7 +426,9 @@ def assert_stays_packed(warning: str) -> None:
     assert [linear.form for linear in model] == ["packed", "packed"]
 
 
-@pytest.mark.parametrize("wrong", ["lut_gemv", "arrange_x", "lut_wide_levels_4_half_16", "lut_wide_levels_4_half_256", "dequantize"])
+@pytest.mark.parametrize(
+    "wrong", ["lut_gemm_levels_4_half_1", "lut_gemv", "arrange_x", "lut_wide_levels_4_half_16", "lut_wide_levels_4_half_256", "dequantize"]
+)
 def test_wrong_kernels_are_not_used(built, monkeypatch, unchecked, wrong):
     host.run_on(monkeypatch, built)
     call = kernels._call
@@ -639,6 +673,8 @@ class TestOnTheGpu:
     @pytest.mark.parametrize("shape", [*SHAPES, (4096, 4096, 0), (1024, 4096, 32)], ids=str)
     def test_kernels(self, shape, bits, dtype):
         O, I, groups = shape
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         tiles, W = make_tiles(O, I, groups, bits, dtype)
         tiles, W, bias = to_gpu(tiles), W.cuda(), draw(O, dtype=dtype, seed=2).cuda()
         assert torch.equal(lut_gemm.dequantize(W, tiles, 0, O), W)
@@ -647,7 +683,7 @@ class TestOnTheGpu:
             y = lut_linear(x, *tiles[:4], bias, bits, O)
             assert_like(y, x, W, bias)
             assert torch.equal(y, lut_linear(x, *tiles[:4], bias, bits, O))
-        for plan in ((1, 8, 1), (4, 8, 1), (2, 2, 2)) if not groups else ():
+        for plan in ((1, 8, 1), (4, 8, 1), (2, 2, 2), *[(4, 16, 1)] * (bits < 4)) if not groups else ():
             for x in (draw(1, I, dtype=dtype).cuda(), outlier(draw(1, I + 101, dtype=dtype))[:, -I:].cuda().contiguous()):
                 assert_like(lut_gemm._multiply_one(pad(x, tiles), tiles, bias, *plan), x, W, bias)
 
