@@ -286,7 +286,7 @@ def codes_with_zeros(tiles: Tiles) -> torch.Tensor:
 
 ONE_TOKEN = {
     "one outlier": outlier,
-    "one that is not yet an outlier": lambda x: outlier(x, 28),
+    "one that is not yet an outlier": lambda x: outlier(x, 50),
     "some where weights are small": lambda x: x.index_fill_(1, torch.arange(8), 1000),
     "far from zero": lambda x: x + 3,
     "all equal": lambda x: torch.full_like(x, -0.37),
