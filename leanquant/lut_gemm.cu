@@ -598,7 +598,8 @@ __device__ float unit_of(const uint16* x, int tasks, float* scratch, Task& task,
 }
 
 // The planes of x, whose unit is 1 / per_unit, or of the rest: [GROUPS, 32 lanes, 2 words] every PLANES_WORDS, the fragments of B; a
-// column is a plane, and the order of bits in a word is that of the codes. Returns in `sums` this thread's part of Task's. All threads of a block, which have their first task.
+// column is a plane, and the order of bits in a word is that of the codes. Returns in `sums` what this thread's tasks added. All threads
+// of a block, which have loaded their first task.
 template <bool BF16>
 __device__ void write_planes(const uint16* x, unsigned* planes, int tasks, Task& task, float per_unit, bool rest, float (&sums)[2]) {
     sums[0] = sums[1] = 0;
@@ -694,7 +695,8 @@ struct Counts {
 #pragma unroll
             for (int i = 0; i < K; i += 4) {
                 const uint4 four = *(const uint4*)(row + i);
-                const float factors[4] = {__uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z), __uint_as_float(four.w)};
+                const float factors[4] = {
+                    __uint_as_float(four.x), __uint_as_float(four.y), __uint_as_float(four.z), __uint_as_float(four.w)};
 #pragma unroll
                 for (int j = i ? 0 : 1; j < 4; ++j)
 #pragma unroll
@@ -783,7 +785,8 @@ __device__ void lut_gemv(const Weight& weight, const uint16* x, const uint16* bi
             if (out >= weight.O) continue;
             const float* h = levels + tile * Levels::WORDS + at % TILE_ROWS * Levels::APART;
             float sum = h[0] * of_x[0] + h[Levels::K] * of_x[1];
-            for (int member = 0; member < members; ++member) sum += sums[r * sums_a_row + (member * teams + team) * TILE_ROWS + at % TILE_ROWS];
+            for (int member = 0; member < members; ++member)
+                sum += sums[r * sums_a_row + (member * teams + team) * TILE_ROWS + at % TILE_ROWS];
             const float result = unit * sum + (rest ? results[at] : bias ? from_bits<BF16>(bias[out]) : 0);
             if (has_rest && !rest)
                 results[at] = result;
@@ -1148,7 +1151,7 @@ constexpr __device__ int most_threads(int tokens) { return tokens == 1 ? BY_SHUF
         add_up<BF16>(partial, bias, y, parts, N, O);                                                                           \
     }
 #define ONE(NAME, BITS, BF16)                                                                                                  \
-    extern "C" __global__ void __launch_bounds__(BITS == 4 ? 256 : GEMV_WARPS * 32, 1) lut_gemv_##NAME(                                            \
+    extern "C" __global__ void __launch_bounds__(BITS == 4 ? 256 : GEMV_WARPS * 32, 1) lut_gemv_##NAME(                        \
         PRODUCT, int O, int I, int G, int teams, int rows) {                                                                   \
         lut_gemv<BITS, BF16>({tiles, levels, scale, zero, O, I, G}, x, bias, y, teams, rows);                                  \
     }

@@ -214,7 +214,7 @@ def _gemv_plan(rows: int, columns: int, bits: int, gpu) -> tuple[int, int, int] 
         plan = teams, most // teams * teams, 1
         if teams > 4:
             teams = min(most, 4 if bits == 4 else 8)
-            plan = teams, teams, -(-rows // (2 * teams * gpu.multi_processor_count))
+            plan = teams, teams, min(4, -(-rows // (2 * teams * gpu.multi_processor_count)))  # more would take too much memory
         if blocks * (_gemv_bytes(*plan[1:], columns, bits) + DRIVER_BYTES) <= gpu.shared_memory_per_block_optin + DRIVER_BYTES:
             return plan
     return None
