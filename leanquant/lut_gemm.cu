@@ -617,11 +617,14 @@ __device__ void write_planes(const uint16* x, unsigned* planes, int tasks, Task&
 
 constexpr __device__ int lowest_bit(int i) { return i & 1 ? 0 : i & 2 ? 1 : i & 4 ? 2 : 3; }
 
+// From one row's levels to the next's in shared memory, floats: in 16-byte pieces, on all banks.
+constexpr __device__ int levels_apart(int bits) { return (1 << bits) + 4; }
+
 // The levels of a row of tiles in shared memory, [16, APART] floats, each row a lane's: first as they are; then as what the head of this
 // file calls h, times -2 but for the first, and after them the sum of the others.
 template <int BITS, bool BF16>
 struct Expansion {
-    static const int K = 1 << BITS, APART = K + 4, WORDS = TILE_ROWS * APART;  // rows apart in 16-byte pieces, on all banks
+    static const int K = 1 << BITS, APART = levels_apart(BITS), WORDS = TILE_ROWS * APART;
 
     static __device__ void ask(const Weight& weight, int tile_row, float* to) {
         const int lane = threadIdx.x % 32;
@@ -690,7 +693,7 @@ struct Counts {
         const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float* row = h + (g + 8 * half) * (K + 4);
+            const float* row = h + (g + 8 * half) * levels_apart(BITS);
             float sums[GROUPS] = {};
 #pragma unroll
             for (int i = 0; i < K; i += 4) {

@@ -246,18 +246,19 @@ def _shares(N: int, tiles: Tiles, device: torch.device) -> tuple[int, int, int]:
     The warps of a block share the columns; with many rows there are fewer of them, so that all are busy to the end, with few rows and
     long ones more. More than 8 tokens: four warps with rows of their own share x, and two blocks for each multiprocessor the columns.
     """
-    processors = kernels.properties(device).multi_processor_count
+    gpu = kernels.properties(device)
+    processors = gpu.multi_processor_count
     rows, columns = tiles.codes.shape[:2]
-    long = 2 * rows <= processors and columns > 16 and kernels.properties(device).major >= 8  # before, a block has 8 warps at most
-    if N > 8:
+    if N > FEW_TOKENS:
         blocks = -(-rows // (4 * _rows_a_warp(N, tiles, device)))
         return 4, 4, max(1, min(2 * processors // blocks, columns // 2))
+    long = 2 * rows <= processors and columns > 16 and gpu.major >= 8  # before, a block has 8 warps at most
     return 1, 4 if rows > 4 * processors else 16 if long else 8, 1
 
 
 def _rows_a_warp(N: int, tiles: Tiles, device: torch.device) -> int:
     """Of tiles. Registers suffice for two for free levels, where no product goes by shuffles: see MOST_ROWS in lut_gemm.cu."""
-    return 2 if N > 8 and tiles.levels is not None and kernels.properties(device).major >= 8 else 1
+    return 2 if N > FEW_TOKENS and tiles.levels is not None and kernels.properties(device).major >= 8 else 1
 
 
 def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, teams: int, warps: int, parts: int) -> torch.Tensor:
@@ -267,7 +268,7 @@ def _multiply_fused(x: torch.Tensor, tiles: Tiles, bias: torch.Tensor | None, te
     tokens, teams = warps.
     """
     N = x.numel() // x.shape[-1]
-    if N > 8 and teams != warps:
+    if N > FEW_TOKENS and teams != warps:
         raise ValueError(f"{N} tokens: the {warps} warps of a block are {teams} teams, where each must be one")
     tokens, rows = next(t for t in (1, 2, 4, 8) if N <= 8 * t), _rows_a_warp(N, tiles, x.device)
     y = _empty(x, tiles)
@@ -297,7 +298,7 @@ def _wide_plan(N: int, O: int, columns: int, bits: int, gpu) -> tuple[int, int]:
     Up to 64 tokens, which take about as long as one: two blocks for each multiprocessor, but two tiles of columns for each. More: what
     should take least, by WIDE_CLOCKS; a block takes some time besides, and so does adding up parts.
     """
-    if N <= 64:
+    if N <= FUSED_TOKENS:
         tokens = 16 if N <= 16 and (bits == 4 or _is_small(-(-O // TILE_ROWS), columns, gpu)) else 64
         return tokens, max(1, min(2 * gpu.multi_processor_count // _wide_blocks(N, O, tokens), columns // 2))
 
@@ -395,11 +396,10 @@ def kernels_are_right(device: torch.device, bits: int, dtype: torch.dtype, group
 
     right = torch.equal(dequantize(x.to(device), there, 0, tiles.O).cpu(), W)
     right = right and all(agrees(lambda x: lut_linear(x, *there[:4], None, bits, tiles.O), N) for N in (1, 8, 16, 32, 64, 300))
-    if not grouped and kernels.properties(device).major in COUNT_BITS:
-        right = right and agrees(by(_multiply_one, teams=2, warps=8, each=1), 1, -1)
     if _is_wide(300, there):
         right = right and all(agrees(by(_multiply_wide, tokens=tokens, parts=2), 300, -n) for n, tokens in enumerate(WIDE_CLOCKS, 1))
     if not grouped and kernels.properties(device).major in COUNT_BITS:
+        right = right and agrees(by(_multiply_one, teams=2, warps=8, each=1), 1, -1)
         x[-1, 7] = 1000  # 16 bits do not suffice for
         exact[-1:] = x[-1:].float() @ W.float().T
         right = right and agrees(by(_multiply_one, teams=2, warps=2, each=2), 1, -1)

@@ -4,7 +4,8 @@
 
 Each product in turn reads one of several copies of the weight, so that no cache holds it; medians of CUDA events over graphs of
 those calls. "gather" is what the published package does: rebuild the weight by indexing, then multiply. Shares are of
-the bandwidth of a device-to-device copy in the same run, counting the bytes of codes and levels once. The whole model
+the bandwidth of a device-to-device copy in the same run, counting the bytes of codes and levels once. One token is timed also with an
+element far above the others, which its kernel takes longer for (`outlier_ms` in the JSON). The whole model
 generates one token at batch 1, in a CUDA graph and without; what the host does for a product, which counts without one, is timed by
 itself. Random weights. Meant to take less than 8 minutes on an H200; `--smoke` runs it all on tiny sizes. `--plans` times, instead,
 ways to share a product among blocks and warps beside those that lut_gemm.py plans: where a plan is far from the best it is to be

@@ -427,10 +427,19 @@ def assert_stays_packed(warning: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", ["lut_gemm_levels_4_half_1", "lut_gemv", "arrange_x", "lut_wide_levels_4_half_16", "lut_wide_levels_4_half_256", "dequantize"]
+    "wrong, major",
+    [
+        ("lut_gemm_levels_4_half_1", 9),
+        ("lut_gemm_levels_4_half_8", 8),
+        ("lut_gemv", 9),
+        ("arrange_x", 9),
+        ("lut_wide_levels_4_half_16", 9),
+        ("lut_wide_levels_4_half_256", 9),
+        ("dequantize", 9),
+    ],
 )
-def test_wrong_kernels_are_not_used(built, monkeypatch, unchecked, wrong):
-    host.run_on(monkeypatch, built)
+def test_wrong_kernels_are_not_used(built, monkeypatch, unchecked, wrong, major):
+    host.run_on(monkeypatch, built, major)
     call = kernels._call
     monkeypatch.setattr(kernels, "_call", lambda f, kernel, *rest: None if kernel.name.startswith(wrong) else call(f, kernel, *rest))
     assert_stays_packed("kernels for 4 bits and torch.float16 give wrong products on cpu")
