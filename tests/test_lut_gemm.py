@@ -440,8 +440,14 @@ def assert_stays_packed(warning: str) -> None:
 )
 def test_wrong_kernels_are_not_used(built, monkeypatch, unchecked, wrong, major):
     host.run_on(monkeypatch, built, major)
-    call = kernels._call
-    monkeypatch.setattr(kernels, "_call", lambda f, kernel, *rest: None if kernel.name.startswith(wrong) else call(f, kernel, *rest))
+    right = kernels._call
+
+    def call(function, kernel, device, blocks, threads, shared_bytes, args):
+        right(function, kernel, device, blocks, threads, shared_bytes, args)
+        if kernel.name.startswith(wrong):  # memory it does not write might hold an earlier check's results: those are right
+            [arg for arg in args if isinstance(arg, torch.Tensor)][-1].zero_()  # what it writes comes last
+
+    monkeypatch.setattr(kernels, "_call", call)
     assert_stays_packed("kernels for 4 bits and torch.float16 give wrong products on cpu")
 
 
