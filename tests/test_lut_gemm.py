@@ -714,19 +714,25 @@ class TestOnTheGpu:
         assert torch.equal(y, expected)
 
     @pytest.mark.parametrize("captured", [False, True])
-    @pytest.mark.parametrize("N, size", [(1, 1024), (1, 5120), (4, 1024), (40, 1024), (300, 1024)])
-    def test_each_of_a_chain_waits_for_the_one_before(self, N, size, captured):
+    @pytest.mark.parametrize("sizes", [(1024,), (5120,), (1024, 5120, 5120)], ids=str)  # the last: counted and looked up in turn
+    @pytest.mark.parametrize("N", [1, 4, 40, 300])
+    def test_each_of_a_chain_waits_for_the_one_before(self, N, sizes, captured):
         """They may begin early, but not read early."""
-        tiles = to_gpu(make_tiles(size, size, 0, 4, torch.float16)[0])
-        tiles = tiles._replace(levels=tiles.levels / size**0.5)
+        links = []
+        for I, O in zip(sizes, sizes[1:] + sizes[:1], strict=True):
+            tiles = to_gpu(make_tiles(O, I, 0, 4, torch.float16)[0])
+            links.append(tiles._replace(levels=tiles.levels / I**0.5))
 
         def chain(x: torch.Tensor, after_each) -> torch.Tensor:
-            for _ in range(50):
-                x = lut_linear(x, *tiles[:4], None, 4, size)
+            for tiles in links * (48 // len(links)):
+                x = lut_linear(x, *tiles[:4], None, 4, tiles.O)
                 after_each()
+                if tiles is links[-1] and len(links) > 1:
+                    x = torch.nn.functional.layer_norm(x, x.shape[-1:])  # a kernel of torch's among ours
+                    after_each()
             return x
 
-        x = draw(N, size, dtype=torch.float16).cuda()
+        x = draw(N, sizes[0], dtype=torch.float16).cuda()
         expected, run = chain(x, torch.cuda.synchronize), lambda: chain(x, lambda: None)
         if captured:
             graph = torch.cuda.CUDAGraph()
