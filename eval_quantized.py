@@ -200,14 +200,18 @@ def match_tasks(names: list[str], include_path: Path | None) -> Matches:
         if all(matches for _, matches in alone.found):
             return alone
     matched = Matches.of(names, include_path)
-    for name in (name for name, matches in matched.found if not matches):
+    if unknown := [name for name, matches in matched.found if not matches]:
         if include_path:
             _check_yaml(include_path)
-        known = {task.casefold(): task for task in matched.manager.all_tasks}
-        near = [known[match] for match in difflib.get_close_matches(name.casefold(), known, n=5, cutoff=0.5)]
-        hint = f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`"
-        raise InputError(f"unknown task {name}: {hint} (--include_path names the folder of your own)")
+        hints = "; ".join(_hint(name, matched.manager.all_tasks) for name in unknown)
+        raise InputError(f"unknown task {hints} (--include_path names the folder of your own)")
     return matched
+
+
+def _hint(name: str, tasks: list[str]) -> str:
+    known = {task.casefold(): task for task in tasks}
+    near = [known[match] for match in difflib.get_close_matches(name.casefold(), known, n=5, cutoff=0.5)]
+    return f"{name}: " + (f"did you mean {', '.join(near)}?" if near else "see `lm-eval ls tasks`")
 
 
 def _check_yaml(folder: Path) -> None:

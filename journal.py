@@ -15,10 +15,9 @@ from pathlib import Path
 
 from activations import STAMP_BYTES, Activations, helper_thread, live_file, places, save, stamp_of
 from leanquant.errors import InputError
-from leanquant.packing import Checkpoint, part_name, sync_folder, write_synced
+from leanquant.packing import JOURNAL, Checkpoint, part_name, sync_folder, write_synced
 from ranks import Ranks
 
-JOURNAL = "journal.jsonl"
 ON_THE_WAY = "on the way"  # what of a fingerprint is called so decides how a result is computed, and does not matter once it is there
 
 

@@ -98,6 +98,7 @@ def check_output(out: Path, overwrite: bool, flag: str, *homes: Path) -> None:
     if out.resolve() in [home.resolve() for home in homes]:
         raise InputError(f"{flag} is {out}, which holds the model that is to be exported: give another folder")
     packing.check_output(out.absolute(), overwrite, flag)
+    packing.check_unfinished(out, flag)
 
 
 # --- what there is ---------------------------------------------------------------------------------------------

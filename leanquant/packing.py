@@ -41,6 +41,7 @@ WORK_FILE = re.compile(
     r"part-\d+\.safetensors|\.tmp\w{6}|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin"
     r"|leanquant-\w+"
 )
+JOURNAL = "journal.jsonl"  # of them, where a killed run can be taken up again
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 CARD = "README.md"  # an exported folder also has this
@@ -693,6 +694,13 @@ def check_output(save_path: Path, overwrite: bool, flag: str) -> None:
         raise InputError(f"{save_path} exists: give another {flag}, or --overwrite to replace it")
     if save_path.is_dir() and any(save_path.iterdir()) and not _is_our_folder(save_path):
         raise InputError(f"{save_path} is a folder with other things in it, which --overwrite will not delete: give another {flag}")
+
+
+def check_unfinished(save_path: Path, flag: str) -> None:
+    """Raise InputError if a killed run of llama.py, which that may take up again, has left its work where `save_path` would be made."""
+    folder = work_folder(save_path)
+    if (folder / JOURNAL).exists():
+        raise InputError(f"{folder} holds what an unfinished run of llama.py has done: let it finish, remove it, or give another {flag}")
 
 
 def _is_our_folder(folder: Path) -> bool:

@@ -28,7 +28,7 @@ sys.path.insert(0, str(ROOT))
 from eval_quantized import last_hidden, pick_device  # noqa: E402
 from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
-from leanquant.packing import TORCH_DTYPES, ModelWriter, is_finite  # noqa: E402
+from leanquant.packing import TORCH_DTYPES, ModelWriter, check_unfinished, is_finite  # noqa: E402
 from modelutils import Stream, StreamedModel, memory_is_input, refuse_quantized, resolve_model  # noqa: E402
 
 TOKENS = 256  # random ones, on which the two models are compared
@@ -76,6 +76,7 @@ def run_in_memory(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> None:
     if args.out.suffix == ".safetensors":
         raise InputError(f"--out is {args.out}: a rotated model is a folder, give its name")
+    check_unfinished(args.out, "--out")
     folder, device = resolve_model(args.model), pick_device(args.device)
     model = streamed(folder, device)
     check(model)

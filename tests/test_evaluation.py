@@ -408,7 +408,8 @@ def test_bad_task_options_are_refused_before_the_model_loads(tiny_model, quantiz
     monkeypatch.setattr(eval_quantized, "evaluate", lambda *_: pytest.fail("evaluation began"))
     base = ["--base_model_name_or_path", tiny_model(), "--leanquant_path", quantized]
     assert "hellaswag," in refusal(capsys, *base, "--tasks", "HellaSwagg")
-    assert re.search("unknown task mine_aa.*mine_a", refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_aa"))
+    error = refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_aa", "mine_a", "zzzzz9")
+    assert re.search("unknown task mine_aa: did you mean .*mine_a.*; zzzzz9: see `lm-eval ls tasks`", error)
     assert "not a folder" in refusal(capsys, *base, "--include_path", tmp_path / "none", "--tasks", "mine_a")
     assert "twice, once within a group" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_tag", "mine_a")
     assert "mine_a twice: leave" in refusal(capsys, *base, "--include_path", task_folder, "--tasks", "mine_a, mine_a")

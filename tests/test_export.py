@@ -389,6 +389,18 @@ def test_llama_refuses_an_export_before_it_quantizes(tiny_model, text_file, tmp_
     assert words in capsys.readouterr().err
 
 
+def test_what_an_unfinished_run_has_done_stays(tiny_model, text_file, tmp_path, monkeypatch, capsys):
+    """Of a run that was to make a model where an export is to go now; said before any work."""
+    monkeypatch.setattr(llama, "quantize_model", None)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    journal.parent.mkdir()
+    journal.write_text("{}\n")
+    options = f"--seqlen 32 --eval none --wbits 4 --nearest --overwrite --save_path {tmp_path / 'q'} --export dense:{tmp_path / 'out'}"
+    assert llama.main([str(tiny_model(**SIZES)), str(text_file), *options.split()]) == 2
+    assert f"{journal.parent} holds what an unfinished run of llama.py has done" in capsys.readouterr().err
+    assert journal.read_text() == "{}\n"
+
+
 @pytest.mark.parametrize("saved, out", [("q.safetensors", "."), ("q.safetensors", "model"), ("q", "link")])
 def test_llama_does_not_export_over_its_models(tiny_model, text_file, tmp_path, monkeypatch, capsys, saved, out):
     """Neither over the result nor over the original, by whatever name."""

@@ -121,17 +121,20 @@ def test_mixtures_are_refused(tmp_path, capsys, config):
 def test_bad_input_is_one_sentence(model, tmp_path, capsys):
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
+    (tmp_path / "unfinished.partial").mkdir()
+    (tmp_path / "unfinished.partial" / "journal.jsonl").touch()
     for words, message in (
         ((model, "--out", tmp_path / "out.safetensors"), "is a folder, give its name"),
         ((model, "--out", model), "exists: give another --out"),
         ((model, "--out", tmp_path / "taken", "--overwrite"), "other things in it"),
+        ((model, "--out", tmp_path / "unfinished"), "an unfinished run of llama.py"),
         ((tmp_path / "gone", "--out", tmp_path / "out"), "neither a model folder nor a hub name"),
         ((model, "--out", tmp_path / "out", "--device", "cuda:99"), "CUDA devices"),
     ):
         assert rotated(*words) == 2
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
-    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out").exists() and (tmp_path / "unfinished.partial" / "journal.jsonl").exists()
 
 
 def test_a_rotated_model_may_be_replaced(model, tmp_path):
