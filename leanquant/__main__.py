@@ -44,6 +44,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
         add("--device", help="cpu, cuda or cuda:1 (unset: the GPUs if there are any)")
         add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
+        add("--no_graphs", action="store_true", help="launch kernel by kernel, slower, where tokens would be decoded by a CUDA graph")
         add("--dequantize", choices=["auto", "always", "never"], default="auto", help="keep rebuilt weights too (default: on a CPU)")
     return parser.parse_args(argv)
 
@@ -141,10 +142,14 @@ def load_tokenizer(args: argparse.Namespace):
 
 
 def load(args: argparse.Namespace):
+    from .decoding import use_cuda_graphs
     from .modeling import LeanQuantModelForCausalLM
 
     options = {"device": args.device, "dequantize": args.dequantize, "trust_remote_code": args.trust_remote_code}
-    return LeanQuantModelForCausalLM.from_pretrained(args.base or args.path, args.path, **options)
+    model = LeanQuantModelForCausalLM.from_pretrained(args.base or args.path, args.path, **options)
+    if not args.no_graphs:
+        use_cuda_graphs(model)
+    return model
 
 
 def sampling(temperature: float | None) -> dict:

@@ -5,11 +5,11 @@
 Each product in turn reads one of several copies of the weight, so that no cache holds it; medians of CUDA events over graphs of
 those calls. "gather" is what the published package does: rebuild the weight by indexing, then multiply. Shares are of
 the bandwidth of a device-to-device copy in the same run, counting the bytes of codes and levels once. One token is timed also with an
-element far above the others, which its kernel takes longer for (`outlier_ms` in the JSON). The whole model
-generates one token at batch 1, in a CUDA graph and without; what the host does for a product, which counts without one, is timed by
-itself. Random weights. Meant to take less than 8 minutes on an H200; `--smoke` runs it all on tiny sizes. `--plans` times, instead,
-ways to share a product among blocks and warps beside those that lut_gemm.py plans: where a plan is far from the best it is to be
-mended there.
+element far above the others, which its kernel takes longer for (`outlier_ms` in the JSON). The whole model generates one token at
+batch 1, in a CUDA graph and without, and a text by transformers' `generate`, likewise; what the host does for a product, which counts
+without one, is timed by itself. Random weights. Meant to take less than 8 minutes on an H200; `--smoke` runs it all on tiny sizes.
+`--plans` times, instead, ways to share a product among blocks and warps beside those that lut_gemm.py plans: where a plan is far from
+the best it is to be mended there.
 """
 
 import argparse
@@ -29,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench_quantize import LLAMA_3_8B, machine, milliseconds_by_events, ready, save  # noqa: E402
 from leanquant import kernels, lut_gemm  # noqa: E402
+from leanquant.decoding import use_cuda_graphs  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
 from leanquant.packing import PackedLinear, packed_width, unpack_codes  # noqa: E402
 
@@ -264,8 +265,8 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 if isinstance(linear, nn.Linear):
                     model.model.set_submodule(name, quantized_like(linear, bits, device))
         graph, eager = (1e3 / step_milliseconds(model, device, captured) for captured in (True, False))
-        rows.append({"bits": bits, "tokens_per_second": graph, "eager_tokens_per_second": eager})
-        print(f"{name_of(bits)}: {graph:.1f} tokens/s, without a graph {eager:.1f}", flush=True)
+        rows.append({"bits": bits, "tokens_per_second": graph, "eager_tokens_per_second": eager} | generated(model))
+        print(", ".join(f"{name}: {value:.1f}" for name, value in rows[-1].items()), flush=True)
         del model
     return rows
 
@@ -293,6 +294,18 @@ def step_milliseconds(model: nn.Module, device: torch.device, captured: bool, co
         return milliseconds([step], device)
     step().sum().item()
     return 1e3 * median(_seconds(lambda: step().sum().item()) for _ in range(10))
+
+
+def generated(model: nn.Module, tokens: int = 64) -> dict:
+    """Tokens a second of `generate`: as it is by itself, and with CUDA graphs where it can have them."""
+    ids, found = torch.arange(16, device=model.device)[None], {}
+    for name, cache in (("eager_generate_tokens_per_second", "dynamic"), ("generate_tokens_per_second", "static")):
+        if cache == "static" and not use_cuda_graphs(model):
+            break
+        how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "cache_implementation": cache}
+        run = partial(model.generate, ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **how)
+        found[name] = tokens / median(_seconds(lambda run=run: run().sum().item()) for _ in range(3))
+    return found
 
 
 if __name__ == "__main__":

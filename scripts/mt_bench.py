@@ -22,7 +22,7 @@ import torch  # noqa: E402
 
 import eval_quantized  # noqa: E402
 import modelutils  # noqa: E402
-from leanquant import LeanQuantModelForCausalLM  # noqa: E402
+from leanquant import LeanQuantModelForCausalLM, use_cuda_graphs  # noqa: E402
 from leanquant.errors import InputError, exit_code, first_line  # noqa: E402
 
 # FastChat's; other categories get DEFAULT_TEMPERATURE.
@@ -126,6 +126,7 @@ def run(args: argparse.Namespace) -> None:
     if not tokenizer.chat_template:
         raise InputError(f"{base} has no chat template: MT-Bench needs a chat model")
     model = LeanQuantModelForCausalLM.from_pretrained(base, args.path, device=args.device)
+    use_cuda_graphs(model)
     for number, question in enumerate(questions, 1):
         torch.manual_seed(args.seed + question["question_id"])  # the same answer, wherever a run is taken up
         turns = answer(model, tokenizer, question, args.max_new_tokens)

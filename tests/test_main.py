@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 import llama
 from leanquant import __main__ as cli
-from leanquant import errors, packing
+from leanquant import decoding, errors, packing
 
 FIXTURES = Path(__file__).with_name("fixtures")
 ROOT = Path(__file__).resolve().parent.parent
@@ -76,6 +76,14 @@ def test_sizes_are_those_of_the_model(tiny_model, text_file, tmp_path):
 def test_generate_streams_the_continuation(folder, capsys):
     assert cli.main(["generate", str(folder), "the river", "--max_new_tokens", "5", "--temperature", "0"]) == 0
     assert capsys.readouterr().out.startswith("the river")
+
+
+def test_generate_takes_cuda_graphs_where_it_can(folder, capsys, monkeypatch):
+    command, asked = ["generate", str(folder), "the river", "--max_new_tokens", "12", "--temperature", "0"], []
+    monkeypatch.setattr(decoding, "use_cuda_graphs", lambda model: asked.append(model) or True)
+    outputs = [(cli.main(command + flags), capsys.readouterr().out) for flags in (["--no_graphs"], [])]
+    assert outputs[0] == outputs[1] and outputs[0][0] == 0
+    assert len(asked) == 1
 
 
 def test_generate_from_a_file_needs_its_base(tiny_model, text_file, tmp_path, capsys):
