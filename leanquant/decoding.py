@@ -5,6 +5,7 @@ place. Not here: the cache and the loop, which are transformers'; kernels.
 """
 
 import warnings
+from collections.abc import Iterator
 from itertools import chain
 from types import MethodType
 
@@ -14,6 +15,7 @@ from transformers import GenerationConfig, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from .errors import first_line
+from .experts import Experts
 
 TRIED = 6  # tokens that are decoded in both ways before graphs are used
 CLOSE = 0.02  # of logits: the same kernels should give the same
@@ -23,10 +25,10 @@ def use_cuda_graphs(model: nn.Module) -> bool:
     """From now on `model.generate` records a decoding step once a call, and replays it, with the static cache that it takes by itself then.
 
     False, with `model` as it was, where that cannot be: not all of it on one GPU, a cache that is not one of all tokens (sliding windows),
-    or a step that asks the GPU for something (mixtures of experts). A few tokens are decoded in both ways first; if they differ, or
+    or a step that asks the GPU which way to go (experts). A few tokens are decoded in both ways first; if they differ, or
     cannot be recorded, a warning says so.
     """
-    if not (_is_on_one_gpu(model) and _keeps_all_tokens(model)):
+    if not (_is_on_one_gpu(model) and _keeps_all_tokens(model)) or any(isinstance(module, Experts) for module in model.modules()):
         return False
     model.get_compiled_call = MethodType(lambda self, _config: Step(self), model)
     if trouble := _trouble(model):
@@ -88,24 +90,40 @@ class Step:
             self._record(inputs)
         if self._graph is None or _kinds(inputs) != self._kinds:
             return self._model(**inputs)
-        for name, tensor in self._inputs.items():
-            tensor.copy_(inputs[name])
+        for (_, kept), (_, new) in zip(_leaves(self._inputs), _leaves(inputs), strict=True):
+            if isinstance(kept, torch.Tensor):
+                kept.copy_(new)
         self._graph.replay()
         return type(self._outputs)(**{name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in self._outputs.items()})
 
     def _record(self, inputs: dict) -> None:
         self._kinds = _kinds(inputs)
-        self._inputs = {name: value.clone() for name, value in inputs.items() if isinstance(value, torch.Tensor)}
-        graph, self._outputs = recorded(self._model, inputs | self._inputs)
+        self._inputs = _copy(inputs)
+        graph, self._outputs = recorded(self._model, self._inputs)
         if all(isinstance(value, torch.Tensor | StaticCache) for value in self._outputs.values()):  # else hidden states of all layers
             self._graph = graph
 
 
 def _kinds(inputs: dict) -> tuple:
     """What must be as it was for a recorded step to be the same one: all but the values of tensors."""
-    kinds = {name: (v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else v for name, v in inputs.items()}
+    kinds = {name: (v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else v for name, v in _leaves(inputs)}
     layers = inputs["past_key_values"].layers
     return kinds, [tensor.data_ptr() for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+
+
+def _leaves(inputs: dict) -> Iterator[tuple]:
+    """Each value with the names that lead to it: some models have a dictionary of masks."""
+    for name, value in inputs.items():
+        if isinstance(value, dict):
+            yield from (((name, *path), leaf) for path, leaf in _leaves(value))
+        else:
+            yield (name,), value
+
+
+def _copy(inputs: dict) -> dict:
+    """With tensors of its own, and the cache itself."""
+    own = {dict: _copy, torch.Tensor: torch.clone}
+    return {name: own.get(type(value), lambda other: other)(value) for name, value in inputs.items()}
 
 
 def recorded(model: nn.Module, inputs: dict) -> tuple:

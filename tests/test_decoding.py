@@ -4,11 +4,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationMixin
+from transformers import AutoModelForCausalLM, GenerationMixin, MixtralConfig, StaticCache
 
 import llama
+from conftest import SIZES
 from leanquant import LeanQuantModelForCausalLM, decoding, use_cuda_graphs
+from leanquant.experts import split_experts
 from leanquant.linear import QuantizedLinear
+from test_families import FAMILIES, base  # noqa: F401
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 WAYS = {
@@ -77,6 +80,16 @@ def test_the_same_tokens_as_without(tiny_model, emulated, way):
     assert Graph.replays == (0 if way in ("beams", "all outputs") else 10)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_each_family_gives_the_same_tokens(base, emulated, family):  # noqa: F811
+    model, plain = load(base(family)), load(base(family))
+    windows_slide = any(layer.is_sliding for layer in StaticCache(config=model.config, max_cache_len=8).layers)
+    assert use_cuda_graphs(model) != windows_slide
+    Graph.replays = 0
+    assert torch.equal(continued(model, do_sample=False), continued(plain, do_sample=False))
+    assert Graph.replays == (0 if windows_slide else 10)
+
+
 def test_calls_of_other_lengths_follow_one_another(tiny_model, emulated):
     model, plain = load(tiny_model()), load(tiny_model())
     assert use_cuda_graphs(model)
@@ -97,6 +110,13 @@ def test_other_caches_do_without(tiny_model, emulated):
 def test_a_window_that_slides_is_not_recorded(tiny_model, emulated):
     model = load(tiny_model("mistral"))
     assert not use_cuda_graphs(model) and "get_compiled_call" not in vars(model) and not model.generation_config.cache_implementation
+
+
+def test_a_mixture_whose_experts_are_called_one_by_one_is_not_recorded(emulated):
+    model = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None))
+    assert use_cuda_graphs(model)  # where they are one
+    split_experts(model)
+    assert not use_cuda_graphs(model)
 
 
 def test_what_is_not_on_one_gpu_is_not_recorded(tiny_model):
@@ -129,10 +149,10 @@ class TestOnTheGpu:
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_a_quantized_model_gives_the_same(self, tiny_model, text_file, tmp_path, dtype):
-        out, base = tmp_path / "q.safetensors", tiny_model()
+        out, original = tmp_path / "q.safetensors", tiny_model()
         flags = ["--nsamples", "2", "--seqlen", "32", "--eval", "none", "--save_path", str(out), "--wbits", "4", "--exponent", "4"]
-        assert llama.main([str(base), str(text_file), *flags]) == 0
-        model = LeanQuantModelForCausalLM.from_pretrained(base, out, dtype=dtype, device="cuda")
+        assert llama.main([str(original), str(text_file), *flags]) == 0
+        model = LeanQuantModelForCausalLM.from_pretrained(original, out, dtype=dtype, device="cuda")
         assert {linear.form for linear in model.modules() if isinstance(linear, QuantizedLinear)} == {"tiles"}
         expected = continued(model, 100, do_sample=False, cache_implementation="static", disable_compile=True)
         assert use_cuda_graphs(model)
