@@ -11,9 +11,9 @@ if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == __name__:
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as in the background
         signal.signal(signal.SIGINT, end_at_once)
 else:
-    from .decoding import use_cuda_graphs
+    from .decoding import with_cuda_graphs
     from .modeling import LeanQuantModelForCausalLM
     from .plugin import LeanQuantConfig, LeanQuantizer
 
 __version__ = "0.1.0"
-__all__ = ["InputError", "LeanQuantConfig", "LeanQuantModelForCausalLM", "LeanQuantizer", "use_cuda_graphs"]
+__all__ = ["InputError", "LeanQuantConfig", "LeanQuantModelForCausalLM", "LeanQuantizer", "with_cuda_graphs"]

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 from .errors import InputError, end_at_once, exit_code, first_line, printable
@@ -142,14 +143,17 @@ def load_tokenizer(args: argparse.Namespace):
 
 
 def load(args: argparse.Namespace):
-    from .decoding import use_cuda_graphs
     from .modeling import LeanQuantModelForCausalLM
 
     options = {"device": args.device, "dequantize": args.dequantize, "trust_remote_code": args.trust_remote_code}
-    model = LeanQuantModelForCausalLM.from_pretrained(args.base or args.path, args.path, **options)
-    if not args.no_graphs:
-        use_cuda_graphs(model)
-    return model
+    return LeanQuantModelForCausalLM.from_pretrained(args.base or args.path, args.path, **options)
+
+
+def generator(model, args: argparse.Namespace) -> Callable:
+    """`model.generate`, or what does the same faster."""
+    from .decoding import with_cuda_graphs
+
+    return model.generate if args.no_graphs else with_cuda_graphs(model)
 
 
 def sampling(temperature: float | None) -> dict:
@@ -167,7 +171,8 @@ def generate(args: argparse.Namespace) -> None:
     inputs = tokenizer(well_formed(args.prompt), return_tensors="pt")
     if not inputs["input_ids"].numel():
         raise InputError("the prompt is empty and the tokenizer begins with nothing of its own: give some text")
-    answer(load(args), tokenizer, inputs, args, skip_prompt=False)
+    model = load(args)
+    answer(generator(model, args), tokenizer, inputs.to(model.device), args, skip_prompt=False)
 
 
 def chat(args: argparse.Namespace) -> None:
@@ -175,6 +180,7 @@ def chat(args: argparse.Namespace) -> None:
     if not tokenizer.chat_template:
         raise InputError("the model has no chat template: it is not made for conversation, use generate")
     model, messages = load(args), []
+    continued = generator(model, args)
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on it ends an answer
     print(f"{args.path}: type your message, an empty line ends", flush=True)
@@ -185,7 +191,7 @@ def chat(args: argparse.Namespace) -> None:
         except Exception as error:  # a template is a program
             raise InputError(f"the model's chat template fails ({first_line(error)}): use generate, or mend the template") from None
         try:
-            messages.append({"role": "assistant", "content": answer(model, tokenizer, inputs, args)})
+            messages.append({"role": "assistant", "content": answer(continued, tokenizer, inputs.to(model.device), args)})
         except KeyboardInterrupt:
             print("\n(interrupted: the message is taken back)", flush=True)
             messages.pop()
@@ -205,16 +211,15 @@ def well_formed(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def answer(model, tokenizer, inputs, args: argparse.Namespace, skip_prompt: bool = True) -> str:
-    """Stream the model's continuation of `inputs` to the terminal, and return it."""
+def answer(continued: Callable, tokenizer, inputs, args: argparse.Namespace, skip_prompt: bool = True) -> str:
+    """Stream the model's continuation of `inputs`, by its `generator` and on its device, to the terminal, and return it."""
     from transformers import TextStreamer
 
     streamer = TextStreamer(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
-    inputs = inputs.to(model.device)
     settings = {"max_new_tokens": args.max_new_tokens, "num_beams": 1, "pad_token_id": tokenizer.eos_token_id}
     settings |= {"return_dict_in_generate": False, "tokenizer": tokenizer}  # for stop_strings
     try:
-        out = model.generate(**inputs, streamer=streamer, **settings, **sampling(args.temperature))
+        out = continued(**inputs, streamer=streamer, **settings, **sampling(args.temperature))
     except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:  # settings that contradict each other, or lie
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"the model cannot generate ({reason}): see its generation_config.json") from None

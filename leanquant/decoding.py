@@ -1,17 +1,20 @@
-"""Decoding by CUDA graphs: a token costs the host one launch, where it is some thousand without, which is what bounds its speed then.
+"""Decoding by CUDA graphs: the host launches a whole forward pass at once, where it is some thousand kernels without, which take it
+longer than the GPU.
 
-With a static cache `generate` would compile the model, which takes a minute and needs a compiler: a graph takes the compiled model's
-place. Not here: the cache and the loop, which are transformers'; kernels.
+With a static cache transformers' `generate` would compile the model, which takes a minute and needs a compiler: a graph takes the
+compiled model's place. Not here: the cache and the loop, which are transformers'; kernels.
 """
 
+import contextlib
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
-from types import MethodType
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, StaticCache
+from transformers import GenerationConfig, PreTrainedModel, StaticCache
 from transformers.cache_utils import StaticLayer
 
 from .errors import first_line
@@ -19,24 +22,39 @@ from .experts import Experts
 
 TRIED = 6  # tokens that are decoded in both ways before graphs are used
 CLOSE = 0.02  # of logits: the same kernels should give the same
+OTHER_CACHES = {"cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"}
 
 
-def use_cuda_graphs(model: nn.Module) -> bool:
-    """From now on `model.generate` records a decoding step once a call, and replays it, with the static cache that it takes by itself then.
+def with_cuda_graphs(model: nn.Module) -> Callable:
+    """`model.generate`, but a call records its second decoding step, and replays it for all later ones.
 
-    False, with `model` as it was, where that cannot be: not all of it on one GPU, a cache that is not one of all tokens (sliding windows),
-    or a step that asks the GPU which way to go (experts). A few tokens are decoded in both ways first; if they differ, or
-    cannot be recorded, a warning says so.
+    Itself where that cannot be: not all of `model` on one GPU, a cache that is not one of all tokens (sliding windows), or a step that
+    waits for the GPU (experts; rotary embeddings that grow). A few tokens are decoded in both ways first; if they differ, or cannot be
+    recorded, a warning says so. Calls with a cache of the caller's, or another model's help, go to `model.generate` too.
     """
-    if not (_is_on_one_gpu(model) and _keeps_all_tokens(model)) or any(isinstance(module, Experts) for module in model.modules()):
+    if not _may_be_recorded(model):
+        return model.generate
+    stream, lock = capture_stream(model.device), threading.Lock()
+    if trouble := _trouble(model, stream):
+        _warn(trouble)
+        return model.generate
+
+    def generate(*args, **kwargs):
+        if kwargs.keys() & OTHER_CACHES:
+            return model.generate(*args, **kwargs)
+        with lock:
+            return _generate(model, lambda: Step(model, stream), *args, **kwargs)
+
+    return generate
+
+
+def _may_be_recorded(model: nn.Module) -> bool:
+    if not isinstance(model, PreTrainedModel) or not _is_on_one_gpu(model):
         return False
-    model.get_compiled_call = MethodType(lambda self, _config: Step(self), model)
-    if trouble := _trouble(model):
-        del model.get_compiled_call
-        warnings.warn(f"decoding without a CUDA graph, which is slower: {trouble}", stacklevel=2)
+    own = model.generation_config
+    if own.use_cache is False or any(getattr(own, name, None) for name in OTHER_CACHES):
         return False
-    model.generation_config.cache_implementation = "static"
-    return True
+    return _keeps_all_tokens(model) and not any(isinstance(module, Experts) for module in model.modules())
 
 
 def _is_on_one_gpu(model: nn.Module) -> bool:
@@ -45,70 +63,109 @@ def _is_on_one_gpu(model: nn.Module) -> bool:
 
 
 def _keeps_all_tokens(model: nn.Module) -> bool:
-    """In a static cache whose length is a number on the GPU: other kinds of layers keep it on the host, where a graph does not see it."""
-    if model.generation_config.use_cache is False:
+    try:
+        return _is_of_all_tokens(StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=TRIED))
+    except Exception:  # models of other kinds have no such cache
         return False
-    return _is_of_all_tokens(StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=TRIED))
 
 
 def _is_of_all_tokens(cache) -> bool:
-    return isinstance(cache, StaticCache) and all(type(layer) is StaticLayer for layer in cache.layers)
+    """With lengths that are numbers on the GPU: other kinds of layers keep them on the host, where a graph does not see them."""
+    return isinstance(cache, StaticCache) and not cache.offloading and all(type(layer) is StaticLayer for layer in cache.layers)
 
 
-def _trouble(model: nn.Module) -> str | None:
+def _warn(trouble: str) -> None:
+    warnings.warn(f"decoding without a CUDA graph, which is slower: {trouble}", stacklevel=3)
+
+
+def _generate(model: nn.Module, step: Callable[[], Callable], *args, **kwargs):
+    """`model.generate` with a static cache, and what `step` returns in the compiled model's place."""
+    model.get_compiled_call = lambda _config: step()
+    vars(model).pop("_previous_max_cache_length", None)  # no longer a cache than this call's, whatever came before it
+    try:
+        return model.generate(*args, cache_implementation="static", **kwargs)
+    finally:
+        del model.get_compiled_call
+
+
+def _trouble(model: nn.Module, stream) -> str | None:
     """What speaks against graphs, found by decoding with them and without."""
-    ids, own = torch.arange(1, 5, device=model.device)[None], model.generation_config
+    ids, own, steps = torch.arange(1, 5, device=model.device)[None], model.generation_config, []
     wanted = {"max_new_tokens": TRIED, "pad_token_id": 0, "output_logits": True, "return_dict_in_generate": True}
 
-    def logits(**how) -> torch.Tensor:
-        found = model.generate(ids, attention_mask=torch.ones_like(ids), cache_implementation="static", **wanted, **how)
-        return torch.stack(found.logits)
+    def recording() -> Step:
+        steps.append(Step(model, stream))
+        return steps[-1]
+
+    def logits(step: Callable) -> torch.Tensor:
+        return torch.stack(_generate(model, step, ids, attention_mask=torch.ones_like(ids), **wanted).logits)
 
     try:
         model.generation_config = GenerationConfig()  # nothing of its own: the likeliest of all tokens, and no end
-        plain, graphed = logits(disable_compile=True), logits()
+        plain = logits(lambda: partial(_without_waiting, model))  # a step that waits would break a recording, and CUDA with it
+        graphed = logits(recording)
     except Exception as error:  # whatever a model does that a graph cannot hold
         return first_line(error)
     finally:
         model.generation_config = own
+    if not any(step.replays for step in steps):
+        return next((step.trouble for step in steps if step.trouble), "generate has no use for one")
     return None if (graphed - plain).norm() <= CLOSE * plain.norm() else f"{type(model).__name__} gives other logits with one"
+
+
+def _without_waiting(model: nn.Module, **inputs):
+    with waiting_forbidden():
+        return model(**inputs)
 
 
 class Step:
     """The forward pass of one decoding step, for one call of `generate`: the second is recorded, as the first makes what is made late.
 
-    It takes what the model takes. Inputs of other kinds or sizes than the recorded ones, or a cache that has moved (beam search), go to
-    the model itself.
+    It takes what the model takes. Inputs of other kinds or sizes than the recorded ones, or a cache that has moved, go to the model itself;
+    so do all where recording fails (`trouble`), which computes nothing. `replays` counts the others.
     """
 
-    def __init__(self, model: nn.Module):
-        self._model, self._calls, self._graph = model, 0, None
+    def __init__(self, model: nn.Module, stream):
+        self._model, self._stream = model, stream
+        self._calls = self.replays = 0
+        self._graph = self.trouble = None
 
     def __call__(self, **inputs):
         self._calls += 1
-        if self._calls == 2 and _is_of_all_tokens(inputs.get("past_key_values")):
-            self._record(inputs)
-        if self._graph is None or _kinds(inputs) != self._kinds:
+        kinds = _kinds(inputs)
+        if self._calls == 2 and kinds is not None:
+            self._record(inputs, kinds)
+        if self._graph is None or kinds != self._kinds:
             return self._model(**inputs)
-        for (_, kept), (_, new) in zip(_leaves(self._inputs), _leaves(inputs), strict=True):
+        new = dict(_leaves(inputs))
+        for name, kept in _leaves(self._inputs):
             if isinstance(kept, torch.Tensor):
-                kept.copy_(new)
+                kept.copy_(new[name])
         self._graph.replay()
+        self.replays += 1
         return type(self._outputs)(**{name: v.clone() if isinstance(v, torch.Tensor) else v for name, v in self._outputs.items()})
 
-    def _record(self, inputs: dict) -> None:
-        self._kinds = _kinds(inputs)
-        self._inputs = _copy(inputs)
-        graph, self._outputs = recorded(self._model, self._inputs)
-        if all(isinstance(value, torch.Tensor | StaticCache) for value in self._outputs.values()):  # else hidden states of all layers
+    def _record(self, inputs: dict, kinds: tuple) -> None:
+        self._kinds, self._inputs = kinds, _copy(inputs)
+        try:
+            graph, self._outputs = recorded(self._model, self._stream, self._inputs)
+        except Exception as error:  # memory, above all
+            self.trouble = first_line(error.__context__ or error)  # what went wrong, not that a recording did not end well
+            _warn(self.trouble)
+            return
+        if all(isinstance(value, torch.Tensor | StaticCache) for value in self._outputs.values()):
             self._graph = graph
+        else:  # hidden states of all layers, say
+            self.trouble = f"{type(self._model).__name__} returns more than logits"
 
 
-def _kinds(inputs: dict) -> tuple:
-    """What must be as it was for a recorded step to be the same one: all but the values of tensors."""
+def _kinds(inputs: dict) -> tuple | None:
+    """What must be as it was for a recorded step to be the same one: all but the values of tensors. None if it cannot be recorded."""
+    cache = inputs.get("past_key_values")
+    if not _is_of_all_tokens(cache):
+        return None
     kinds = {name: (v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else v for name, v in _leaves(inputs)}
-    layers = inputs["past_key_values"].layers
-    return kinds, [tensor.data_ptr() for layer in layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+    return kinds, [tensor.data_ptr() for layer in cache.layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
 
 
 def _leaves(inputs: dict) -> Iterator[tuple]:
@@ -126,8 +183,31 @@ def _copy(inputs: dict) -> dict:
     return {name: own.get(type(value), lambda other: other)(value) for name, value in inputs.items()}
 
 
-def recorded(model: nn.Module, inputs: dict) -> tuple:
+# --- CUDA ------------------------------------------------------------------------------------------------------
+
+
+def capture_stream(device: torch.device):
+    """To record on: one for all calls, since what libraries allocate for a stream stays; of this GPU, which torch's own may not be."""
+    return torch.cuda.Stream(device)
+
+
+def recorded(model: nn.Module, stream, inputs: dict) -> tuple:
     """(graph, what `model` returns for `inputs` once the graph is replayed): now nothing is computed."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.device(model.device), torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a streamer may have a thread
-        return graph, model(**inputs)
+    current = torch.cuda.current_stream(model.device)
+    with torch.cuda.stream(current):  # which a recording that fails would not go back to
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):  # a streamer may have a thread
+            return graph, model(**inputs)
+
+
+@contextlib.contextmanager
+def waiting_forbidden() -> Iterator[None]:
+    """In the block a torch operation for which the host waits for the GPU raises RuntimeError."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that not all such operations are found
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

@@ -29,7 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from bench_quantize import LLAMA_3_8B, machine, milliseconds_by_events, ready, save  # noqa: E402
 from leanquant import kernels, lut_gemm  # noqa: E402
-from leanquant.decoding import use_cuda_graphs  # noqa: E402
+from leanquant.decoding import with_cuda_graphs  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
 from leanquant.packing import PackedLinear, packed_width, unpack_codes  # noqa: E402
 
@@ -265,8 +265,9 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
                 if isinstance(linear, nn.Linear):
                     model.model.set_submodule(name, quantized_like(linear, bits, device))
         graph, eager = (1e3 / step_milliseconds(model, device, captured) for captured in (True, False))
-        rows.append({"bits": bits, "tokens_per_second": graph, "eager_tokens_per_second": eager} | generated(model))
-        print(", ".join(f"{name}: {value:.1f}" for name, value in rows[-1].items()), flush=True)
+        found = {"tokens_per_second": graph, "eager_tokens_per_second": eager} | generated(model)
+        rows.append({"bits": bits, **found})
+        print(f"{name_of(bits)}: {', '.join(f'{name} {value:.1f}' for name, value in found.items())}", flush=True)
         del model
     return rows
 
@@ -299,12 +300,12 @@ def step_milliseconds(model: nn.Module, device: torch.device, captured: bool, co
 def generated(model: nn.Module, tokens: int = 64) -> dict:
     """Tokens a second of `generate`: as it is by itself, and with CUDA graphs where it can have them."""
     ids, found = torch.arange(16, device=model.device)[None], {}
-    for name, cache in (("eager_generate_tokens_per_second", "dynamic"), ("generate_tokens_per_second", "static")):
-        if cache == "static" and not use_cuda_graphs(model):
-            break
-        how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "cache_implementation": cache}
-        run = partial(model.generate, ids, attention_mask=torch.ones_like(ids), pad_token_id=0, **how)
-        found[name] = tokens / median(_seconds(lambda run=run: run().sum().item()) for _ in range(3))
+    how = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+    ways = {"eager_generate_tokens_per_second": model.generate, "generate_tokens_per_second": with_cuda_graphs(model)}
+    for name, generate in ways.items():
+        if not found or generate != model.generate:
+            run = partial(generate, ids, attention_mask=torch.ones_like(ids), **how)
+            found[name] = tokens / median(_seconds(lambda run=run: run().sum().item()) for _ in range(3))
     return found
 
 

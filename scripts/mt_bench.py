@@ -13,6 +13,7 @@ import os
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,7 +23,7 @@ import torch  # noqa: E402
 
 import eval_quantized  # noqa: E402
 import modelutils  # noqa: E402
-from leanquant import LeanQuantModelForCausalLM, use_cuda_graphs  # noqa: E402
+from leanquant import LeanQuantModelForCausalLM, with_cuda_graphs  # noqa: E402
 from leanquant.errors import InputError, exit_code, first_line  # noqa: E402
 
 # FastChat's; other categories get DEFAULT_TEMPERATURE.
@@ -94,7 +95,7 @@ def answered(path: Path, model_id: str) -> set[int]:
     return found
 
 
-def answer(model, tokenizer, question: dict, max_new_tokens: int) -> list[str]:
+def answer(generate: Callable, tokenizer, question: dict, max_new_tokens: int, device: torch.device) -> list[str]:
     """What the model says in each turn, given all turns before."""
     temperature = TEMPERATURES.get(question["category"], DEFAULT_TEMPERATURE)
     sampling = (
@@ -103,10 +104,8 @@ def answer(model, tokenizer, question: dict, max_new_tokens: int) -> list[str]:
     chat, turns = [], []
     for turn in question["turns"]:
         chat.append({"role": "user", "content": turn})
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(model.device)
-        out = model.generate(
-            **ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling
-        )
+        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True).to(device)
+        out = generate(**ids, max_new_tokens=max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id, **sampling)
         turns.append(tokenizer.decode(out[0, ids["input_ids"].shape[1] :], skip_special_tokens=True).strip())
         chat.append({"role": "assistant", "content": turns[-1]})
     return turns
@@ -126,10 +125,10 @@ def run(args: argparse.Namespace) -> None:
     if not tokenizer.chat_template:
         raise InputError(f"{base} has no chat template: MT-Bench needs a chat model")
     model = LeanQuantModelForCausalLM.from_pretrained(base, args.path, device=args.device)
-    use_cuda_graphs(model)
+    generate = with_cuda_graphs(model)
     for number, question in enumerate(questions, 1):
         torch.manual_seed(args.seed + question["question_id"])  # the same answer, wherever a run is taken up
-        turns = answer(model, tokenizer, question, args.max_new_tokens)
+        turns = answer(generate, tokenizer, question, args.max_new_tokens, model.device)
         row = {
             "question_id": question["question_id"],
             "answer_id": uuid.uuid4().hex[:22],

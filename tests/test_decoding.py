@@ -1,14 +1,19 @@
 """Decoding by CUDA graphs: the same tokens as without. Here a graph is emulated; on a GPU it is one."""
 
+import copy
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GenerationMixin, MixtralConfig, StaticCache
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationMixin, MixtralConfig, StaticCache
 
 import llama
 from conftest import SIZES
-from leanquant import LeanQuantModelForCausalLM, decoding, use_cuda_graphs
+from leanquant import LeanQuantModelForCausalLM, decoding, with_cuda_graphs
 from leanquant.experts import split_experts
 from leanquant.linear import QuantizedLinear
 from test_families import FAMILIES, base  # noqa: F401
@@ -21,33 +26,64 @@ WAYS = {
     "several": {"do_sample": True, "num_return_sequences": 3},
     "all outputs": {"output_hidden_states": True, "output_scores": True, "return_dict_in_generate": True, "do_sample": False},
 }
+WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "equal")  # a GPU is waited for in these
+
+
+class Tape(TorchDispatchMode):
+    """The operations that torch is asked for in the block, with their tensors; `forbidden` ones fail."""
+
+    def __init__(self, forbidden: tuple = ()):
+        super().__init__()
+        self.operations, self.forbidden = [], forbidden
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if any(name in str(function) for name in self.forbidden):
+            raise RuntimeError("called a synchronizing CUDA operation")
+        result = function(*args, **kwargs or {})
+        self.operations.append((function, args, kwargs or {}, result))
+        return result
 
 
 class Graph:
-    """Of what a model does with `inputs`: done on `replay`, not before, in the same memory."""
+    """What a model does with `inputs`, as a CUDA graph has it: operations on tensors that stay where they are, done on `replay` and not
+    before. No line of the model's is run again."""
 
     replays = 0
 
     def __init__(self, model, inputs: dict):
-        cache = inputs["past_key_values"]
-        state = [tensor for layer in cache.layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+        state = [t for layer in inputs["past_key_values"].layers for t in (layer.keys, layer.values, layer.cumulative_length)]
         kept = [tensor.clone() for tensor in state]
-        self.run, self.outputs = lambda: model(**inputs), model(**inputs)
+        with Tape() as tape:
+            self.outputs = model(**inputs)
+        self.operations = tape.operations
         for tensor, value in zip(state, kept, strict=True):
             tensor.copy_(value)
         self.outputs.logits.fill_(torch.nan)
 
     def replay(self) -> None:
         Graph.replays += 1
-        self.outputs.logits.copy_(self.run().logits)
+        for function, args, kwargs, result in self.operations:
+            theirs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+            for old, new in zip(tree_leaves(result), tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, torch.Tensor) and old.untyped_storage().data_ptr() not in theirs:
+                    old.copy_(new)
 
 
 @pytest.fixture
 def emulated(monkeypatch):
     """A CPU counts as a GPU."""
+    real = GenerationMixin._valid_auto_compile_criteria
+
+    def criteria(model, inputs, config) -> bool:
+        config.compile_config = CompileConfig()
+        config.compile_config._compile_all_devices = True
+        return real(model, inputs, config)
+
+    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", criteria)
     monkeypatch.setattr(decoding, "_is_on_one_gpu", lambda model: True)
-    monkeypatch.setattr(decoding, "recorded", lambda model, inputs: ((graph := Graph(model, inputs)), graph.outputs))
-    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", lambda self, inputs, config: not config.disable_compile)
+    monkeypatch.setattr(decoding, "capture_stream", lambda device: None)
+    monkeypatch.setattr(decoding, "recorded", lambda model, stream, inputs: ((graph := Graph(model, inputs)), graph.outputs))
+    monkeypatch.setattr(decoding, "waiting_forbidden", lambda: Tape(WAITS))
     monkeypatch.setattr(Graph, "replays", 0)
 
 
@@ -55,10 +91,19 @@ def load(folder, device: str = "cpu"):
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval().to(device)
 
 
-def continued(model, length: int = 12, **how):
+def continued(generate, length: int = 12, ids=((5, 6, 7),), **how):
     torch.manual_seed(0)
-    ids = torch.tensor([[5, 6, 7]], device=model.device)
-    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length, min_new_tokens=length, pad_token_id=0, **how)
+    ids = torch.tensor(ids, device=getattr(generate, "__self__", SimpleNamespace(device=how.pop("device", "cpu"))).device)
+    mask = (ids != 0).long()
+    return generate(ids, attention_mask=mask, max_new_tokens=length, min_new_tokens=length, pad_token_id=0, **how)
+
+
+def recording(model):
+    """`model.generate` by graphs."""
+    generate = with_cuda_graphs(model)
+    assert generate != model.generate
+    Graph.replays = 0
+    return generate
 
 
 def assert_same(found, expected) -> None:
@@ -72,76 +117,123 @@ def assert_same(found, expected) -> None:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_tokens_as_without(tiny_model, emulated, way):
     model = load(tiny_model())
-    expected = continued(model, **WAYS[way], cache_implementation="static", disable_compile=True)
-    assert use_cuda_graphs(model)
-    Graph.replays = 0
-    assert_same(continued(model, **WAYS[way]), expected)
+    expected, generate = continued(model.generate, **WAYS[way]), recording(model)
+    assert_same(continued(generate, **WAYS[way]), expected)
     # the prompt gives the first token, the first step is not recorded, and each later one is replayed, if it can be
     assert Graph.replays == (0 if way in ("beams", "all outputs") else 10)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_gives_the_same_tokens(base, emulated, family):  # noqa: F811
-    model, plain = load(base(family)), load(base(family))
-    windows_slide = any(layer.is_sliding for layer in StaticCache(config=model.config, max_cache_len=8).layers)
-    assert use_cuda_graphs(model) != windows_slide
-    Graph.replays = 0
-    assert torch.equal(continued(model, do_sample=False), continued(plain, do_sample=False))
-    assert Graph.replays == (0 if windows_slide else 10)
+    model = load(base(family))
+    expected = [continued(model.generate, ids=ids, do_sample=False) for ids in ([[5, 6, 7]], [[0, 0, 9], [5, 6, 7]])]
+    if any(layer.is_sliding for layer in StaticCache(config=model.config, max_cache_len=8).layers):
+        assert with_cuda_graphs(model) == model.generate
+    elif family == "Falcon":  # its steps make an index on the host
+        with pytest.warns(UserWarning, match="slower: called a synchronizing CUDA operation"):
+            assert with_cuda_graphs(model) == model.generate
+    else:
+        generate = recording(model)
+        assert torch.equal(continued(generate, do_sample=False), expected[0])
+        assert torch.equal(continued(generate, ids=[[0, 0, 9], [5, 6, 7]], do_sample=False), expected[1])
+        assert Graph.replays == 20
 
 
 def test_calls_of_other_lengths_follow_one_another(tiny_model, emulated):
-    model, plain = load(tiny_model()), load(tiny_model())
-    assert use_cuda_graphs(model)
+    """And know nothing of each other: the cache of a short call is as short as it would be."""
+    model, lengths = load(tiny_model()), []
+    generate = recording(model)
+    model.register_forward_pre_hook(lambda *inputs: lengths.append(inputs[2]["past_key_values"].layers[0].max_cache_len), with_kwargs=True)
     for length in (4, 30, 1, 2, 9):
-        assert torch.equal(continued(model, length, do_sample=False), continued(plain, length, do_sample=False))
+        assert torch.equal(continued(generate, length, do_sample=False), continued(load(tiny_model()).generate, length, do_sample=False))
+        assert lengths[-1] == 2 + length  # the last token is not read again
 
 
-def test_other_caches_do_without(tiny_model, emulated):
-    model, plain = load(tiny_model()), load(tiny_model())
-    assert use_cuda_graphs(model)
-    Graph.replays = 0
-    expected = continued(plain, do_sample=False)
-    for how in ({"disable_compile": True}, {"cache_implementation": "dynamic"}, {"use_cache": False}):
-        assert torch.equal(continued(model, do_sample=False, **how), expected)
+def test_calls_with_another_cache_do_without(tiny_model, emulated):
+    model = load(tiny_model())
+    expected, generate = continued(model.generate, do_sample=False), recording(model)
+    for how in ({"disable_compile": True}, {"cache_implementation": "dynamic"}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}):
+        assert torch.equal(continued(generate, do_sample=False, **how), expected)
     assert Graph.replays == 0
+
+
+def test_the_model_stays_as_it_was(tiny_model, emulated, tmp_path):
+    """To be saved, copied, and freed without the garbage collector."""
+    model = load(tiny_model())
+    before, own = set(vars(model)), model.generation_config.to_dict()
+    generate = recording(model)
+    continued(generate)
+    assert set(vars(model)) <= before | {"_previous_max_cache_length"} and model.generation_config.to_dict() == own
+    copy.deepcopy(model).save_pretrained(tmp_path)
+    gone, _ = weakref.ref(model), gc.collect()
+    gc.disable()
+    del model, generate
+    gc.enable()
+    assert gone() is None
+
+
+def refuses(model, **how) -> None:
+    with pytest.warns(UserWarning, **how):
+        assert with_cuda_graphs(model) == model.generate
 
 
 def test_a_window_that_slides_is_not_recorded(tiny_model, emulated):
     model = load(tiny_model("mistral"))
-    assert not use_cuda_graphs(model) and "get_compiled_call" not in vars(model) and not model.generation_config.cache_implementation
+    assert with_cuda_graphs(model) == model.generate
 
 
 def test_a_mixture_whose_experts_are_called_one_by_one_is_not_recorded(emulated):
     model = AutoModelForCausalLM.from_config(MixtralConfig(**SIZES, num_local_experts=4, sliding_window=None))
-    assert use_cuda_graphs(model)  # where they are one
     split_experts(model)
-    assert not use_cuda_graphs(model)
+    assert with_cuda_graphs(model) == model.generate
 
 
 def test_what_is_not_on_one_gpu_is_not_recorded(tiny_model):
-    assert not use_cuda_graphs(load(tiny_model()))
+    model = load(tiny_model())
+    assert with_cuda_graphs(model) == model.generate
 
 
-def fails(model, inputs):
-    raise RuntimeError("operation not permitted when stream is capturing\nand more")
+def test_a_step_that_waits_is_not_recorded(tiny_model, emulated, monkeypatch):
+    model = load(tiny_model())
+    monkeypatch.setattr(decoding, "recorded", lambda *_: pytest.fail("it was recorded"))
+    model.model.layers[1].register_forward_hook(lambda _module, _inputs, output: output.sum().item() and None)
+    refuses(model, match="slower: called a synchronizing CUDA operation$")
+
+
+def fails(*_):
+    try:
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+    except RuntimeError:
+        raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
 
 
 @pytest.mark.parametrize(
     "recorded, says",
     [
         (fails, "slower: operation not permitted when stream is capturing$"),
-        (lambda model, inputs: (SimpleNamespace(replay=lambda: None), Graph(model, inputs).outputs), "gives other logits with one"),
+        (lambda model, _, inputs: (SimpleNamespace(replay=lambda: None), Graph(model, inputs).outputs), "gives other logits with one"),
     ],
 )
 def test_graphs_that_fail_are_not_used(tiny_model, emulated, monkeypatch, recorded, says):
     model = load(tiny_model())
-    expected = continued(model, do_sample=False)
+    expected = continued(model.generate, do_sample=False)
     monkeypatch.setattr(decoding, "recorded", recorded)
-    with pytest.warns(UserWarning, match=says):
-        assert not use_cuda_graphs(model)
-    assert "get_compiled_call" not in vars(model)
-    assert torch.equal(continued(model, do_sample=False), expected)
+    refuses(model, match=says)
+    assert torch.equal(continued(model.generate, do_sample=False), expected)
+
+
+def test_a_recording_that_fails_later_is_done_without(tiny_model, emulated, monkeypatch):
+    model = load(tiny_model())
+    expected, generate = continued(model.generate, do_sample=False), recording(model)
+    monkeypatch.setattr(decoding, "recorded", fails)
+    with pytest.warns(UserWarning, match="operation not permitted"):
+        assert torch.equal(continued(generate, do_sample=False), expected)
+
+
+def test_a_model_that_generate_would_not_compile_is_not_recorded(tiny_model, emulated):
+    model = load(tiny_model())
+    model.hf_quantizer = SimpleNamespace(is_compileable=False)
+    refuses(model, match="generate has no use for one")
 
 
 class TestOnTheGpu:
@@ -154,26 +246,24 @@ class TestOnTheGpu:
         assert llama.main([str(original), str(text_file), *flags]) == 0
         model = LeanQuantModelForCausalLM.from_pretrained(original, out, dtype=dtype, device="cuda")
         assert {linear.form for linear in model.modules() if isinstance(linear, QuantizedLinear)} == {"tiles"}
-        expected = continued(model, 100, do_sample=False, cache_implementation="static", disable_compile=True)
-        assert use_cuda_graphs(model)
-        assert torch.equal(continued(model, 100, do_sample=False), expected)
+        expected = continued(model.generate, 100, do_sample=False, cache_implementation="static", disable_compile=True)
+        assert torch.equal(continued(recording(model), 100, device="cuda", do_sample=False), expected)
 
     @pytest.mark.parametrize("way", WAYS)
     def test_the_same_tokens_as_without(self, tiny_model, way):
         model = load(tiny_model(), "cuda")
-        expected = continued(model, **WAYS[way], cache_implementation="static", disable_compile=True)
-        assert use_cuda_graphs(model)
+        expected = continued(model.generate, **WAYS[way], cache_implementation="static", disable_compile=True)
+        generate = recording(model)
         for _ in range(2):
-            assert_same(continued(model, **WAYS[way]), expected)
+            assert_same(continued(generate, device="cuda", **WAYS[way]), expected)
 
-    def test_what_asks_the_gpu_for_something_does_without(self, tiny_model):
-        """As mixtures of experts do, whose tokens go where the GPU says; and it works as before."""
+    def test_a_step_that_waits_is_launched_as_ever(self, tiny_model):
+        """It is seen without recording it, which would break more than the recording."""
         model = load(tiny_model(), "cuda")
-        expected = continued(model, do_sample=False)
+        expected = [continued(model.generate, do_sample=sample) for sample in (False, True)]
         hook = model.model.layers[0].register_forward_hook(lambda _module, _inputs, output: output.sum().item() and None)
-        with pytest.warns(UserWarning, match="without a CUDA graph"):
-            assert not use_cuda_graphs(model)
-        assert torch.equal(continued(model, do_sample=False), expected)
+        refuses(model, match="without a CUDA graph, which is slower: called a synchronizing CUDA operation")
         hook.remove()
-        assert use_cuda_graphs(model)
-        assert torch.equal(continued(model, do_sample=False), expected)
+        for generate in (model.generate, recording(model)):
+            for sample in (False, True):
+                assert torch.equal(continued(generate, device="cuda", do_sample=sample), expected[sample])

@@ -80,7 +80,7 @@ def test_generate_streams_the_continuation(folder, capsys):
 
 def test_generate_takes_cuda_graphs_where_it_can(folder, capsys, monkeypatch):
     command, asked = ["generate", str(folder), "the river", "--max_new_tokens", "12", "--temperature", "0"], []
-    monkeypatch.setattr(decoding, "use_cuda_graphs", lambda model: asked.append(model) or True)
+    monkeypatch.setattr(decoding, "with_cuda_graphs", lambda model: asked.append(model) or model.generate)
     outputs = [(cli.main(command + flags), capsys.readouterr().out) for flags in (["--no_graphs"], [])]
     assert outputs[0] == outputs[1] and outputs[0][0] == 0
     assert len(asked) == 1
