@@ -69,7 +69,7 @@ def run(kernel_version: Callable, twin: Callable, *args):
     LEANQUANT_KERNELS=torch forces the twin. A kernel that does not compile or launch is replaced by the twin, with one
     warning that says why.
     """
-    if on_gpu(args[0]) and not _torch_is_wanted():
+    if on_gpu(args[0]) and not torch_is_wanted():
         try:
             return kernel_version(*args)
         except KernelError as error:
@@ -77,7 +77,7 @@ def run(kernel_version: Callable, twin: Callable, *args):
     return twin(*args)
 
 
-def _torch_is_wanted() -> bool:
+def torch_is_wanted() -> bool:
     return os.environ.get("LEANQUANT_KERNELS") == "torch"
 
 
@@ -131,7 +131,7 @@ def _check(kernel: Kernel, args: tuple) -> torch.device:
 
 def is_available(kernel: Kernel, device: torch.device) -> bool:
     """Does `run` use it for tensors on this GPU? If it does not compile, one warning says why."""
-    if _torch_is_wanted():
+    if torch_is_wanted():
         return False
     function = _compiled(kernel, device.index)
     if isinstance(function, str):

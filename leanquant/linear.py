@@ -1,4 +1,4 @@
-"""The quantized linear layer: a module whose state is codes and levels, three ways to multiply with them, its place in a model.
+"""The quantized linear layer: a module whose state is codes and levels, four ways to multiply with them, its place in a model.
 
 Legend: O out_features, I in_features, K = 2**bits levels, G groups.
 """
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import kernels, lut_gemm
+from . import kernels, lut_cpu, lut_gemm
 from .errors import InputError
 from .experts import split_experts
 from .packing import SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
@@ -57,8 +57,8 @@ class QuantizedLinear(nn.Linear):
 
     State, under the file's names: weight_codes and quant_grid, or scale and zero (packing.py), and bias. `prepare` chooses
     what the products read: "packed" rebuilds the weight piece by piece, in every forward pass, and needs nothing besides;
-    "tiles" is the layout of the fused CUDA kernels and takes the place of the codes; "dense" keeps the rebuilt weight too. The
-    state that is saved is the same in all of them.
+    "looked_up" needs nothing besides either, but a kernel for this CPU; "tiles" is the layout of the fused CUDA kernels and takes the place
+    of the codes; "dense" keeps the rebuilt weight too. The state that is saved is the same in all of them.
     """
 
     def __init__(self, packed: PackedLinear, bits: int, in_features: int, bias: torch.Tensor | None):
@@ -93,7 +93,7 @@ class QuantizedLinear(nn.Linear):
         return PackedLinear(codes, self.quant_grid, self.scale, self.zero)
 
     def prepare(self, form: str, dtype: torch.dtype) -> None:
-        """Take `form`, one of the three, for products in `dtype`. What the kernels cannot do stays packed."""
+        """Take `form`, one of the four, for products in `dtype`. What the kernels cannot do stays packed."""
         self.release()
         if form == "tiles" and self.can_be_tiled(dtype):
             packed = self.packed()
@@ -105,7 +105,7 @@ class QuantizedLinear(nn.Linear):
                 torch.cuda.current_stream(self.tiles.device).synchronize()
         elif form == "dense":
             self._hold("dense", self.packed().dequantize(self.bits, self.in_features, dtype))
-        else:
+        elif form != "looked_up" or not lut_cpu.can_multiply(self.packed(), self.bits, self.in_features):
             return
         self.form = form
 
@@ -185,6 +185,9 @@ class QuantizedLinear(nn.Linear):
             levels = state.get("levels")
             scale, zero = (state["scale"], state["zero"]) if levels is None else (None, None)
             return lut_gemm.lut_linear(x, state["tiles"], levels, scale, zero, self.bias, self.bits, self.out_features)
+        if self.form == "looked_up" and x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled()):
+            y = lut_cpu.packed_linear(x, *self.packed(), self.bits)
+            return y if self.bias is None else y + self.bias
         return self._by_pieces(x)
 
     def _by_pieces(self, x: torch.Tensor) -> torch.Tensor:
@@ -261,21 +264,33 @@ def check_values(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> None:
-    """Give every filled QuantizedLinear the form that is fastest where it lies: tiles on a GPU, rebuilt weights on a CPU.
+    """Give every filled QuantizedLinear the form that is fastest where it lies: tiles on a GPU; on a CPU its codes, looked up, and where
+    there is no kernel for that rebuilt weights.
 
     What lies on the CPU because the GPUs are full stays packed: it travels to them for each forward pass.
     """
     linears = [module for module in model.modules() if isinstance(module, QuantizedLinear) and not module.weight_codes.is_meta]
-    rebuild = dequantize == "always" or (dequantize == "auto" and all(linear.weight_codes.device.type == "cpu" for linear in linears))
-    needed = sum(linear.in_features * linear.out_features * dtype.itemsize for linear in linears)
-    if rebuild and dequantize == "auto" and needed > 0.8 * free_host_bytes():
-        warnings.warn(f"{needed / 1e9:.1f} GB of rebuilt weights do not fit: they stay packed, which is slower on a CPU", stacklevel=3)
-        rebuild = False
+    is_on_cpu = all(linear.weight_codes.device.type == "cpu" for linear in linears)
     for linear in linears:
-        if rebuild:
+        if dequantize == "always":
             linear.prepare("dense", dtype)
-        elif kernels.on_gpu(linear.weight_codes) and linear.can_be_tiled(dtype) and _has_kernels(linear, dtype):
-            linear.prepare("tiles", dtype)
+        elif kernels.on_gpu(linear.weight_codes):
+            if linear.can_be_tiled(dtype) and _has_kernels(linear, dtype):
+                linear.prepare("tiles", dtype)
+        else:
+            linear.prepare("looked_up", dtype)
+    if dequantize == "auto" and is_on_cpu:
+        _rebuild([linear for linear in linears if linear.form == "packed"], dtype)
+
+
+def _rebuild(linears: list[QuantizedLinear], dtype: torch.dtype) -> None:
+    """On the CPU, if all fits."""
+    needed = sum(linear.in_features * linear.out_features * dtype.itemsize for linear in linears)
+    if needed > 0.8 * free_host_bytes():
+        warnings.warn(f"{needed / 1e9:.1f} GB of rebuilt weights do not fit: they stay packed, which is slower on a CPU", stacklevel=4)
+        return
+    for linear in linears:
+        linear.prepare("dense", dtype)
 
 
 def _has_kernels(linear: QuantizedLinear, dtype: torch.dtype) -> bool:
