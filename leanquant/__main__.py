@@ -46,7 +46,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add("--device", help="cpu, cuda or cuda:1 (unset: the GPUs if there are any)")
         add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
         add("--no_graphs", action="store_true", help="launch kernel by kernel, slower, where tokens would be decoded by a CUDA graph")
-        add("--dequantize", choices=["auto", "always", "never"], default="auto", help="keep rebuilt weights too (default: on a CPU)")
+        add(
+            "--dequantize",
+            choices=["auto", "always", "never"],
+            default="auto",
+            help="keep rebuilt weights too (default: on a CPU, without a kernel for it)",
+        )
     return parser.parse_args(argv)
 
 

@@ -25,11 +25,11 @@ inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
 inline Words shifted(Words v, int places) { return _mm512_srli_epi32(v, places); }
 inline Words words(const uint8_t* p) { return _mm512_loadu_si512(p); }
 
-// Words of 3 bytes each.
+// Words of 3 bytes each: the first 3/4 of what is read.
 inline Words triples(const uint8_t* p) {
     const Words twelve = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
     const __m128i apart = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
-    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(twelve, _mm512_maskz_loadu_epi32(0xfff, p)), _mm512_broadcast_i32x4(apart));
+    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(twelve, words(p)), _mm512_broadcast_i32x4(apart));
 }
 
 inline Floats from_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
@@ -61,10 +61,9 @@ inline float sum(Floats v) {
 }
 
 inline Words triples(const uint8_t* p) {
-    const Words first = _mm256_setr_epi32(-1, -1, -1, -1, -1, -1, 0, 0), six = _mm256_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0);
+    const Words six = _mm256_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0);
     const __m128i apart = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
-    const Words read = _mm256_maskload_epi32(reinterpret_cast<const int*>(p), first);
-    return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(read, six), _mm256_broadcastsi128_si256(apart));
+    return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(words(p), six), _mm256_broadcastsi128_si256(apart));
 }
 
 inline Floats from_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
@@ -156,12 +155,12 @@ inline void each_of_row(const Weight& weight, int64_t row, const Use& use) {
     constexpr int COLUMNS = LANES * Layout::PLACES;
     const int64_t blocks = (weight.I + COLUMNS - 1) / COLUMNS, of_group = weight.G == 1 ? blocks : blocks / weight.G;
     const uint8_t *codes = weight.codes + row * weight.width, *end = weight.codes + weight.O * weight.width;
-    alignas(64) uint8_t last[Layout::BYTES];
+    alignas(64) uint8_t last[sizeof(Words)];
     for (int64_t block = 0, group = 0; group < weight.G; ++group) {
         const Table table = weight.table(row, group);
         for (; block < (group + 1) * of_group; ++block, codes += Layout::BYTES) {
             const uint8_t* read = codes;
-            if (end - codes < Layout::BYTES) {
+            if (end - codes < int64_t(sizeof last)) {
                 memset(last, 0, sizeof last);
                 memcpy(last, codes, end - codes);
                 read = last;

@@ -53,7 +53,7 @@ class LeanQuantModelForCausalLM:
         unset and "auto" mean the file's type on a GPU and float32 on a CPU. device: everything there; otherwise `device_map`
         ("auto" or "balanced" spreads layers over the GPUs, within `max_memory`, "sequential" fills one after the other; what does
         not fit stays in the host's memory). dequantize: "always"
-        keeps rebuilt weights too, "never" only codes; "auto" rebuilds on a CPU, where that is much faster, if they fit there.
+        keeps rebuilt weights too, "never" only codes; "auto" rebuilds on a CPU what its kernel (lut_cpu.py) cannot read, if it fits there.
         trust_remote_code: run Python code that comes with the base model. attn_implementation: as transformers takes it. Raises
         InputError (a ValueError) if the file is
         damaged, or does not fit the base model or `bits`.

@@ -1,29 +1,37 @@
-"""Generation on a CPU: tokens a second of the demo's quantized model, rebuilt and packed, beside the original in float32.
+"""A CPU: tokens a second of the demo's quantized model, generated and read, beside the original in float32; and single products.
 
     python scripts/bench_generate.py [--tokens 32] [--repeats 7] [--out docs/results/generate-cpu.json]
 
-All three models are in one process and take turns, so that what else the machine does meets them alike; greedy, batch 1, medians.
-Needs demo/nonuniform-4bit.safetensors, which scripts/quickstart.sh makes.
+The model as it is loaded by itself (codes looked up), rebuilt, and packed as torch alone does it. All are in one process and take turns, so
+that what else the machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens with a 4096 x 4096 weight of
+free levels, of which there are several in turn, 100 MB and more of each kind. Needs demo/nonuniform-4bit.safetensors, which
+scripts/quickstart.sh makes.
 """
 
 import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
 import torch
+from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
+import bench_inference  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
+from leanquant.linear import QuantizedLinear  # noqa: E402
+from leanquant.lut_cpu import can_multiply, packed_linear  # noqa: E402
 from leanquant.packing import Checkpoint  # noqa: E402
 
 BASE, QUANTIZED = ROOT / "demo" / "SmolLM2-135M-Instruct", ROOT / "demo" / "nonuniform-4bit.safetensors"
+READ = 400  # tokens of a text that is read at once
 PROMPT = "The telescope is an instrument that"
 
 
@@ -35,28 +43,66 @@ def main() -> None:
     args = parser.parse_args()
     if not QUANTIZED.is_file():
         sys.exit(f"error: {QUANTIZED} is not there: run scripts/quickstart.sh first")
-    bits = Checkpoint.open(QUANTIZED).bits_of("model.layers.0.mlp.down_proj")
-    packed = {"torch_dtype": torch.float32, "device": "cpu", "dequantize": "never"}
-    models = {
-        "original, float32": AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32),
-        f"{bits} bits, rebuilt at load": LeanQuantModelForCausalLM.from_pretrained(BASE, QUANTIZED, device="cpu"),
-        f"{bits} bits, packed": LeanQuantModelForCausalLM.from_pretrained(BASE, QUANTIZED, **packed),
-    }
-    ids = AutoTokenizer.from_pretrained(BASE)(PROMPT, return_tensors="pt")
-    seconds = {name: [] for name in models}
-    for repeat in range(args.repeats + 1):
-        for name, model in models.items():
-            start = time.perf_counter()
-            model.generate(**ids, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False)
-            if repeat:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
-    speeds = {name: args.tokens / median(times) for name, times in seconds.items()}
-    original = next(iter(speeds.values()))
-    for name, speed in speeds.items():
-        print(f"{name}: {speed:.1f} tokens/s, {speed / original:.2f} times the original")
-    results = {"tokens": args.tokens, "repeats": args.repeats, "threads": torch.get_num_threads(), "tokens_per_second": speeds}
+    results = {"tokens": args.tokens, "repeats": args.repeats, "threads": torch.get_num_threads()}
+    results |= {"cpu": torch.backends.cpu.get_cpu_capability()} | bench_models(args) | {"products": bench_products(args.repeats)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def bench_models(args: argparse.Namespace) -> dict:
+    bits = Checkpoint.open(QUANTIZED).bits_of("model.layers.0.mlp.down_proj")
+    ours = {
+        f"{bits} bits, looked up": {},
+        f"{bits} bits, rebuilt at load": {"dequantize": "always"},
+        f"{bits} bits, packed, by torch": {"dequantize": "never"},
+    }
+    models = {"original, float32": AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)}
+    models |= {name: LeanQuantModelForCausalLM.from_pretrained(BASE, QUANTIZED, device="cpu", **how) for name, how in ours.items()}
+    for linear in models[f"{bits} bits, packed, by torch"].modules():
+        if isinstance(linear, QuantizedLinear):
+            linear.release()
+    ids, text = AutoTokenizer.from_pretrained(BASE)(PROMPT, return_tensors="pt"), torch.randint(1000, (1, READ))
+    generating, reading = ({name: [] for name in models} for _ in range(2))
+    for repeat in range(args.repeats + 1):
+        for name, model in models.items():
+            one = seconds(lambda: model.generate(**ids, max_new_tokens=args.tokens, min_new_tokens=args.tokens, do_sample=False))  # noqa: B023
+            two = seconds(lambda: model(text, logits_to_keep=1))  # noqa: B023
+            if repeat:  # the first warms up
+                generating[name].append(one)
+                reading[name].append(two)
+    found = {}
+    for key, tokens, times in (("tokens_per_second", args.tokens, generating), ("read_tokens_per_second", READ, reading)):
+        found[key] = {name: tokens / median(values) for name, values in times.items()}
+        for name, speed in found[key].items():
+            print(f"{key}: {name}: {speed:.1f}, {speed / found[key]['original, float32']:.2f} times the original")
+    return found
+
+
+def bench_products(repeats: int, size: int = 4096, copies: int = 24) -> list[dict]:
+    """Milliseconds of a product, looked up and in float32."""
+    plain, rows = [torch.randn(size, size) for _ in range(copies // 6)], []
+    for bits in (4, 3, 2):
+        device = torch.device("cpu")
+        packed = [bench_inference.random_packed(size, size, bits, device) for _ in range(copies)]
+        if not can_multiply(packed[0], bits, size):
+            sys.exit("error: this CPU has no kernel, or this machine no C++ compiler")
+        for tokens in (1, 8, 128):
+            x, times = torch.randn(tokens, size), ([], [])
+            for repeat in range(copies * repeats):
+                weight, codes = plain[repeat % len(plain)], packed[repeat % copies]
+                times[0].append(seconds(lambda: nn.functional.linear(x, weight)))  # noqa: B023
+                times[1].append(seconds(lambda: packed_linear(x, *codes, bits)))  # noqa: B023
+            float32, ours = (1e3 * median(values[copies:]) for values in times)
+            rows.append({"rows": size, "columns": size, "bits": bits, "tokens": tokens, "ms": ours, "float32_ms": float32})
+            print(f"{size} x {size}, {bits} bits, {tokens} tokens: {ours:.2f} ms, {float32 / ours:.1f} times as fast as float32")
+    return rows
+
+
+@torch.no_grad()
+def seconds(operation: Callable) -> float:
+    start = time.perf_counter()
+    operation()
+    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

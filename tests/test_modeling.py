@@ -17,7 +17,7 @@ import eval_quantized
 import llama
 import modelutils
 from conftest import SIZES
-from leanquant import InputError, LeanQuantModelForCausalLM, modeling
+from leanquant import InputError, LeanQuantModelForCausalLM, lut_cpu, modeling
 from leanquant.linear import QuantizedLinear, free_host_bytes, replace_linears
 from leanquant.packing import Checkpoint
 
@@ -85,11 +85,15 @@ def test_packed_and_rebuilt_models_agree(tiny_model, text_file, tmp_path, bits, 
     base = tiny_model(tied=True)
     out = quantized_file(base, text_file, tmp_path / "q.safetensors", "--wbits", bits, *flags)
     packed = LeanQuantModelForCausalLM.from_pretrained(base, out, dequantize="never")
-    rebuilt = LeanQuantModelForCausalLM.from_pretrained(base, out, bits=int(bits))
-    for model, form in ((packed, "packed"), (rebuilt, "dense")):
+    rebuilt = LeanQuantModelForCausalLM.from_pretrained(base, out, bits=int(bits), dequantize="always")
+    by_itself = LeanQuantModelForCausalLM.from_pretrained(base, out)
+    looked_up = lut_cpu.can_multiply(Checkpoint.open(out).packed("model.layers.0.self_attn.q_proj", 64, 64), int(bits), 64)
+    forms = ("looked_up", "dense", "looked_up") if looked_up else ("packed", "dense", "dense")
+    for model, form in zip((packed, rebuilt, by_itself), forms, strict=True):
         assert [m.form for m in model.modules() if isinstance(m, QuantizedLinear)] == 14 * [form]
     ids = torch.arange(40).view(1, -1) + 5
-    torch.testing.assert_close(logits(packed, ids), logits(rebuilt, ids), atol=1e-5, rtol=1e-5)
+    for model in (packed, by_itself):
+        torch.testing.assert_close(logits(model, ids), logits(rebuilt, ids), atol=1e-5, rtol=1e-5)
 
 
 def test_folder_of_ours_needs_no_base_and_keeps_the_tokenizer(tiny_model, text_file, tmp_path):
@@ -183,6 +187,7 @@ def test_loading_takes_little_more_memory_than_the_file(tmp_path):
 def test_weights_that_do_not_fit_stay_packed(tiny_model, text_file, tmp_path, monkeypatch):
     out = quantized_file(tiny_model(), text_file, tmp_path / "q.safetensors", "--wbits", "4", "--exponent", "4")
     monkeypatch.setattr("leanquant.linear.free_host_bytes", lambda: 1000.0)
+    monkeypatch.setenv("LEANQUANT_KERNELS", "torch")  # what can be looked up need not fit
     with pytest.warns(UserWarning, match="do not fit: they stay packed"):
         model = LeanQuantModelForCausalLM.from_pretrained(tiny_model(), out)
     assert {m.form for m in model.modules() if isinstance(m, QuantizedLinear)} == {"packed"}

@@ -66,7 +66,11 @@ def test_save_pretrained_writes_what_was_read(folder, tmp_path, loader, form):
 
 def test_dequantize_gives_a_plain_model(folder, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    looked_up = logits(model)
+    for linear in (m for m in model.modules() if isinstance(m, QuantizedLinear)):
+        linear.prepare("dense", torch.float32)
     expected = logits(model)
+    torch.testing.assert_close(looked_up, expected, rtol=1e-4, atol=1e-4)
     model.dequantize()
     assert not any(isinstance(m, QuantizedLinear) for m in model.modules())
     torch.testing.assert_close(logits(model), expected, rtol=0, atol=0)

@@ -1,0 +1,178 @@
+"""Products with packed codes on a CPU: right for every layout and shape, no byte beyond them read, and torch where there is no kernel."""
+
+import ctypes
+import mmap
+
+import pytest
+import torch
+
+from leanquant import lut_cpu
+from leanquant.linear import QuantizedLinear, prepare_linears
+from leanquant.lut_cpu import can_multiply, packed_linear
+from leanquant.packing import PackedLinear, pack_codes
+
+LANES = lut_cpu.CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ())
+needs_kernel = pytest.mark.skipif(not LANES, reason="needs a CPU with AVX2")
+LAYOUTS = [(4, "dense"), (3, "dense"), (2, "dense"), (3, "nibble"), (2, "nibble")]
+
+
+def make(O: int, I: int, G: int, bits: int, layout: str = "dense", dtype=torch.float16) -> PackedLinear:
+    """G = 0: free levels."""
+    g = torch.Generator().manual_seed(O + I)
+    codes = pack_codes(torch.randint(2**bits, (O, I), dtype=torch.uint8, generator=g), bits, layout)
+    if not G:
+        return PackedLinear(codes, torch.randn(O, 2**bits, generator=g).to(dtype))
+    zero = torch.randint(2**bits, (O, G), dtype=torch.uint8, generator=g)
+    return PackedLinear(codes, None, (torch.rand(O, G, generator=g) + 0.1).to(dtype), zero)
+
+
+def draw(*shape: int, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.fixture(params=LANES)
+def lanes(request, monkeypatch):
+    """The kernel for registers of so many words."""
+    monkeypatch.setattr(lut_cpu, "CAPABILITIES", dict.fromkeys(lut_cpu.CAPABILITIES, (request.param,)))
+    lut_cpu._lanes.cache_clear()
+    yield request.param
+    lut_cpu._lanes.cache_clear()
+
+
+def assert_right(packed: PackedLinear, bits: int, x: torch.Tensor) -> None:
+    """As float32 sums are: against float64, of what is stored."""
+    W = packed.dequantize(bits, x.shape[-1], torch.float64)
+    y, exact = packed_linear(x, *packed, bits), x.double() @ W.T
+    assert y.dtype == x.dtype and y.shape == exact.shape
+    tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[x.dtype]
+    assert (y.double() - exact).norm() <= tolerance * exact.norm()
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits, layout", LAYOUTS)
+@pytest.mark.parametrize("O, I, G", [(1, 1, 0), (37, 200, 0), (5, 576, 0), (16, 256, 1), (9, 131, 1), (3, 1024, 4), (3, 1024, 2)])
+def test_products(lanes, bits, layout, O, I, G):
+    packed = make(O, I, G, bits, layout)
+    assert can_multiply(packed, bits, I)
+    for N in (1, 2, 4, 7, 16, 17, 40):
+        assert_right(packed, bits, draw(N, I))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("G", [0, 1])
+def test_types(lanes, G, dtype):
+    packed = make(20, 300, G, 3, dtype=dtype)
+    for wanted in (torch.float32, torch.float16, torch.bfloat16):
+        for shape in ((300,), (2, 3, 300), (1, 30, 300)):
+            assert_right(packed, 3, draw(*shape, dtype=wanted))
+    assert packed_linear(draw(0, 300), *packed, 3).shape == (0, 20)
+
+
+@needs_kernel
+def test_a_weight_in_pieces(lanes, monkeypatch):
+    monkeypatch.setattr(lut_cpu, "PIECE_WEIGHTS", 3 * 384)
+    assert_right(make(20, 300, 0, 4), 4, draw(33, 300))
+
+
+@needs_kernel
+def test_a_strided_input(lanes):
+    assert_right(make(20, 300, 0, 4), 4, draw(300, 3).T)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits, layout", LAYOUTS)
+@pytest.mark.parametrize("G", [0, 1])
+def test_no_byte_beyond_a_tensor_is_read(lanes, bits, layout, G):
+    """Each lies at the end of memory that may be read: a process that reads on dies."""
+    packed, x = make(7, 200, G, bits, layout), draw(2, 200)
+    guarded, kept = zip(*(at_the_end(t) for t in (*packed, x)), strict=True)
+    assert_right(PackedLinear(*guarded[:4]), bits, guarded[4])
+    del kept
+
+
+def at_the_end(tensor: torch.Tensor | None) -> tuple:
+    if tensor is None:
+        return None, None
+    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    assert tensor.nbytes <= mmap.PAGESIZE
+    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=mmap.PAGESIZE - tensor.nbytes).view(tensor.shape)
+    copy.copy_(tensor)
+    return copy, memory
+
+
+def test_groups_that_are_no_whole_blocks_are_left_to_torch():
+    assert not can_multiply(make(3, 96, 3, 4), 4, 96)
+
+
+def test_other_types_of_levels_are_left_to_torch():
+    packed = make(3, 96, 0, 4)
+    assert not can_multiply(packed._replace(grid=packed.grid.float()), 4, 96)
+
+
+@pytest.mark.parametrize("name, value", [("CXX", "no-such-compiler"), ("CXX", "false"), ("LEANQUANT_KERNELS", "torch")])
+def test_without_a_kernel_weights_are_rebuilt(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    for cached in (lut_cpu._lanes, lut_cpu._library):
+        cached.cache_clear()
+    linear = QuantizedLinear(make(3, 256, 0, 4), 4, 256, None)
+    prepare_linears(linear, torch.float32, "auto")
+    assert linear.form == "dense"
+    for cached in (lut_cpu._lanes, lut_cpu._library):
+        cached.cache_clear()
+
+
+@needs_kernel
+def test_what_is_compiled_is_kept(monkeypatch, cache):
+    lut_cpu._library.cache_clear()
+    assert lut_cpu._library(LANES[0]) is not None
+    lut_cpu._library.cache_clear()
+    monkeypatch.setattr(lut_cpu, "_compile", lambda *_: pytest.fail("it was compiled again"))
+    assert lut_cpu._library(LANES[0]) is not None
+    assert len(list((cache / "kernels").iterdir())) == 1
+
+
+# --- the operator and the module ----------------------------------------------------------------------------------
+
+
+def make_linear(bias: bool = True) -> QuantizedLinear:
+    linear = QuantizedLinear(make(20, 300, 0, 4), 4, 300, draw(20) if bias else None)
+    linear.prepare("looked_up", torch.float32)
+    assert linear.form == "looked_up"
+    return linear
+
+
+@needs_kernel
+def test_operator_is_well_formed():
+    torch.library.opcheck(torch.ops.leanquant.packed_linear.default, (draw(2, 3, 300), *make(20, 300, 0, 4), 4))
+
+
+@needs_kernel
+def test_module_in_torch_compile_without_graph_breaks():
+    linear, x = make_linear(), draw(3, 300)
+    with torch.no_grad():
+        compiled = torch.compile(lambda x: linear(x).relu(), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), linear(x).relu(), rtol=0, atol=0)
+
+
+@needs_kernel
+def test_gradients_reach_the_input():
+    linear, x = make_linear(), draw(3, 300).requires_grad_()
+    linear(x).sum().backward()
+    torch.testing.assert_close(x.grad, linear.weight.float().sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(linear(x), linear(x.detach()), rtol=0, atol=0)
+
+
+@needs_kernel
+def test_a_module_that_is_loaded_or_cast_is_still_right():
+    linear, other = make_linear(), make_linear()
+    expected, x = linear(draw(3, 300)), draw(3, 300)
+    other.weight_codes = torch.zeros_like(other.weight_codes)
+    other.load_state_dict(linear.state_dict())
+    assert other.form == "looked_up"
+    torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
+    half = linear.to(torch.bfloat16)
+    torch.testing.assert_close(half(x.bfloat16()).float(), expected, rtol=0.05, atol=0.2)
