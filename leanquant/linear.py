@@ -17,6 +17,7 @@ from .experts import split_experts
 from .packing import SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
 
 PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
+LOOKED_UP = (torch.float32, torch.float16, torch.bfloat16)  # inputs of products that a CPU's kernel sums in float32
 MIN_MAJOR = 7  # architecture of a GPU, for the fused kernels
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")} | {"__setitem__"}
 READ_ONLY = "a quantized weight cannot be written to: call model.dequantize() first, for merging adapters too"
@@ -105,7 +106,7 @@ class QuantizedLinear(nn.Linear):
                 torch.cuda.current_stream(self.tiles.device).synchronize()
         elif form == "dense":
             self._hold("dense", self.packed().dequantize(self.bits, self.in_features, dtype))
-        elif form != "looked_up" or not lut_cpu.can_multiply(self.packed(), self.bits, self.in_features):
+        elif form != "looked_up" or dtype not in LOOKED_UP or not lut_cpu.can_multiply(self.packed(), self.bits, self.in_features):
             return
         self.form = form
 
@@ -166,7 +167,7 @@ class QuantizedLinear(nn.Linear):
             destination[prefix + "weight_codes"] = self.packed().codes
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
-        form, dtype = self.form, self.tiles_dtype if self.dense is None else self.dense.dtype
+        form, dtype = self.form, (self.tiles_dtype or torch.float32) if self.dense is None else self.dense.dtype
         self.release()
         super()._load_from_state_dict(state_dict, prefix, *args)
         if form != "packed":
@@ -185,7 +186,17 @@ class QuantizedLinear(nn.Linear):
             levels = state.get("levels")
             scale, zero = (state["scale"], state["zero"]) if levels is None else (None, None)
             return lut_gemm.lut_linear(x, state["tiles"], levels, scale, zero, self.bias, self.bits, self.out_features)
-        if self.form == "looked_up" and x.device.type == "cpu" and not (x.requires_grad and torch.is_grad_enabled()):
+        if self.form == "looked_up":
+            return self._looked_up(x)
+        return self._by_pieces(x)
+
+    def _looked_up(self, x: torch.Tensor) -> torch.Tensor:
+        """On the CPU. Once all of it has moved to a GPU (it is not only there for this call), it takes a form for there."""
+        if self.weight_codes.is_cuda and not hasattr(self, "_hf_hook"):
+            is_tiled = self.can_be_tiled(x.dtype) and _has_kernels(self, x.dtype)
+            self.prepare("tiles" if is_tiled else "dense", x.dtype)
+            return self(x)
+        if self.weight_codes.is_cpu and x.is_cpu and x.shape[-1] == self.in_features and x.dtype in LOOKED_UP:
             y = lut_cpu.packed_linear(x, *self.packed(), self.bits)
             return y if self.bias is None else y + self.bias
         return self._by_pieces(x)
@@ -277,7 +288,7 @@ def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> No
         elif kernels.on_gpu(linear.weight_codes):
             if linear.can_be_tiled(dtype) and _has_kernels(linear, dtype):
                 linear.prepare("tiles", dtype)
-        else:
+        elif is_on_cpu:
             linear.prepare("looked_up", dtype)
     if dequantize == "auto" and is_on_cpu:
         _rebuild([linear for linear in linears if linear.form == "packed"], dtype)

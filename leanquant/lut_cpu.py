@@ -5,18 +5,23 @@ each kind of CPU. Not here: modules, files, other devices.
 Legend: O out_features, I in_features, K = 2**bits levels, G groups, N tokens.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import warnings
 from functools import cache
 from pathlib import Path
 
 import torch
 
 from . import kernels
+from .errors import first_line
 from .packing import PackedLinear, layout_of
 
 SOURCE = Path(__file__).with_name("lut_cpu.cpp")
@@ -67,34 +72,26 @@ torch.library.define("leanquant::packed_linear", "(Tensor x, Tensor codes, Tenso
 
 
 def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bits: int) -> torch.Tensor:
-    """x [..., I] W^T [..., O] for the weight of a `PackedLinear` that `can_multiply` says yes to: in the dtype of x, summed in float32.
-
-    A plain tensor does not go through the operator, as which torch.compile knows this. No gradient goes through it.
-    """
-    is_plain = type(x) is torch.Tensor and not torch.compiler.is_compiling()
-    multiply = _multiply if is_plain and not x.is_meta else torch.ops.leanquant.packed_linear
-    return multiply(x, codes, grid, scale, zero, bits)
+    """x [..., I] W^T [..., O] for the weight of a `PackedLinear` that `can_multiply` says yes to: in the dtype of x, summed in float32."""
+    return torch.ops.leanquant.packed_linear(x, codes, grid, scale, zero, bits)
 
 
-@torch.library.register_fake("leanquant::packed_linear")
-def _(x, codes, grid, scale, zero, bits):
-    return x.new_empty(*x.shape[:-1], codes.shape[0])
-
-
-def _multiply(x, codes, grid, scale, zero, bits):
-    packed, I = PackedLinear(codes, grid, scale, zero), x.shape[-1]
+def _packed_linear(x, codes, grid, scale, zero, bits):
+    packed, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), x.shape[-1]
     kind, threads = _kind(packed, bits, I), torch.get_num_threads()
-    lanes, code_bits = _lanes(*kind), kind[1]
-    library, block = _library(lanes), lanes * PLACES[code_bits]
+    if (lanes := _lanes(*kind)) is None:
+        raise ValueError(f"no kernel of this CPU reads {bits} bits of {kind[0]} by {kind[2]} columns")
+    library, code_bits, plain = _library(lanes), kind[1], {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    block = lanes * PLACES[code_bits]
     flat = x.reshape(-1, I).float().contiguous()
     N, A = len(flat), -(-I // block) * block
-    y = torch.empty(N, len(codes))
+    y = torch.empty(N, len(codes), **plain)
     if N <= FEW_TOKENS:
         library.lut_products(code_bits, _weight(packed, bits, I), flat.data_ptr(), y.data_ptr(), N, A, threads)
     else:
-        arranged, rows = torch.empty(N, A), max(1, PIECE_WEIGHTS // A)
+        arranged, rows = torch.empty(N, A, **plain), max(1, PIECE_WEIGHTS // A)
         library.lut_arrange(code_bits, flat.data_ptr(), arranged.data_ptr(), N, I, A, threads)
-        W = torch.empty(min(rows, len(codes)), A)
+        W = torch.empty(min(rows, len(codes)), A, **plain)
         for piece, out in zip(packed.split(rows), y.split(rows, 1), strict=True):
             its = W[: len(piece.codes)]
             library.lut_rebuild(code_bits, _weight(piece, bits, I), its.data_ptr(), A, threads)
@@ -102,7 +99,31 @@ def _multiply(x, codes, grid, scale, zero, bits):
     return y.to(x.dtype).view(*x.shape[:-1], len(codes))
 
 
-torch.library.impl("leanquant::packed_linear", "CPU", _multiply)
+torch.library.impl("leanquant::packed_linear", "CPU", _packed_linear)
+
+
+@torch.library.register_fake("leanquant::packed_linear")
+def _(x, codes, grid, scale, zero, bits):
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+def _keep_for_backward(ctx, inputs, output) -> None:
+    x, *stored, bits = inputs
+    ctx.save_for_backward(*(t for t in stored if t is not None))
+    ctx.missing, ctx.bits, ctx.columns = [t is None for t in stored], bits, x.shape[-1]
+
+
+def _backward(ctx, grad: torch.Tensor):
+    """Of x alone, so that adapters can be trained on top, by pieces of rows."""
+    saved = iter(ctx.saved_tensors)
+    packed = PackedLinear(*(None if missing else next(saved) for missing in ctx.missing))
+    back, rows = 0, max(1, PIECE_WEIGHTS // ctx.columns)
+    for piece, its in zip(packed.split(rows), grad.split(rows, -1), strict=True):
+        back = back + its @ piece.dequantize(ctx.bits, ctx.columns, grad.dtype)
+    return back, *(None,) * 5
+
+
+torch.library.register_autograd("leanquant::packed_linear", _backward, setup_context=_keep_for_backward)
 
 
 def _weight(packed: PackedLinear, bits: int, I: int):
@@ -115,27 +136,46 @@ def _weight(packed: PackedLinear, bits: int, I: int):
 
 @cache
 def _library(lanes: int) -> ctypes.CDLL | None:
-    """None where it cannot be compiled or loaded: no compiler, above all."""
-    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
-    if compiler is None:
-        return None
-    source = SOURCE.read_bytes()
-    name = f"lut_cpu-{lanes}-{hashlib.sha256(source + repr(FLAGS[lanes]).encode()).hexdigest()[:16]}.so"
-    folder = Path(os.environ.get("LEANQUANT_CACHE") or Path.home() / ".cache" / "leanquant") / "kernels"
+    """The kernels for registers of so many words; None, after one warning, where they cannot be had: no compiler, above all."""
+    name = hashlib.sha256(SOURCE.read_bytes() + repr((FLAGS[lanes], platform.libc_ver())).encode()).hexdigest()[:16]
     try:
-        if not (folder / name).is_file():
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(compiler, lanes, folder / name)
-        return _typed(ctypes.CDLL(str(folder / name)))
-    except (OSError, subprocess.SubprocessError):
+        file = _folder() / f"lut_cpu-{lanes}-{name}.so"
+        if file.is_file():
+            with contextlib.suppress(OSError, AttributeError):  # damaged: it is made again
+                return _typed(ctypes.CDLL(str(file)))
+        _compile(lanes, file)
+        return _typed(ctypes.CDLL(str(file)))
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        reason = first_line(getattr(error, "stderr", None) or error)
+        warnings.warn(f"the CPU's kernels cannot be made, so that products are slower: {reason}", stacklevel=2)
         return None
 
 
-def _compile(compiler: str, lanes: int, out: Path) -> None:
+def _folder() -> Path:
+    """For compiled kernels: in the user's cache if nobody else can write there, otherwise a new one."""
+    try:
+        folder = Path(os.environ.get("LEANQUANT_CACHE") or Path.home() / ".cache" / "leanquant") / "kernels"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        state = folder.stat()
+        if state.st_uid == os.getuid() and not state.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+    except (OSError, RuntimeError):  # the latter: no home
+        pass
+    return Path(tempfile.mkdtemp(prefix="leanquant-"))
+
+
+def _compile(lanes: int, out: Path) -> None:
+    """Raises OSError without a compiler, and CalledProcessError if it fails."""
+    found = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
+    compiler = next(iter([shlex.split(os.environ.get("CXX", "")), *found][not os.environ.get("CXX") :]), None)
+    if compiler is None:
+        raise OSError("there is no C++ compiler (g++, or what CXX names)")
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         made = Path(folder) / out.name
         options = ["-std=c++17", "-O3", *FLAGS[lanes], f"-DLANES={lanes}", "-fopenmp", "-shared", "-fPIC"]
-        subprocess.run([compiler, *options, str(SOURCE), "-o", str(made)], check=True, capture_output=True, timeout=300)
+        subprocess.run([*compiler, *options, str(SOURCE), "-o", str(made)], check=True, capture_output=True, text=True, timeout=300)
+        with open(made, "rb") as f:
+            os.fsync(f.fileno())
         made.rename(out)
 
 

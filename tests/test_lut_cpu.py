@@ -12,7 +12,7 @@ from leanquant.lut_cpu import can_multiply, packed_linear
 from leanquant.packing import PackedLinear, pack_codes
 
 LANES = lut_cpu.CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ())
-needs_kernel = pytest.mark.skipif(not LANES, reason="needs a CPU with AVX2")
+needs_kernel = pytest.mark.skipif(not LANES, reason="needs a CPU with AVX2")  # the tests' other C++ needs a compiler too
 LAYOUTS = [(4, "dense"), (3, "dense"), (2, "dense"), (3, "nibble"), (2, "nibble")]
 
 
@@ -112,26 +112,70 @@ def test_other_types_of_levels_are_left_to_torch():
     assert not can_multiply(packed._replace(grid=packed.grid.float()), 4, 96)
 
 
-@pytest.mark.parametrize("name, value", [("CXX", "no-such-compiler"), ("CXX", "false"), ("LEANQUANT_KERNELS", "torch")])
-def test_without_a_kernel_weights_are_rebuilt(monkeypatch, name, value):
-    monkeypatch.setenv(name, value)
+@pytest.fixture
+def anew():
+    """Nothing has been asked of this machine yet, nor after the test."""
     for cached in (lut_cpu._lanes, lut_cpu._library):
         cached.cache_clear()
-    linear = QuantizedLinear(make(3, 256, 0, 4), 4, 256, None)
-    prepare_linears(linear, torch.float32, "auto")
-    assert linear.form == "dense"
+    yield
     for cached in (lut_cpu._lanes, lut_cpu._library):
         cached.cache_clear()
 
 
 @needs_kernel
-def test_what_is_compiled_is_kept(monkeypatch, cache):
+@pytest.mark.parametrize("name, value", [("CXX", "no-such-compiler"), ("CXX", "false"), ("PATH", "/nowhere")])
+def test_without_a_compiler_weights_are_rebuilt(monkeypatch, anew, name, value):
+    monkeypatch.setenv(name, value)
+    linear = QuantizedLinear(make(3, 256, 0, 4), 4, 256, None)
+    with pytest.warns(UserWarning, match="the CPU's kernels cannot be made, so that products are slower"):
+        prepare_linears(linear, torch.float32, "auto")
+    assert linear.form == "dense"
+
+
+def test_torch_may_be_asked_for(monkeypatch, anew):
+    monkeypatch.setenv("LEANQUANT_KERNELS", "torch")
+    assert not can_multiply(make(3, 256, 0, 4), 4, 256)
+
+
+@needs_kernel
+def test_what_is_compiled_is_kept(monkeypatch, anew, cache):
+    assert can_multiply(make(3, 256, 0, 4), 4, 256)
+    made = list((cache / "kernels").iterdir())
+    assert len(made) == 1 and (cache / "kernels").stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("CXX", "false")
+    for cached in (lut_cpu._lanes, lut_cpu._library):
+        cached.cache_clear()
+    assert can_multiply(make(3, 256, 0, 4), 4, 256)
+
+
+@needs_kernel
+def test_what_is_damaged_is_made_again(anew, cache, monkeypatch):
+    monkeypatch.setenv("CXX", "g++ -pipe")  # with arguments
+    compile = lut_cpu._compile
+    monkeypatch.setattr(lut_cpu, "_compile", lambda lanes, out: out.write_bytes(b""))
+    with pytest.warns(UserWarning, match="cannot be made"):
+        assert lut_cpu._library(LANES[0]) is None
+    monkeypatch.setattr(lut_cpu, "_compile", compile)
     lut_cpu._library.cache_clear()
     assert lut_cpu._library(LANES[0]) is not None
-    lut_cpu._library.cache_clear()
-    monkeypatch.setattr(lut_cpu, "_compile", lambda *_: pytest.fail("it was compiled again"))
+
+
+@needs_kernel
+def test_a_folder_that_others_write_to_is_not_trusted(anew, cache):
+    (cache / "kernels").mkdir()
+    (cache / "kernels").chmod(0o777)
+    assert lut_cpu._library(LANES[0]) is not None and not list((cache / "kernels").iterdir())
+
+
+@needs_kernel
+def test_no_home(anew, monkeypatch):
+    monkeypatch.delenv("LEANQUANT_CACHE")
+
+    def home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(lut_cpu.Path, "home", home)
     assert lut_cpu._library(LANES[0]) is not None
-    assert len(list((cache / "kernels").iterdir())) == 1
 
 
 # --- the operator and the module ----------------------------------------------------------------------------------
@@ -145,8 +189,60 @@ def make_linear(bias: bool = True) -> QuantizedLinear:
 
 
 @needs_kernel
-def test_operator_is_well_formed():
-    torch.library.opcheck(torch.ops.leanquant.packed_linear.default, (draw(2, 3, 300), *make(20, 300, 0, 4), 4))
+@pytest.mark.parametrize("x", [draw(2, 3, 300), draw(20, 300).requires_grad_()], ids=["", "with a gradient"])
+def test_operator_is_well_formed(x):
+    torch.library.opcheck(torch.ops.leanquant.packed_linear.default, (x, *make(20, 300, 0, 4), 4))
+
+
+@needs_kernel
+@pytest.mark.parametrize("tokens", [2, 40])
+def test_defaults_of_torch_do_not_matter(tokens):
+    linear, x = make_linear(), draw(tokens, 300)
+    expected = linear(x)
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            assert torch.equal(linear(x), expected)
+        finally:
+            torch.set_default_dtype(torch.float32)
+    with torch.device("meta"):
+        assert torch.equal(linear(x), expected)
+
+
+@needs_kernel
+def test_what_sees_operations_sees_this_one():
+    linear, x = make_linear(), draw(3, 300)
+    traced = torch.jit.trace(linear, (x,))
+    torch.testing.assert_close(traced(2 * x), linear(2 * x))
+    torch.testing.assert_close(torch.func.vmap(linear)(x[:, None])[:, 0], linear(x), rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize("bits", [4, 2])
+def test_inputs_of_another_width_are_refused(bits):
+    linear = QuantizedLinear(make(20, 600, 0, bits), bits, 600, None)
+    linear.prepare("looked_up", torch.float32)
+    for width in (300, 599, 601):
+        with pytest.raises(RuntimeError, match="shape"):
+            linear(draw(2, width))
+
+
+@needs_kernel
+def test_codes_elsewhere_and_strided_ones():
+    linear = make_linear().to("meta")
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        linear(draw(2, 300))
+    packed = make(20, 300, 0, 4)
+    strided = PackedLinear(*(None if t is None else t.T.contiguous().T for t in packed))
+    torch.testing.assert_close(packed_linear(draw(2, 300), *strided, 4), packed_linear(draw(2, 300), *packed, 4), rtol=0, atol=0)
+
+
+@needs_kernel
+def test_float64_is_left_to_torch():
+    linear = QuantizedLinear(make(20, 300, 0, 4), 4, 300, None)
+    prepare_linears(linear, torch.float64, "auto")
+    assert linear.form == "dense"
+    assert torch.equal(make_linear(False)(draw(2, 300).double()), linear(draw(2, 300).double()))
 
 
 @needs_kernel
@@ -176,3 +272,15 @@ def test_a_module_that_is_loaded_or_cast_is_still_right():
     torch.testing.assert_close(other(x), expected, rtol=0, atol=0)
     half = linear.to(torch.bfloat16)
     torch.testing.assert_close(half(x.bfloat16()).float(), expected, rtol=0.05, atol=0.2)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("I, form", [(320, "tiles"), (24, "dense")])
+def test_a_module_that_has_moved_to_a_gpu_takes_a_form_for_there(I, form):
+    linear = QuantizedLinear(make(20, I, 1 if form == "tiles" else 3, 4), 4, I, None)
+    linear.form, x = "looked_up", draw(3, I)
+    expected = linear(x)
+    moved = linear.cuda()
+    torch.testing.assert_close(moved(x.cuda().half()).cpu().float(), expected, rtol=0.01, atol=0.05)
+    assert moved.form == form
