@@ -43,6 +43,8 @@ def main() -> None:
     args = parser.parse_args()
     if not QUANTIZED.is_file():
         sys.exit(f"error: {QUANTIZED} is not there: run scripts/quickstart.sh first")
+    if not can_multiply(bench_inference.random_packed(256, 256, 4, torch.device("cpu")), 4, 256):
+        sys.exit("error: this CPU has no kernel, or this machine no C++ compiler")
     results = {"tokens": args.tokens, "repeats": args.repeats, "threads": torch.get_num_threads()}
     results |= {"cpu": torch.backends.cpu.get_cpu_capability()} | bench_models(args) | {"products": bench_products(args.repeats)}
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -84,8 +86,6 @@ def bench_products(repeats: int, size: int = 4096, copies: int = 24) -> list[dic
     for bits in (4, 3, 2):
         device = torch.device("cpu")
         packed = [bench_inference.random_packed(size, size, bits, device) for _ in range(copies)]
-        if not can_multiply(packed[0], bits, size):
-            sys.exit("error: this CPU has no kernel, or this machine no C++ compiler")
         for tokens in (1, 8, 128):
             x, times = torch.randn(tokens, size), ([], [])
             for repeat in range(copies * repeats):

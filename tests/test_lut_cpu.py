@@ -279,8 +279,8 @@ def test_a_module_that_is_loaded_or_cast_is_still_right():
 @pytest.mark.parametrize("I, form", [(320, "tiles"), (24, "dense")])
 def test_a_module_that_has_moved_to_a_gpu_takes_a_form_for_there(I, form):
     linear = QuantizedLinear(make(20, I, 1 if form == "tiles" else 3, 4), 4, I, None)
-    linear.form, x = "looked_up", draw(3, I)
-    expected = linear(x)
+    x = draw(3, I)
+    expected, linear.form = linear(x), "looked_up"
     moved = linear.cuda()
     torch.testing.assert_close(moved(x.cuda().half()).cpu().float(), expected, rtol=0.01, atol=0.05)
     assert moved.form == form
