@@ -77,26 +77,26 @@ def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bits:
 
 
 def _packed_linear(x, codes, grid, scale, zero, bits):
-    packed, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), x.shape[-1]
+    packed, O, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), codes.shape[0], x.shape[-1]
     kind, threads = _kind(packed, bits, I), torch.get_num_threads()
     if (lanes := _lanes(*kind)) is None:
         raise ValueError(f"no kernel of this CPU reads {bits} bits of {kind[0]} by {kind[2]} columns")
     library, code_bits, plain = _library(lanes), kind[1], {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     block = lanes * PLACES[code_bits]
     flat = x.reshape(-1, I).float().contiguous()
-    N, A = len(flat), -(-I // block) * block
-    y = torch.empty(N, len(codes), **plain)
+    N, A = flat.shape[0], -(-I // block) * block
+    y = torch.empty(N, O, **plain)
     if N <= FEW_TOKENS:
         library.lut_products(code_bits, _weight(packed, bits, I), flat.data_ptr(), y.data_ptr(), N, A, threads)
     else:
         arranged, rows = torch.empty(N, A, **plain), max(1, PIECE_WEIGHTS // A)
         library.lut_arrange(code_bits, flat.data_ptr(), arranged.data_ptr(), N, I, A, threads)
-        W = torch.empty(min(rows, len(codes)), A, **plain)
+        W = torch.empty(min(rows, O), A, **plain)
         for piece, out in zip(packed.split(rows), y.split(rows, 1), strict=True):
-            its = W[: len(piece.codes)]
+            its = W[: piece.codes.shape[0]]
             library.lut_rebuild(code_bits, _weight(piece, bits, I), its.data_ptr(), A, threads)
             torch.mm(arranged, its.T, out=out)
-    return y.to(x.dtype).view(*x.shape[:-1], len(codes))
+    return y.to(x.dtype).view(*x.shape[:-1], O)
 
 
 torch.library.impl("leanquant::packed_linear", "CPU", _packed_linear)
