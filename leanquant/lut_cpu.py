@@ -166,9 +166,9 @@ def _folder() -> Path:
 
 def _compile(lanes: int, out: Path) -> None:
     """Raises OSError without a compiler, and CalledProcessError if it fails."""
-    found = [[name] for name in ("c++", "g++", "clang++") if shutil.which(name)]
-    compiler = next(iter([shlex.split(os.environ.get("CXX", "")), *found][not os.environ.get("CXX") :]), None)
-    if compiler is None:
+    named = shlex.split(os.environ.get("CXX", ""))
+    compiler = named or [name for name in ("c++", "g++", "clang++") if shutil.which(name)][:1]
+    if not compiler:
         raise OSError("there is no C++ compiler (g++, or what CXX names)")
     with tempfile.TemporaryDirectory(dir=out.parent) as folder:
         made = Path(folder) / out.name
