@@ -33,7 +33,7 @@ import modelutils
 from leanquant import LeanQuantModelForCausalLM
 from leanquant.errors import InputError, exit_code, first_line
 from leanquant.foreign import METHODS, json_of, open_checkpoint
-from leanquant.linear import QuantizedLinear, free_host_bytes, rebuild
+from leanquant.linear import free_host_bytes
 from leanquant.modeling import parse_device
 from leanquant.packing import CODES, Checkpoint, write_json
 
@@ -540,10 +540,9 @@ class Model(NamedTuple):
         """In memory; spread over the GPUs if `device` is auto."""
         place = "auto" if device == "auto" and torch.cuda.is_available() else {"": str(pick_device(device))}
         if self.checkpoint.quantized:
-            model = LeanQuantModelForCausalLM.from_pretrained(self.folder, self.quantized, torch_dtype=dtype, device_map=place)
-            if model.device.type == "cpu":  # quicker for many tokens, and to the last digit what llama.py measures
-                rebuild([module for module in model.modules() if isinstance(module, QuantizedLinear)], model.dtype)
-            return model
+            # On a CPU rebuilt: quicker for many tokens, and to the last digit what llama.py measures.
+            options = {"dequantize": "always" if place == {"": "cpu"} and self.fits(dtype, device) else "auto"}
+            return LeanQuantModelForCausalLM.from_pretrained(self.folder, self.quantized, torch_dtype=dtype, device_map=place, **options)
         from transformers import AutoModelForCausalLM
 
         try:

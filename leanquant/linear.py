@@ -291,11 +291,11 @@ def prepare_linears(model: nn.Module, dtype: torch.dtype, dequantize: str) -> No
         elif is_on_cpu:
             linear.prepare("looked_up", dtype)
     if dequantize == "auto" and is_on_cpu:
-        rebuild([linear for linear in linears if linear.form == "packed"], dtype)
+        _rebuild([linear for linear in linears if linear.form == "packed"], dtype)
 
 
-def rebuild(linears: list[QuantizedLinear], dtype: torch.dtype) -> None:
-    """Keep the rebuilt weights too, if all of them fit on the CPU; else a warning."""
+def _rebuild(linears: list[QuantizedLinear], dtype: torch.dtype) -> None:
+    """On the CPU, if all fits."""
     needed = sum(linear.in_features * linear.out_features * dtype.itemsize for linear in linears)
     if needed > 0.8 * free_host_bytes():
         warnings.warn(f"{needed / 1e9:.1f} GB of rebuilt weights do not fit: they stay packed, which is slower on a CPU", stacklevel=4)

@@ -52,9 +52,8 @@ def can_multiply(packed: PackedLinear, bits: int, I: int) -> bool:
 
 def _kind(packed: PackedLinear, bits: int, I: int) -> tuple:
     """(dtype of levels or scales, bits of a code in memory, columns of a group, is it all of them)."""
-    width, levels = packed.codes.shape[1], packed.grid if packed.grid is not None else packed.scale
-    G = 1 if packed.grid is not None else levels.shape[1]
-    return levels.dtype, 4 if layout_of(width, bits, I) == "nibble" else bits, I // G, G == 1
+    code_bits = 4 if layout_of(packed.codes.shape[1], bits, I) == "nibble" else bits
+    return packed.stored_levels.dtype, code_bits, I // packed.groups, packed.groups == 1
 
 
 @cache
@@ -109,14 +108,13 @@ def _(x, codes, grid, scale, zero, bits):
 
 def _keep_for_backward(ctx, inputs, output) -> None:
     x, *stored, bits = inputs
-    ctx.save_for_backward(*(t for t in stored if t is not None))
-    ctx.missing, ctx.bits, ctx.columns = [t is None for t in stored], bits, x.shape[-1]
+    ctx.save_for_backward(*stored)
+    ctx.bits, ctx.columns = bits, x.shape[-1]
 
 
 def _backward(ctx, grad: torch.Tensor):
     """Of x alone, so that adapters can be trained on top, by pieces of rows."""
-    saved = iter(ctx.saved_tensors)
-    packed = PackedLinear(*(None if missing else next(saved) for missing in ctx.missing))
+    packed = PackedLinear(*ctx.saved_tensors)
     back, rows = 0, max(1, PIECE_WEIGHTS // ctx.columns)
     for piece, its in zip(packed.split(rows), grad.split(rows, -1), strict=True):
         back = back + its @ piece.dequantize(ctx.bits, ctx.columns, grad.dtype)
@@ -129,9 +127,8 @@ torch.library.register_autograd("leanquant::packed_linear", _backward, setup_con
 def _weight(packed: PackedLinear, bits: int, I: int):
     """By reference. Its tensors are those of `packed`, which must live as long."""
     addresses = [None if t is None else t.data_ptr() for t in packed]
-    levels = packed.grid if packed.grid is not None else packed.scale
-    G = 1 if packed.grid is not None else levels.shape[1]
-    return ctypes.byref(_Weight(*addresses, *packed.codes.shape[:1], I, G, packed.codes.shape[1], bits, levels.dtype == torch.bfloat16))
+    O, width = packed.codes.shape
+    return ctypes.byref(_Weight(*addresses, O, I, packed.groups, width, bits, packed.stored_levels.dtype == torch.bfloat16))
 
 
 @cache

@@ -143,16 +143,13 @@ def _(grad, codes, levels, scale, zero, bits, columns):
 
 def _keep_for_backward(ctx, inputs, output) -> None:
     x, codes, levels, scale, zero, bias, bits, rows = inputs
-    present = [t for t in (codes, levels, scale, zero) if t is not None]
-    ctx.save_for_backward(*present)
-    ctx.missing, ctx.bits, ctx.columns = [t is None for t in (codes, levels, scale, zero)], bits, x.shape[-1]
+    ctx.save_for_backward(codes, levels, scale, zero)
+    ctx.bits, ctx.columns = bits, x.shape[-1]
 
 
 def _backward(ctx, grad: torch.Tensor):
     """Of x alone, so that adapters can be trained on top: codes and levels are fixed."""
-    saved = iter(ctx.saved_tensors)
-    tensors = [None if missing else next(saved) for missing in ctx.missing]
-    return torch.ops.leanquant.lut_linear_backward(grad, *tensors, ctx.bits, ctx.columns), *(None,) * 7
+    return torch.ops.leanquant.lut_linear_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.columns), *(None,) * 7
 
 
 torch.library.register_autograd("leanquant::lut_linear", _backward, setup_context=_keep_for_backward)

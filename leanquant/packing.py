@@ -124,6 +124,15 @@ class PackedLinear(NamedTuple):
         tensors = {CODES: self.codes, GRID: self.grid, SCALE: self.scale, ZERO: self.zero}
         return {linear + suffix: t.contiguous() for suffix, t in tensors.items() if t is not None}
 
+    @property
+    def stored_levels(self) -> torch.Tensor:
+        """The grid, or the scales that levels are made from."""
+        return self.scale if self.grid is None else self.grid
+
+    @property
+    def groups(self) -> int:
+        return self.scale.shape[1] if self.grid is None else 1
+
     def to(self, device) -> "PackedLinear":
         return PackedLinear(*(None if t is None else t.to(device) for t in self))
 

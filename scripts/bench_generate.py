@@ -11,8 +11,6 @@ scripts/quickstart.sh makes.
 import argparse
 import json
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
@@ -24,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-import bench_inference  # noqa: E402
+from bench_inference import random_packed, seconds  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
 from leanquant.lut_cpu import can_multiply, packed_linear  # noqa: E402
@@ -35,6 +33,7 @@ READ = 400  # tokens of a text that is read at once
 PROMPT = "The telescope is an instrument that"
 
 
+@torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--tokens", type=int, default=32)
@@ -43,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     if not QUANTIZED.is_file():
         sys.exit(f"error: {QUANTIZED} is not there: run scripts/quickstart.sh first")
-    if not can_multiply(bench_inference.random_packed(256, 256, 4, torch.device("cpu")), 4, 256):
+    if not can_multiply(random_packed(256, 256, 4, torch.device("cpu")), 4, 256):
         sys.exit("error: this CPU has no kernel, or this machine no C++ compiler")
     results = {"tokens": args.tokens, "repeats": args.repeats, "threads": torch.get_num_threads()}
     results |= {"cpu": torch.backends.cpu.get_cpu_capability()} | bench_models(args) | {"products": bench_products(args.repeats)}
@@ -85,7 +84,7 @@ def bench_products(repeats: int, size: int = 4096, copies: int = 24) -> list[dic
     plain, rows = [torch.randn(size, size) for _ in range(copies // 6)], []
     for bits in (4, 3, 2):
         device = torch.device("cpu")
-        packed = [bench_inference.random_packed(size, size, bits, device) for _ in range(copies)]
+        packed = [random_packed(size, size, bits, device) for _ in range(copies)]
         for tokens in (1, 8, 128):
             x, times = torch.randn(tokens, size), ([], [])
             for repeat in range(copies * repeats):
@@ -96,13 +95,6 @@ def bench_products(repeats: int, size: int = 4096, copies: int = 24) -> list[dic
             rows.append({"rows": size, "columns": size, "bits": bits, "tokens": tokens, "ms": ours, "float32_ms": float32})
             print(f"{size} x {size}, {bits} bits, {tokens} tokens: {ours:.2f} ms, {float32 / ours:.1f} times as fast as float32")
     return rows
-
-
-@torch.no_grad()
-def seconds(operation: Callable) -> float:
-    start = time.perf_counter()
-    operation()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def main() -> None:
 def milliseconds(operations: list[Callable], device: torch.device, repeats: int = 20) -> float:
     """Median time of one of `operations`, which are run one after the other: captured in a graph, timed by events."""
     if device.type == "cpu":
-        return 1e3 * median(_seconds(operation) for operation in operations)
+        return 1e3 * median(seconds(operation) for operation in operations)
     for operation in operations:
         operation()
     torch.cuda.synchronize()
@@ -94,7 +94,7 @@ def milliseconds(operations: list[Callable], device: torch.device, repeats: int 
     return median(times[3:])
 
 
-def _seconds(operation: Callable) -> float:
+def seconds(operation: Callable) -> float:
     start = time.perf_counter()
     operation()
     return time.perf_counter() - start
@@ -236,7 +236,7 @@ def bench_host(all_bits: list[int], device: torch.device, O: int, I: int, calls:
         linear, times = plain if bits == 16 else quantized_like(plain, bits, device), []
         for _ in range(20):
             with torch.inference_mode():
-                times.append(_seconds(lambda linear=linear: [linear(x) for _ in range(calls)]))
+                times.append(seconds(lambda linear=linear: [linear(x) for _ in range(calls)]))
             if device.type == "cuda":
                 torch.cuda.synchronize()
         rows.append({"bits": bits, "microseconds": 1e6 * median(times[3:]) / calls})
@@ -294,7 +294,7 @@ def step_milliseconds(model: nn.Module, device: torch.device, captured: bool, co
     if captured:
         return milliseconds([step], device)
     step().sum().item()
-    return 1e3 * median(_seconds(lambda: step().sum().item()) for _ in range(10))
+    return 1e3 * median(seconds(lambda: step().sum().item()) for _ in range(10))
 
 
 def generated(model: nn.Module, tokens: int = 64) -> dict:
@@ -305,7 +305,7 @@ def generated(model: nn.Module, tokens: int = 64) -> dict:
     for name, generate in ways.items():
         if not found or generate != model.generate:
             run = partial(generate, ids, attention_mask=torch.ones_like(ids), **how)
-            found[name] = tokens / median(_seconds(lambda run=run: run().sum().item()) for _ in range(3))
+            found[name] = tokens / median(seconds(lambda run=run: run().sum().item()) for _ in range(3))
     return found
 
 
