@@ -192,13 +192,15 @@ class QuantizedLinear(nn.Linear):
 
     def _looked_up(self, x: torch.Tensor) -> torch.Tensor:
         """On the CPU. Once all of it has moved to a GPU (it is not only there for this call), it takes a form for there."""
-        if self.weight_codes.is_cuda and not hasattr(self, "_hf_hook"):
+        state = self._buffers  # as above
+        codes = state["weight_codes"]
+        if codes.is_cpu and x.is_cpu and x.shape[-1] == self.in_features and x.dtype in LOOKED_UP:
+            y = lut_cpu.packed_linear(x, codes, state["quant_grid"], state["scale"], state["zero"], self.bits)
+            return y if self.bias is None else y + self.bias
+        if codes.is_cuda and not hasattr(self, "_hf_hook"):
             is_tiled = self.can_be_tiled(x.dtype) and _has_kernels(self, x.dtype)
             self.prepare("tiles" if is_tiled else "dense", x.dtype)
             return self(x)
-        if self.weight_codes.is_cpu and x.is_cpu and x.shape[-1] == self.in_features and x.dtype in LOOKED_UP:
-            y = lut_cpu.packed_linear(x, *self.packed(), self.bits)
-            return y if self.bias is None else y + self.bias
         return self._by_pieces(x)
 
     def _by_pieces(self, x: torch.Tensor) -> torch.Tensor:

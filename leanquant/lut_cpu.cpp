@@ -1,37 +1,50 @@
-// Products with packed codes on a CPU, as a file holds them: y = x W^T with W = levels[codes] for a few tokens, and W itself for many.
+// Products with packed codes on a CPU, as a file holds them: y = x W^T with W = levels[codes], and W itself.
 //
-// A row is read by blocks of LANES words, each with PLACES codes. One register holds the levels: a shift brings code p of every word to
-// its lowest bits, and a permutation of the register looks all of them up. So columns come in the order (block, place, word), into which
-// x is brought first, and in which W is left. Not here: what a file holds, and when which function is called (lut_cpu.py).
+// One register holds a row's levels, another the codes of LANES columns again and again: each lane shifts its own to the lowest bits, and a
+// permutation of the levels looks all of them up. Not here: what a file holds, and when which function is called (lut_cpu.py).
 //
-// Legend: O rows, I columns, A columns of whole blocks, N tokens, G groups of columns, K = 2**bits levels.
+// Legend: O rows, I columns, V vectors of LANES columns in a row, N tokens, G groups of columns, K = 2**bits levels.
 
 #include <immintrin.h>
 #include <stdint.h>
 #include <string.h>
 
+#include <algorithm>
+#include <utility>
 #include <vector>
+
+#define AT_ONCE __attribute__((always_inline))  // before arrays are given registers: GCC gives none to those whose address is passed then
 
 namespace {
 
+constexpr int64_t IN_CACHE = 1 << 17;  // numbers of x at a time: half a megabyte stays in a core's second cache
+
+// Codes are read as one number, which each lane or pair of lanes gets. In a pair, the lower half of the number holds the code of the even
+// lane and the upper half that of the odd one, 8 columns on. `column(lane)`: which of a vector's columns a lane holds. Numbers in memory
+// are in the order of columns, x and W where they are read and written; `to_lanes` and `to_columns` bring them from one order to the other.
 #if LANES == 16
 using Floats = __m512;
 using Words = __m512i;
+constexpr int ROWS = 4;  // at a time: as many sums and tables as there are registers for
+constexpr int column(int lane) { return lane / 2 + lane % 2 * 8; }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
 inline Floats all(float value) { return _mm512_set1_ps(value); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 inline float sum(Floats v) { return _mm512_reduce_add_ps(v); }
-inline Words shifted(Words v, int places) { return _mm512_srli_epi32(v, places); }
-inline Words words(const uint8_t* p) { return _mm512_loadu_si512(p); }
-
-// Words of 3 bytes each: the first 3/4 of what is read.
-inline Words triples(const uint8_t* p) {
-    const Words twelve = _mm512_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 9, 10, 11, 0);
-    const __m128i apart = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
-    return _mm512_shuffle_epi8(_mm512_permutexvar_epi32(twelve, words(p)), _mm512_broadcast_i32x4(apart));
+inline Words load_words(const int32_t* p) { return _mm512_loadu_si512(p); }
+inline Words shifted(Words v, Words by) { return _mm512_srlv_epi32(v, by); }
+inline Words again_and_again(const uint8_t* p) {
+    long long number;
+    memcpy(&number, p, sizeof number);
+    return _mm512_set1_epi64(number);
 }
-
+inline Floats to_lanes(Floats v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15), v);
+}
+inline Floats to_columns(Floats v) {
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15), v);
+}
 inline Floats from_half(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline Floats from_bfloat16(const uint16_t* p) {
     const Words wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -41,31 +54,32 @@ inline Floats from_bfloat16(const uint16_t* p) {
 // What 4 bits are looked up in.
 struct Table {
     Floats levels;
-    template <typename Read> explicit Table(const Read& read) : levels(read(0)) {}  // read(i): levels from i on
+    template <typename Read> static Table of(const Read& read) { return {read(0)}; }  // read(i): levels from i on
     Floats operator[](Words codes) const { return _mm512_permutexvar_ps(codes, levels); }  // by the lowest 4 bits
 };
 #else
 using Floats = __m256;
 using Words = __m256i;
+constexpr int ROWS = 2;
+constexpr int column(int lane) { return lane; }
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
 inline Floats all(float value) { return _mm256_set1_ps(value); }
 inline Floats multiply_add(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
-inline Words shifted(Words v, int places) { return _mm256_srli_epi32(v, places); }
-inline Words words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Words*>(p)); }
-
 inline float sum(Floats v) {
     __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
     half = _mm_add_ps(half, _mm_movehl_ps(half, half));
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
-
-inline Words triples(const uint8_t* p) {
-    const Words six = _mm256_setr_epi32(0, 1, 2, 0, 3, 4, 5, 0);
-    const __m128i apart = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
-    return _mm256_shuffle_epi8(_mm256_permutevar8x32_epi32(words(p), six), _mm256_broadcastsi128_si256(apart));
+inline Words load_words(const int32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Words*>(p)); }
+inline Words shifted(Words v, Words by) { return _mm256_srlv_epi32(v, by); }
+inline Words again_and_again(const uint8_t* p) {
+    int number;
+    memcpy(&number, p, sizeof number);
+    return _mm256_set1_epi32(number);
 }
-
+inline Floats to_lanes(Floats v) { return v; }
+inline Floats to_columns(Floats v) { return v; }
 inline Floats from_half(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline Floats from_bfloat16(const uint16_t* p) {
     const Words wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -75,30 +89,13 @@ inline Floats from_bfloat16(const uint16_t* p) {
 // What 4 bits are looked up in.
 struct Table {
     Floats low, high;
-    template <typename Read> explicit Table(const Read& read) : low(read(0)), high(read(8)) {}  // read(i): levels from i on
+    template <typename Read> static Table of(const Read& read) { return {read(0), read(8)}; }  // read(i): levels from i on
     Floats operator[](Words codes) const {  // by the lowest 3 bits and, as a sign, the fourth
         const Floats upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), upper);
     }
 };
 #endif
-
-// How codes lie in words: `column` is which of a word's columns its code `place` belongs to.
-struct Nibbles {
-    static constexpr int PLACES = 8, SHIFT = 4, BYTES = 4 * LANES;
-    static constexpr int column(int place) { return place ^ 1; }  // the upper half of a byte comes first
-    static Words read(const uint8_t* p) { return words(p); }
-};
-struct Triples {
-    static constexpr int PLACES = 8, SHIFT = 3, BYTES = 3 * LANES;
-    static constexpr int column(int place) { return place; }
-    static Words read(const uint8_t* p) { return triples(p); }
-};
-struct Pairs {
-    static constexpr int PLACES = 16, SHIFT = 2, BYTES = 4 * LANES;
-    static constexpr int column(int place) { return place; }
-    static Words read(const uint8_t* p) { return words(p); }
-};
 
 // As in the file. levels: 16 bits each, [O, K]; or scale [O, G] and zero [O, G].
 struct Weight {
@@ -109,12 +106,14 @@ struct Weight {
     int64_t O, I, G, width;  // width: bytes of a row's codes
     int bits, is_bfloat16;
 
-    // The K levels again and again: upper bits of a word, which belong to other codes, then do not matter.
+    int64_t vectors() const { return (I + LANES - 1) / LANES; }
+
+    // The K levels again and again: upper bits of a lane, which belong to other codes, then do not matter.
     Table table(int64_t row, int64_t group) const {
         if (levels) {
             uint16_t sixteen[16];
             for (int first = 0; first < 16; first += 1 << bits) copy_levels(sixteen + first, row);
-            return Table([&](int i) { return is_bfloat16 ? from_bfloat16(sixteen + i) : from_half(sixteen + i); });
+            return Table::of([&](int i) { return is_bfloat16 ? from_bfloat16(sixteen + i) : from_half(sixteen + i); });
         }
         static const float CODES[3][16] = {
             {0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3},
@@ -122,7 +121,7 @@ struct Weight {
             {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15},
         };
         const Floats offset = all(zero[row * G + group]), step = all(number(scale[row * G + group]));
-        return Table([&](int i) { return (load(CODES[bits - 2] + i) - offset) * step; });
+        return Table::of([&](int i) { return (load(CODES[bits - 2] + i) - offset) * step; });
     }
 
     // K of them, in a size that is known when this is compiled.
@@ -141,107 +140,148 @@ struct Weight {
     }
 };
 
-template <typename Layout, int place = 0, typename Use>
-inline void each_place(Words codes, const Table& table, const Use& use) {
-    if constexpr (place < Layout::PLACES) {
-        use(place, table[shifted(codes, place * Layout::SHIFT)]);
-        each_place<Layout, place + 1>(codes, table, use);
-    }
-}
+// Codes of BITS in memory (4 also where a weight's are fewer, a nibble each), 8 columns in BITS bytes.
+template <int BITS>
+struct Codes {
+    static constexpr int BYTES = LANES * BITS / 8;             // of a vector
+    static constexpr int BEFORE = LANES == 16 ? 4 - BITS : 0;  // bytes read before it, so that its second 8 columns begin the upper half
+    Words shifts;
 
-// use(position in the order of columns, place, LANES values) for all of a row. What the last block has beyond the row is of no weight.
-template <typename Layout, typename Use>
-inline void each_of_row(const Weight& weight, int64_t row, const Use& use) {
-    constexpr int COLUMNS = LANES * Layout::PLACES;
-    const int64_t blocks = (weight.I + COLUMNS - 1) / COLUMNS, of_group = weight.G == 1 ? blocks : blocks / weight.G;
-    const uint8_t *codes = weight.codes + row * weight.width, *end = weight.codes + weight.O * weight.width;
-    alignas(64) uint8_t last[sizeof(Words)];
-    for (int64_t block = 0, group = 0; group < weight.G; ++group) {
-        const Table table = weight.table(row, group);
-        for (; block < (group + 1) * of_group; ++block, codes += Layout::BYTES) {
-            const uint8_t* read = codes;
-            if (end - codes < int64_t(sizeof last)) {
-                memset(last, 0, sizeof last);
-                memcpy(last, codes, end - codes);
-                read = last;
-            }
-            each_place<Layout>(Layout::read(read), table, [&](int place, Floats values) {
-                use(block * COLUMNS + place * LANES, place, values);
-            });
+    Codes() {
+        int32_t its[LANES];
+        for (int lane = 0; lane < LANES; ++lane) {
+            const int place = column(lane) % 8, before = column(lane) < 8 ? BEFORE : 0;
+            its[lane] = 8 * before + BITS * (BITS == 4 ? place ^ 1 : place);  // the upper half of a byte comes first
+        }
+        shifts = load_words(its);
+    }
+
+    // Those of a vector, each in the lowest bits of its lane.
+    Words operator()(const uint8_t* p) const { return shifted(again_and_again(p - BEFORE), shifts); }
+};
+
+// Codes of a row, around which bytes may be read that are not its own: its own place, or a copy of it at both ends of the weight.
+class Row {
+    static constexpr int AROUND = 16;
+    std::vector<uint8_t> copy;
+
+public:
+    const uint8_t* read(const Weight& weight, int64_t row) {
+        const uint8_t* codes = weight.codes + row * weight.width;
+        if (row * weight.width >= AROUND && (weight.O - row - 1) * weight.width >= AROUND) return codes;
+        copy.assign(weight.width + 2 * AROUND, 0);
+        return static_cast<const uint8_t*>(memcpy(copy.data() + AROUND, codes, weight.width));
+    }
+};
+
+// use(0), ..., use(N - 1), each known when this is compiled, as indices of arrays in registers must be.
+template <int... I, typename Use>
+AT_ONCE inline void each_of(std::integer_sequence<int, I...>, const Use& use) { (use(std::integral_constant<int, I>()), ...); }
+template <int N, typename Use>
+AT_ONCE inline void each_below(const Use& use) { each_of(std::make_integer_sequence<int, N>(), use); }
+
+// use(vector, r, LANES values) for R rows from `row` on, vector by vector. What the last has beyond the row is of no weight.
+template <int BITS, int R, typename Use>
+AT_ONCE inline void each_of_rows(const Weight& weight, int64_t row, const Use& use) {
+    const int64_t of_group = weight.G == 1 ? weight.vectors() : weight.I / weight.G / LANES;
+    const Codes<BITS> codes;
+    Row rows[R];
+    const uint8_t* at[R];
+    Table tables[R];
+    const uint8_t* next = weight.codes + (row + R) * weight.width;  // rows that are read in turns are no stream that a CPU sees coming
+    for (int r = 0; r < R; ++r) at[r] = rows[r].read(weight, row + r);
+    for (int64_t vector = 0, group = 0; group < weight.G; ++group) {
+        each_below<R>([&](auto r) AT_ONCE { tables[r] = weight.table(row + r, group); });
+        for (; vector < (group + 1) * of_group; ++vector) {
+            _mm_prefetch(reinterpret_cast<const char*>(next + vector * R * Codes<BITS>::BYTES), _MM_HINT_T0);
+            each_below<R>([&](auto r) AT_ONCE { use(vector, r, tables[r][codes(at[r] + vector * Codes<BITS>::BYTES)]); });
         }
     }
 }
 
-template <typename Layout, int N>
-inline void row_products(const Weight& weight, int64_t row, const float* x, int64_t A, float* y) {
-    constexpr int CHAINS = N == 1 ? 4 : 2;  // sums do not wait for one another
-    Floats sums[N][CHAINS];
-    for (auto& chains : sums)
-        for (Floats& chain : chains) chain = all(0);
-    each_of_row<Layout>(weight, row, [&](int64_t position, int place, Floats values) {
-        for (int n = 0; n < N; ++n) {
-            Floats& chain = sums[n][place % CHAINS];
-            chain = multiply_add(values, load(x + n * A + position), chain);
-        }
+// y [N, O] = x W^T for R rows from `row` on, x [N, V, LANES] in the order of lanes.
+template <int BITS, int R, int N>
+void block_products(const Weight& weight, int64_t row, const float* x, float* y) {
+    const int64_t V = weight.vectors();
+    Floats sums[R][N] = {};
+    each_of_rows<BITS, R>(weight, row, [&](int64_t vector, auto r, Floats values) AT_ONCE {
+        each_below<N>([&](auto n) AT_ONCE { sums[r][n] = multiply_add(values, load(x + (n * V + vector) * LANES), sums[r][n]); });
     });
-    for (int n = 0; n < N; ++n) {
-        for (int chain = 1; chain < CHAINS; ++chain) sums[n][0] += sums[n][chain];
-        y[n * weight.O + row] = sum(sums[n][0]);
+    each_below<R>([&](auto r) AT_ONCE { each_below<N>([&](auto n) AT_ONCE { y[n * weight.O + row + r] = sum(sums[r][n]); }); });
+}
+
+// For any N: by as many as there are registers for, then the rest at once.
+template <int BITS, int R, int TOKENS = 4>
+void rows_products(const Weight& weight, int64_t row, const float* x, float* y, int64_t N) {
+    for (; N >= TOKENS; N -= TOKENS, x += TOKENS * weight.vectors() * LANES, y += TOKENS * weight.O)
+        block_products<BITS, R, TOKENS>(weight, row, x, y);
+    if constexpr (TOKENS > 1)
+        if (N) rows_products<BITS, R, TOKENS - 1>(weight, row, x, y, N);
+}
+
+struct alignas(4 * LANES) Aligned {  // a load that crosses a cache line takes twice as long
+    float lanes[LANES];
+};
+
+// I numbers in the order of lanes, with zeros beyond I.
+void arrange(const float* x, int64_t I, Aligned* to) {
+    for (int64_t first = 0; first < I; first += LANES, ++to) {
+        float last[LANES] = {};
+        const bool is_whole = first + LANES <= I;
+        if (!is_whole) memcpy(last, x + first, (I - first) * sizeof(float));
+        store(to->lanes, to_lanes(load(is_whole ? x + first : last)));
     }
 }
 
-// x [N, I] in the order of columns, [N, A], with zeros beyond I.
-template <typename Layout>
-void arrange(const float* x, float* arranged, int64_t N, int64_t I, int64_t A, int threads) {
-    constexpr int COLUMNS = LANES * Layout::PLACES;
-#pragma omp parallel for num_threads(threads) schedule(static) if (N > 1)
-    for (int64_t n = 0; n < N; ++n)
-        for (int64_t first = 0; first < A; first += COLUMNS) {
-            const float* from = x + n * I + first;
-            float *to = arranged + n * A + first, last[COLUMNS] = {};
-            if (first + COLUMNS > I) from = static_cast<float*>(memcpy(last, from, (I - first) * sizeof(float)));
-            for (int place = 0; place < Layout::PLACES; ++place)
-                for (int word = 0; word < LANES; ++word) to[place * LANES + word] = from[word * Layout::PLACES + Layout::column(place)];
+template <int BITS>
+void products(const Weight& weight, const float* x, float* y, int64_t N, int threads) {
+    const int64_t V = weight.vectors(), O = weight.O, at_a_time = std::min(N, std::max<int64_t>(4, IN_CACHE / (V * LANES) / 4 * 4));
+    std::vector<Aligned> arranged(at_a_time * V);
+#pragma omp parallel num_threads(threads)
+    for (int64_t first = 0; first < N; first += at_a_time) {
+        const int64_t tokens = std::min(at_a_time, N - first);
+#pragma omp for schedule(static)
+        for (int64_t n = 0; n < tokens; ++n) arrange(x + (first + n) * weight.I, weight.I, &arranged[n * V]);
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (O + ROWS - 1) / ROWS; ++block) {
+            int64_t row = block * ROWS;
+            const float* in = arranged.data()->lanes;
+            if (row + ROWS <= O) rows_products<BITS, ROWS>(weight, row, in, y + first * O, tokens);
+            else for (; row < O; ++row) rows_products<BITS, 1>(weight, row, in, y + first * O, tokens);
         }
-}
-
-template <typename Layout>
-void products(const Weight& weight, const float* x, float* y, int64_t N, int64_t A, int threads) {
-    std::vector<float> arranged(N * A);
-    arrange<Layout>(x, arranged.data(), N, weight.I, A, threads);
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < weight.O; ++row) {
-        int64_t n = 0;
-        for (; n + 4 <= N; n += 4) row_products<Layout, 4>(weight, row, &arranged[n * A], A, y + n * weight.O);
-        for (; n < N; ++n) row_products<Layout, 1>(weight, row, &arranged[n * A], A, y + n * weight.O);
     }
 }
 
-template <typename Layout>
-void rebuild(const Weight& weight, float* W, int64_t A, int threads) {
+template <int BITS>
+void rebuild(const Weight& weight, float* W, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t row = 0; row < weight.O; ++row)
-        each_of_row<Layout>(weight, row, [&](int64_t position, int, Floats values) { store(W + row * A + position, values); });
+        each_of_rows<BITS, 1>(weight, row, [&](int64_t vector, int, Floats values) AT_ONCE {
+            const int64_t first = vector * LANES;
+            float* to = W + row * weight.I + first;
+            if (first + LANES <= weight.I) return store(to, to_columns(values));
+            float last[LANES];
+            store(last, to_columns(values));
+            memcpy(to, last, (weight.I - first) * sizeof(float));
+        });
 }
 
 }  // namespace
 
-#define BY_LAYOUT(function, ...)                                          \
-    if (layout == 4) function<Nibbles>(__VA_ARGS__);                      \
-    if (layout == 3) function<Triples>(__VA_ARGS__);                      \
-    if (layout == 2) function<Pairs>(__VA_ARGS__);
+#define BY_BITS(function, ...)                    \
+    if (code_bits == 4) function<4>(__VA_ARGS__); \
+    if (code_bits == 3) function<3>(__VA_ARGS__); \
+    if (code_bits == 2) function<2>(__VA_ARGS__);
 
 extern "C" {
 
-// y [N, O] = x [N, I] W^T.
-void lut_products(int layout, const Weight* weight, const float* x, float* y, int64_t N, int64_t A, int threads) {
-    BY_LAYOUT(products, *weight, x, y, N, A, threads)
+// y [N, O] = x [N, I] W^T, N > 0.
+void lut_products(int code_bits, const Weight* weight, const float* x, float* y, int64_t N, int threads) {
+    BY_BITS(products, *weight, x, y, N, threads)
 }
 
-void lut_arrange(int layout, const float* x, float* arranged, int64_t N, int64_t I, int64_t A, int threads) {
-    BY_LAYOUT(arrange, x, arranged, N, I, A, threads)
-}
+// W [O, I].
+void lut_rebuild(int code_bits, const Weight* weight, float* W, int threads) { BY_BITS(rebuild, *weight, W, threads) }
 
-// W [O, A], columns in the order that `lut_arrange` brings x into.
-void lut_rebuild(int layout, const Weight* weight, float* W, int64_t A, int threads) { BY_LAYOUT(rebuild, *weight, W, A, threads) }
+int lut_is_amd() { return __builtin_cpu_is("amd") != 0; }
 }

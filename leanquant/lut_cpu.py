@@ -30,8 +30,7 @@ FLAGS = {  # for the compiler, by the words of a register
     8: ("-mavx2", "-mfma", "-mf16c"),
 }
 CAPABILITIES = {"AVX512": (16, 8), "AVX2": (8,)}  # as torch calls them
-PLACES = {4: 8, 3: 8, 2: 16}  # codes of a word, by the bits of a code in memory
-FEW_TOKENS = 16  # for more the weight is rebuilt, and multiplied by torch
+FEW_TOKENS = {16: 64, 8: 16}  # by the words of a register: for more the weight is rebuilt, and multiplied by torch
 PIECE_WEIGHTS = 2**20  # at a time: they stay in the CPU's caches
 
 
@@ -46,23 +45,17 @@ class _Weight(ctypes.Structure):
 
 
 def can_multiply(packed: PackedLinear, bits: int, I: int) -> bool:
-    """Is there a kernel for this weight on this CPU? Its groups must be whole blocks."""
-    return not kernels.torch_is_wanted() and _lanes(*_kind(packed, bits, I)) is not None
-
-
-def _kind(packed: PackedLinear, bits: int, I: int) -> tuple:
-    """(dtype of levels or scales, bits of a code in memory, columns of a group, is it all of them)."""
-    code_bits = 4 if layout_of(packed.codes.shape[1], bits, I) == "nibble" else bits
-    return packed.stored_levels.dtype, code_bits, I // packed.groups, packed.groups == 1
+    """Is there a kernel for this weight on this CPU? Its groups must be whole registers of columns."""
+    return not kernels.torch_is_wanted() and _lanes(packed.stored_levels.dtype, packed.groups, I) is not None
 
 
 @cache
-def _lanes(dtype: torch.dtype, code_bits: int, columns: int, is_whole: bool) -> int | None:
-    """Words of a register by which the weight is read, as many as its groups allow; None if there is no kernel."""
+def _lanes(dtype: torch.dtype, groups: int, I: int) -> int | None:
+    """Words of a register by which a weight is read, as many as its groups allow; None if there is no kernel. dtype: of levels or scales."""
     if dtype not in (torch.float16, torch.bfloat16):
         return None
     for lanes in CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ()):
-        if (is_whole or columns % (lanes * PLACES[code_bits]) == 0) and _library(lanes) is not None:
+        if (groups == 1 or I % (groups * lanes) == 0) and _library(lanes) is not None:
             return lanes
     return None
 
@@ -77,24 +70,22 @@ def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bits:
 
 def _packed_linear(x, codes, grid, scale, zero, bits):
     packed, O, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), codes.shape[0], x.shape[-1]
-    kind, threads = _kind(packed, bits, I), torch.get_num_threads()
-    if (lanes := _lanes(*kind)) is None:
-        raise ValueError(f"no kernel of this CPU reads {bits} bits of {kind[0]} by {kind[2]} columns")
-    library, code_bits, plain = _library(lanes), kind[1], {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-    block = lanes * PLACES[code_bits]
+    if (lanes := _lanes(packed.stored_levels.dtype, packed.groups, I)) is None:
+        raise ValueError(f"no kernel of this CPU reads {packed.groups} groups of {packed.stored_levels.dtype} in {I} columns")
+    library, threads, plain = _library(lanes), torch.get_num_threads(), {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    code_bits = 4 if layout_of(codes.shape[1], bits, I) == "nibble" else bits
     flat = x.reshape(-1, I).float().contiguous()
-    N, A = flat.shape[0], -(-I // block) * block
+    N = flat.shape[0]
     y = torch.empty(N, O, **plain)
-    if N <= FEW_TOKENS:
-        library.lut_products(code_bits, _weight(packed, bits, I), flat.data_ptr(), y.data_ptr(), N, A, threads)
+    if N <= FEW_TOKENS[lanes] or lanes == 16 and library.lut_is_amd():  # torch's library has AVX-512 for Intel's CPUs alone
+        library.lut_products(code_bits, _weight(packed, bits, I), flat.data_ptr(), y.data_ptr(), N, threads)
     else:
-        arranged, rows = torch.empty(N, A, **plain), max(1, PIECE_WEIGHTS // A)
-        library.lut_arrange(code_bits, flat.data_ptr(), arranged.data_ptr(), N, I, A, threads)
-        W = torch.empty(min(rows, O), A, **plain)
+        rows = max(1, PIECE_WEIGHTS // I)
+        W = torch.empty(min(rows, O), I, **plain)
         for piece, out in zip(packed.split(rows), y.split(rows, 1), strict=True):
             its = W[: piece.codes.shape[0]]
-            library.lut_rebuild(code_bits, _weight(piece, bits, I), its.data_ptr(), A, threads)
-            torch.mm(arranged, its.T, out=out)
+            library.lut_rebuild(code_bits, _weight(piece, bits, I), its.data_ptr(), threads)
+            torch.mm(flat, its.T, out=out)
     return y.to(x.dtype).view(*x.shape[:-1], O)
 
 
@@ -179,9 +170,8 @@ def _compile(lanes: int, out: Path) -> None:
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     """With the types of what its functions take, which give back nothing."""
     number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
-    library.lut_products.argtypes = [number, address, address, address, size, size, number]
-    library.lut_arrange.argtypes = [number, address, address, size, size, size, number]
-    library.lut_rebuild.argtypes = [number, address, address, size, number]
-    for function in (library.lut_products, library.lut_arrange, library.lut_rebuild):
-        function.restype = None
+    library.lut_products.argtypes = [number, address, address, address, size, number]
+    library.lut_rebuild.argtypes = [number, address, address, number]
+    library.lut_is_amd.argtypes = []
+    library.lut_products.restype = library.lut_rebuild.restype = None
     return library

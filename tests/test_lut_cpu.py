@@ -103,8 +103,8 @@ def at_the_end(tensor: torch.Tensor | None) -> tuple:
     return copy, memory
 
 
-def test_groups_that_are_no_whole_blocks_are_left_to_torch():
-    assert not can_multiply(make(3, 96, 3, 4), 4, 96)
+def test_groups_that_are_no_whole_registers_are_left_to_torch():
+    assert not can_multiply(make(3, 60, 3, 4), 4, 60)
 
 
 def test_other_types_of_levels_are_left_to_torch():
