@@ -8,6 +8,7 @@ Legend: O out_features, I in_features, K = 2**bits levels, G groups, N tokens.
 import contextlib
 import ctypes
 import hashlib
+import math
 import os
 import platform
 import shlex
@@ -60,41 +61,43 @@ def _lanes(dtype: torch.dtype, groups: int, I: int) -> int | None:
     return None
 
 
-torch.library.define("leanquant::packed_linear", "(Tensor x, Tensor codes, Tensor? grid, Tensor? scale, Tensor? zero, int bits) -> Tensor")
-
-
 def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bits: int) -> torch.Tensor:
-    """x [..., I] W^T [..., O] for the weight of a `PackedLinear` that `can_multiply` says yes to: in the dtype of x, summed in float32."""
-    return torch.ops.leanquant.packed_linear(x, codes, grid, scale, zero, bits)
+    """x [..., I] W^T [..., O] for the weight of a `PackedLinear` that `can_multiply` says yes to: in the dtype of x, summed in float32.
+
+    An operator of torch either way. The one with a gradient takes a layer of Python more, which a product with one token feels.
+    """
+    if x.requires_grad and torch.is_grad_enabled():
+        return torch.ops.leanquant.packed_linear(x, codes, grid, scale, zero, bits)
+    return torch.ops.leanquant.packed_product(x, codes, grid, scale, zero, bits)
 
 
-def _packed_linear(x, codes, grid, scale, zero, bits):
+def _product(x, codes, grid, scale, zero, bits):
     packed, O, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), codes.shape[0], x.shape[-1]
     if (lanes := _lanes(packed.stored_levels.dtype, packed.groups, I)) is None:
         raise ValueError(f"no kernel of this CPU reads {packed.groups} groups of {packed.stored_levels.dtype} in {I} columns")
     library, threads, plain = _library(lanes), torch.get_num_threads(), {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     code_bits = 4 if layout_of(codes.shape[1], bits, I) == "nibble" else bits
-    flat = x.reshape(-1, I).float().contiguous()
-    N = flat.shape[0]
-    y = torch.empty(N, O, **plain)
+    x32, y, N = x.float().contiguous(), torch.empty(*x.shape[:-1], O, **plain), math.prod(x.shape[:-1])
     if N <= FEW_TOKENS[lanes] or lanes == 16 and library.lut_is_amd():  # torch's library has AVX-512 for Intel's CPUs alone
-        library.lut_products(code_bits, _weight(packed, bits, I), flat.data_ptr(), y.data_ptr(), N, threads)
+        library.lut_products(code_bits, _weight(packed, bits, I), x32.data_ptr(), y.data_ptr(), N, threads)
     else:
         rows = max(1, PIECE_WEIGHTS // I)
         W = torch.empty(min(rows, O), I, **plain)
-        for piece, out in zip(packed.split(rows), y.split(rows, 1), strict=True):
+        for piece, out in zip(packed.split(rows), y.view(N, O).split(rows, 1), strict=True):
             its = W[: piece.codes.shape[0]]
             library.lut_rebuild(code_bits, _weight(piece, bits, I), its.data_ptr(), threads)
-            torch.mm(flat, its.T, out=out)
-    return y.to(x.dtype).view(*x.shape[:-1], O)
+            torch.mm(x32.view(N, I), its.T, out=out)
+    return y.to(x.dtype)
 
 
-torch.library.impl("leanquant::packed_linear", "CPU", _packed_linear)
-
-
-@torch.library.register_fake("leanquant::packed_linear")
-def _(x, codes, grid, scale, zero, bits):
+def _shape_of_product(x, codes, grid, scale, zero, bits):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+for _name in ("packed_linear", "packed_product"):
+    torch.library.define(f"leanquant::{_name}", "(Tensor x, Tensor codes, Tensor? grid, Tensor? scale, Tensor? zero, int bits) -> Tensor")
+    torch.library.impl(f"leanquant::{_name}", "CPU", _product)
+    torch.library.register_fake(f"leanquant::{_name}", _shape_of_product)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:

@@ -54,8 +54,18 @@ def assert_right(packed: PackedLinear, bits: int, x: torch.Tensor) -> None:
 def test_products(lanes, bits, layout, O, I, G):
     packed = make(O, I, G, bits, layout)
     assert can_multiply(packed, bits, I)
-    for N in (1, 2, 4, 7, 16, 17, 40):
+    for N in (1, 2, 3, 4, 7, 16, 17, 70):
         assert_right(packed, bits, draw(N, I))
+
+
+@needs_kernel
+@pytest.mark.parametrize("few", [0, 10**6], ids=["rebuilt", "looked up"])
+def test_many_tokens(lanes, few, monkeypatch):
+    """More than half a megabyte of inputs is multiplied in turns; which way is a matter of the CPU."""
+    monkeypatch.setattr(lut_cpu, "FEW_TOKENS", {lanes: few})
+    monkeypatch.setattr(lut_cpu._library(lanes), "lut_is_amd", lambda: False)
+    for O, I, G in ((37, 1000, 0), (5, 4096, 128)):
+        assert_right(make(O, I, G, 4), 4, draw(300, I))
 
 
 @needs_kernel
@@ -192,6 +202,7 @@ def make_linear(bias: bool = True) -> QuantizedLinear:
 @pytest.mark.parametrize("x", [draw(2, 3, 300), draw(20, 300).requires_grad_()], ids=["", "with a gradient"])
 def test_operator_is_well_formed(x):
     torch.library.opcheck(torch.ops.leanquant.packed_linear.default, (x, *make(20, 300, 0, 4), 4))
+    torch.library.opcheck(torch.ops.leanquant.packed_product.default, (x.detach(), *make(20, 300, 0, 4), 4))
 
 
 @needs_kernel
