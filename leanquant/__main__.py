@@ -44,6 +44,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             help="0 takes the likeliest token (unset: as the model's generation config says)",
         )
         add("--device", help="cpu, cuda or cuda:1 (unset: the GPUs if there are any)")
+        add(
+            "--dtype",
+            choices=["float32", "float16", "bfloat16"],
+            help="what is computed in, of which the head and the embeddings are too (unset: float32 on a CPU, the file's type on a GPU)",
+        )
         add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
         add("--no_graphs", action="store_true", help="launch kernel by kernel, slower, where tokens would be decoded by a CUDA graph")
         add(
@@ -150,7 +155,7 @@ def load_tokenizer(args: argparse.Namespace):
 def load(args: argparse.Namespace):
     from .modeling import LeanQuantModelForCausalLM
 
-    options = {"device": args.device, "dequantize": args.dequantize, "trust_remote_code": args.trust_remote_code}
+    options = {"device": args.device, "dtype": args.dtype, "dequantize": args.dequantize, "trust_remote_code": args.trust_remote_code}
     return LeanQuantModelForCausalLM.from_pretrained(args.base or args.path, args.path, **options)
 
 
@@ -159,6 +164,35 @@ def generator(model, args: argparse.Namespace) -> Callable:
     from .decoding import with_cuda_graphs
 
     return model.generate if args.no_graphs else with_cuda_graphs(model)
+
+
+def remembering(model) -> Callable:
+    """`model.generate` for one call after another: what the last one read or wrote is not read again, as far as inputs begin alike.
+
+    With a cache that keeps all tokens and can be cut; other caches (sliding windows, states) are made anew by each call.
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer
+
+    cache, seen = None, []
+
+    def generate(input_ids, **settings):
+        nonlocal cache, seen
+        known, cache = cache, None  # nothing is kept of a call that is interrupted
+        if known is not None:
+            new = input_ids[0].tolist()
+            if surplus := len(seen) - min(same_at_first(seen, new), len(new) - 1):  # one token at least is read
+                known.crop(-surplus)
+        out = model.generate(input_ids=input_ids, past_key_values=known, **settings | {"return_dict_in_generate": True})
+        made = out.get("past_key_values")
+        if type(made) is DynamicCache and all(type(layer) is DynamicLayer for layer in made.layers):
+            cache, seen = made, out.sequences[0, : made.get_seq_length()].tolist()
+        return out.sequences
+
+    return generate
+
+
+def same_at_first(one: list, other: list) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 def sampling(temperature: float | None) -> dict:
@@ -186,6 +220,8 @@ def chat(args: argparse.Namespace) -> None:
         raise InputError("the model has no chat template: it is not made for conversation, use generate")
     model, messages = load(args), []
     continued = generator(model, args)
+    if continued == model.generate:
+        continued = remembering(model)
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on it ends an answer
     print(f"{args.path}: type your message, an empty line ends", flush=True)

@@ -2,10 +2,10 @@
 
     python scripts/bench_generate.py [--tokens 32] [--repeats 7] [--out docs/results/generate-cpu.json]
 
-The model as it is loaded by itself (codes looked up), rebuilt, and packed as torch alone does it. All are in one process and take turns, so
-that what else the machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens with a 4096 x 4096 weight of
-free levels, of which there are several in turn, 100 MB and more of each kind. Needs demo/nonuniform-4bit.safetensors, which
-scripts/quickstart.sh makes.
+The model as it is loaded by itself (codes looked up), the same in 16 bits, rebuilt, and packed as torch alone does it. All are in one
+process and take turns, so that what else the machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens
+with a 4096 x 4096 weight of free levels, of which there are several in turn, 100 MB and more of each kind. Needs
+demo/nonuniform-4bit.safetensors, which scripts/quickstart.sh makes.
 """
 
 import argparse
@@ -54,6 +54,8 @@ def bench_models(args: argparse.Namespace) -> dict:
     bits = Checkpoint.open(QUANTIZED).bits_of("model.layers.0.mlp.down_proj")
     ours = {
         f"{bits} bits, looked up": {},
+        f"{bits} bits, looked up, bfloat16": {"torch_dtype": torch.bfloat16},
+        f"{bits} bits, looked up, float16": {"torch_dtype": torch.float16},
         f"{bits} bits, rebuilt at load": {"dequantize": "always"},
         f"{bits} bits, packed, by torch": {"dequantize": "never"},
     }

@@ -107,6 +107,41 @@ def test_chat_keeps_the_conversation(folder, capsys, monkeypatch):
     assert second.startswith("user: hello\nassistant: ") and second.endswith("user: and then\nassistant: ")
 
 
+REVISED = TEMPLATE.replace("m.content", "(m.content if m.role == 'user' or loop.last else 'well')")  # as those that leave thoughts out
+
+
+@pytest.mark.parametrize("template, at_most", [(TEMPLATE, 0.6), (REVISED, 0.8)])
+def test_chat_reads_only_what_is_new(folder, template, at_most):
+    """And says what `generate` says to all of it."""
+    args = cli.parse(["chat", str(folder), "--max_new_tokens", "6", "--temperature", "0"])
+    tokenizer, model, read, said = cli.load_tokenizer(args), cli.load(args), [], []
+    tokenizer.chat_template = template
+    model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
+    for continued in (model.generate, cli.remembering(model)):
+        messages = []
+        for text in ("hello there my friend", "and then we went on to the river", "what else was there", "who knows"):
+            messages.append({"role": "user", "content": text})
+            inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+            messages.append({"role": "assistant", "content": cli.answer(continued, tokenizer, inputs, args)})
+        said.append(([m["content"] for m in messages], sum(read)))
+        read.clear()
+    (plain, all_tokens), (remembered, fewer) = said
+    assert plain == remembered and fewer < at_most * all_tokens
+
+
+def test_chat_forgets_an_interrupted_call(folder, monkeypatch):
+    model = cli.load(cli.parse(["chat", str(folder)]))
+    continued, settings = cli.remembering(model), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    first, second = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9, 10]])
+    continued(first, **settings)
+    layer = model.get_decoder().layers[1]
+    hook = layer.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        continued(second, **settings)
+    hook.remove()
+    assert torch.equal(continued(second, **settings), model.generate(second, **settings))
+
+
 def test_chat_needs_a_template(tiny_model, text_file, tmp_path, capsys):
     out = tmp_path / "folder"
     assert llama.main([str(tiny_model()), str(text_file), "--wbits", "4", "--nearest", *SHORT, "--save_path", str(out)]) == 0
