@@ -17,6 +17,7 @@
 
 namespace {
 
+constexpr int64_t ROWS = 8;  // that a thread takes at a time
 constexpr int64_t IN_CACHE = 1 << 17;  // numbers of x at a time: half a megabyte stays in a core's second cache
 
 // Codes are read as one number, which each lane or pair of lanes gets. In a pair, the lower half of the number holds the code of the even
@@ -25,7 +26,7 @@ constexpr int64_t IN_CACHE = 1 << 17;  // numbers of x at a time: half a megabyt
 #if LANES == 16
 using Floats = __m512;
 using Words = __m512i;
-constexpr int ROWS = 4;  // at a time: as many sums and tables as there are registers for
+constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 8 : 4; }  // sums enough not to wait for one another, and registers for all
 constexpr int column(int lane) { return lane / 2 + lane % 2 * 8; }
 inline Floats load(const float* p) { return _mm512_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm512_storeu_ps(p, v); }
@@ -55,12 +56,12 @@ inline Floats from_bfloat16(const uint16_t* p) {
 struct Table {
     Floats levels;
     template <typename Read> static Table of(const Read& read) { return {read(0)}; }  // read(i): levels from i on
-    Floats operator[](Words codes) const { return _mm512_permutexvar_ps(codes, levels); }  // by the lowest 4 bits
+    template <int BITS> Floats at(Words codes) const { return _mm512_permutexvar_ps(codes, levels); }  // by the lowest 4 bits
 };
 #else
 using Floats = __m256;
 using Words = __m256i;
-constexpr int ROWS = 2;
+constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 4 : 2; }
 constexpr int column(int lane) { return lane; }
 inline Floats load(const float* p) { return _mm256_loadu_ps(p); }
 inline void store(float* p, Floats v) { _mm256_storeu_ps(p, v); }
@@ -90,7 +91,8 @@ inline Floats from_bfloat16(const uint16_t* p) {
 struct Table {
     Floats low, high;
     template <typename Read> static Table of(const Read& read) { return {read(0), read(8)}; }  // read(i): levels from i on
-    Floats operator[](Words codes) const {  // by the lowest 3 bits and, as a sign, the fourth
+    template <int BITS> Floats at(Words codes) const {  // by the lowest 3 bits and, as a sign, the fourth
+        if (BITS < 4) return _mm256_permutevar8x32_ps(low, codes);
         const Floats upper = _mm256_castsi256_ps(_mm256_slli_epi32(codes, 28));
         return _mm256_blendv_ps(_mm256_permutevar8x32_ps(low, codes), _mm256_permutevar8x32_ps(high, codes), upper);
     }
@@ -194,7 +196,7 @@ AT_ONCE inline void each_of_rows(const Weight& weight, int64_t row, const Use& u
         each_below<R>([&](auto r) AT_ONCE { tables[r] = weight.table(row + r, group); });
         for (; vector < (group + 1) * of_group; ++vector) {
             _mm_prefetch(reinterpret_cast<const char*>(next + vector * R * Codes<BITS>::BYTES), _MM_HINT_T0);
-            each_below<R>([&](auto r) AT_ONCE { use(vector, r, tables[r][codes(at[r] + vector * Codes<BITS>::BYTES)]); });
+            each_below<R>([&](auto r) AT_ONCE { use(vector, r, tables[r].template at<BITS>(codes(at[r] + vector * Codes<BITS>::BYTES))); });
         }
     }
 }
@@ -210,13 +212,17 @@ void block_products(const Weight& weight, int64_t row, const float* x, float* y)
     each_below<R>([&](auto r) AT_ONCE { each_below<N>([&](auto n) AT_ONCE { y[n * weight.O + row + r] = sum(sums[r][n]); }); });
 }
 
-// For any N: by as many as there are registers for, then the rest at once.
-template <int BITS, int R, int TOKENS = 4>
-void rows_products(const Weight& weight, int64_t row, const float* x, float* y, int64_t N) {
-    for (; N >= TOKENS; N -= TOKENS, x += TOKENS * weight.vectors() * LANES, y += TOKENS * weight.O)
-        block_products<BITS, R, TOKENS>(weight, row, x, y);
-    if constexpr (TOKENS > 1)
-        if (N) rows_products<BITS, R, TOKENS - 1>(weight, row, x, y, N);
+// Rows `row` to `end`, for any number of tokens: four at a time, then the rest at once.
+template <int BITS, int N = 4>
+void rows_products(const Weight& weight, int64_t row, int64_t end, const float* x, float* y, int64_t tokens) {
+    constexpr int R = rows_at_once(N);
+    for (; tokens >= N; tokens -= N, x += N * weight.vectors() * LANES, y += N * weight.O) {
+        int64_t next = row;
+        for (; next + R <= end; next += R) block_products<BITS, R, N>(weight, next, x, y);
+        for (; next < end; ++next) block_products<BITS, 1, N>(weight, next, x, y);
+    }
+    if constexpr (N > 1)
+        if (tokens) rows_products<BITS, N - 1>(weight, row, end, x, y, tokens);
 }
 
 struct alignas(4 * LANES) Aligned {  // a load that crosses a cache line takes twice as long
@@ -243,12 +249,8 @@ void products(const Weight& weight, const float* x, float* y, int64_t N, int thr
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < tokens; ++n) arrange(x + (first + n) * weight.I, weight.I, &arranged[n * V]);
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < (O + ROWS - 1) / ROWS; ++block) {
-            int64_t row = block * ROWS;
-            const float* in = arranged.data()->lanes;
-            if (row + ROWS <= O) rows_products<BITS, ROWS>(weight, row, in, y + first * O, tokens);
-            else for (; row < O; ++row) rows_products<BITS, 1>(weight, row, in, y + first * O, tokens);
-        }
+        for (int64_t row = 0; row < O; row += ROWS)
+            rows_products<BITS>(weight, row, std::min(row + ROWS, O), arranged.data()->lanes, y + first * O, tokens);
     }
 }
 

@@ -52,7 +52,7 @@ def can_multiply(packed: PackedLinear, bits: int, I: int) -> bool:
 
 @cache
 def _lanes(dtype: torch.dtype, groups: int, I: int) -> int | None:
-    """Words of a register by which a weight is read, as many as its groups allow; None if there is no kernel. dtype: of levels or scales."""
+    """Words of a register by which a weight is read, as many as its groups allow; None without a kernel. dtype: of levels or scales."""
     if dtype not in (torch.float16, torch.bfloat16):
         return None
     for lanes in CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ()):
@@ -75,8 +75,9 @@ def _product(x, codes, grid, scale, zero, bits):
     packed, O, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), codes.shape[0], x.shape[-1]
     if (lanes := _lanes(packed.stored_levels.dtype, packed.groups, I)) is None:
         raise ValueError(f"no kernel of this CPU reads {packed.groups} groups of {packed.stored_levels.dtype} in {I} columns")
-    library, threads, plain = _library(lanes), torch.get_num_threads(), {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
+    library, threads = _library(lanes), torch.get_num_threads()
     code_bits = 4 if layout_of(codes.shape[1], bits, I) == "nibble" else bits
+    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
     x32, y, N = x.float().contiguous(), torch.empty(*x.shape[:-1], O, **plain), math.prod(x.shape[:-1])
     if N <= FEW_TOKENS[lanes] or lanes == 16 and library.lut_is_amd():  # torch's library has AVX-512 for Intel's CPUs alone
         library.lut_products(code_bits, _weight(packed, bits, I), x32.data_ptr(), y.data_ptr(), N, threads)
