@@ -92,23 +92,30 @@ def test_a_strided_input(lanes):
 
 @needs_kernel
 @pytest.mark.parametrize("bits, layout", LAYOUTS)
-@pytest.mark.parametrize("G", [0, 1])
-def test_no_byte_beyond_a_tensor_is_read(lanes, bits, layout, G):
-    """Each lies at the end of memory that may be read: a process that reads on dies."""
-    packed, x = make(7, 200, G, bits, layout), draw(2, 200)
-    guarded, kept = zip(*(at_the_end(t) for t in (*packed, x)), strict=True)
+@pytest.mark.parametrize("O, I, G", [(7, 200, 0), (7, 200, 1), (30, 5, 0), (3, 64, 2), (1, 1, 1)])
+@pytest.mark.parametrize("at_end", [True, False])
+def test_no_byte_beyond_a_tensor_is_read(lanes, bits, layout, O, I, G, at_end, monkeypatch):
+    """Each lies at an end of memory that may be read: a process that reads on dies."""
+    packed, x = make(O, I, G, bits, layout), draw(3, I)
+    guarded, kept = zip(*(at_an_end(t, at_end) for t in (*packed, x)), strict=True)
+    assert_right(PackedLinear(*guarded[:4]), bits, guarded[4])
+    monkeypatch.setattr(lut_cpu, "FEW_TOKENS", {lanes: 0})
+    monkeypatch.setattr(lut_cpu._library(lanes), "lut_is_amd", lambda: False)
     assert_right(PackedLinear(*guarded[:4]), bits, guarded[4])
     del kept
 
 
-def at_the_end(tensor: torch.Tensor | None) -> tuple:
+def at_an_end(tensor: torch.Tensor | None, at_end: bool) -> tuple:
+    """A copy between two pages that may not be read, next to one of them, and the memory it lies in."""
     if tensor is None:
         return None, None
-    memory = mmap.mmap(-1, 2 * mmap.PAGESIZE)
+    memory, page = mmap.mmap(-1, 3 * mmap.PAGESIZE), mmap.PAGESIZE
     address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert tensor.nbytes <= mmap.PAGESIZE
-    assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(address + mmap.PAGESIZE), ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=mmap.PAGESIZE - tensor.nbytes).view(tensor.shape)
+    assert tensor.nbytes <= page
+    for forbidden in (address, address + 2 * page):
+        assert ctypes.CDLL(None).mprotect(ctypes.c_void_p(forbidden), ctypes.c_size_t(page), 0) == 0
+    offset = 2 * page - tensor.nbytes if at_end else page
+    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=offset).view(tensor.shape)
     copy.copy_(tensor)
     return copy, memory
 
