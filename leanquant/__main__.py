@@ -166,35 +166,6 @@ def generator(model, args: argparse.Namespace) -> Callable:
     return model.generate if args.no_graphs else with_cuda_graphs(model)
 
 
-def remembering(model) -> Callable:
-    """`model.generate` for one call after another: what the last one read or wrote is not read again, as far as inputs begin alike.
-
-    With a cache that keeps all tokens and can be cut; other caches (sliding windows, states) are made anew by each call.
-    """
-    from transformers.cache_utils import DynamicCache, DynamicLayer
-
-    cache, seen = None, []
-
-    def generate(input_ids, **settings):
-        nonlocal cache, seen
-        known, cache = cache, None  # nothing is kept of a call that is interrupted
-        if known is not None:
-            new = input_ids[0].tolist()
-            if surplus := len(seen) - min(same_at_first(seen, new), len(new) - 1):  # one token at least is read
-                known.crop(-surplus)
-        out = model.generate(input_ids=input_ids, past_key_values=known, **settings | {"return_dict_in_generate": True})
-        made = out.get("past_key_values")
-        if type(made) is DynamicCache and all(type(layer) is DynamicLayer for layer in made.layers):
-            cache, seen = made, out.sequences[0, : made.get_seq_length()].tolist()
-        return out.sequences
-
-    return generate
-
-
-def same_at_first(one: list, other: list) -> int:
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
-
-
 def sampling(temperature: float | None) -> dict:
     if temperature is None:
         return {}
@@ -218,10 +189,12 @@ def chat(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args)
     if not tokenizer.chat_template:
         raise InputError("the model has no chat template: it is not made for conversation, use generate")
+    from .decoding import remembering
+
     model, messages = load(args), []
     continued = generator(model, args)
     if continued == model.generate:
-        continued = remembering(model)
+        continued = remembering(model)  # a recorded step has its own cache, and a GPU reads fast
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on it ends an answer
     print(f"{args.path}: type your message, an empty line ends", flush=True)

@@ -1,6 +1,6 @@
-"""Decoding by CUDA graphs: the host launches a whole forward pass at once, where it is some thousand kernels without, which take it
-longer than the GPU.
+"""`generate`, faster: decoding by CUDA graphs, and conversations that are not read from the start each time.
 
+A graph: the host launches a whole forward pass at once, where it is some thousand kernels without, which take it longer than the GPU.
 With a static cache transformers' `generate` would compile the model, which takes a minute and needs a compiler: a graph takes the
 compiled model's place. Not here: the cache and the loop, which are transformers'; kernels.
 """
@@ -15,14 +15,15 @@ from itertools import chain
 import torch
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, StaticCache
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicCache, DynamicLayer, StaticLayer
 
 from .errors import first_line
 from .experts import Experts
 
 TRIED = 6  # tokens that are decoded in both ways before graphs are used
 CLOSE = 0.02  # of logits: the same kernels should give the same
-OTHER_CACHES = {"cache_implementation", "past_key_values", "assistant_model", "prompt_lookup_num_tokens"}
+OTHER_CACHES = {"cache_implementation", "past_key_values", "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"}
+ROPES_THAT_GROW = {"dynamic", "longrope"}  # with the text, while what is cached stays as it was
 
 
 def with_cuda_graphs(model: nn.Module) -> Callable:
@@ -51,10 +52,14 @@ def with_cuda_graphs(model: nn.Module) -> Callable:
 def _may_be_recorded(model: nn.Module) -> bool:
     if not isinstance(model, PreTrainedModel) or not _is_on_one_gpu(model):
         return False
-    own = model.generation_config
-    if own.use_cache is False or any(getattr(own, name, None) for name in OTHER_CACHES):
+    if not _caches_as_usual(model):
         return False
     return _keeps_all_tokens(model) and not any(isinstance(module, Experts) for module in model.modules())
+
+
+def _caches_as_usual(model: PreTrainedModel) -> bool:
+    own = model.generation_config
+    return own.use_cache is not False and not any(getattr(own, name, None) for name in OTHER_CACHES)
 
 
 def _is_on_one_gpu(model: nn.Module) -> bool:
@@ -181,6 +186,49 @@ def _copy(inputs: dict) -> dict:
     """With tensors of its own, and the cache itself."""
     own = {dict: _copy, torch.Tensor: torch.clone}
     return {name: own.get(type(value), lambda other: other)(value) for name, value in inputs.items()}
+
+
+# --- conversations ---------------------------------------------------------------------------------------------
+
+
+def remembering(model: nn.Module) -> Callable:
+    """`model.generate` for one call after another, with one sequence each, in settings by name: what the last one read or wrote is not
+    read again, as far as inputs begin alike.
+
+    Itself for models that say how they cache, or whose rotary embeddings change with the length; and caches that are not of all tokens
+    (sliding windows, states) are made anew by each call.
+    """
+    if not isinstance(model, PreTrainedModel) or not _caches_as_usual(model) or _ropes(model) & ROPES_THAT_GROW:
+        return model.generate
+    cache, seen = None, []
+
+    def generate(input_ids: torch.Tensor, **settings) -> torch.Tensor:
+        nonlocal cache, seen
+        known, cache = cache, None  # nothing is kept of a call that is interrupted
+        if known is not None:
+            new = input_ids[0].tolist()
+            if surplus := len(seen) - min(_same_at_first(seen, new), len(new) - 1):  # one token at least is read
+                known.crop(-surplus)
+        out = model.generate(input_ids=input_ids, past_key_values=known, **settings | {"return_dict_in_generate": True})
+        if isinstance(out, torch.Tensor):  # a model with a way of its own
+            return out
+        made, tokens = out.get("past_key_values"), out.sequences[0].tolist()
+        if type(made) is DynamicCache and all(type(layer) is DynamicLayer for layer in made.layers):
+            if made.get_seq_length() == len(tokens) - 1:  # the last token is written, not read
+                cache, seen = made, tokens[:-1]
+        return out.sequences
+
+    return generate
+
+
+def _ropes(model: PreTrainedModel) -> set:
+    """The types of its rotary embeddings, of which kinds of layers may have their own."""
+    ropes = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return {rope["rope_type"] for rope in (ropes, *ropes.values()) if isinstance(rope, dict) and "rope_type" in rope}
+
+
+def _same_at_first(one: list, other: list) -> int:
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 # --- CUDA ------------------------------------------------------------------------------------------------------

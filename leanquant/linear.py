@@ -106,7 +106,7 @@ class QuantizedLinear(nn.Linear):
                 torch.cuda.current_stream(self.tiles.device).synchronize()
         elif form == "dense":
             self._hold("dense", self.packed().dequantize(self.bits, self.in_features, dtype))
-        elif form != "looked_up" or dtype not in LOOKED_UP or not lut_cpu.can_multiply(self.packed(), self.bits, self.in_features):
+        elif form != "looked_up" or dtype not in LOOKED_UP or not lut_cpu.can_multiply(self.packed(), self.in_features):
             return
         self.form = form
 

@@ -1,7 +1,7 @@
 // Products with packed codes on a CPU, as a file holds them: y = x W^T with W = levels[codes], and W itself.
 //
-// One register holds a row's levels, another the codes of LANES columns again and again: each lane shifts its own to the lowest bits, and a
-// permutation of the levels looks all of them up. Not here: what a file holds, and when which function is called (lut_cpu.py).
+// A register (with AVX2 and 4 bits, two) holds a row's levels, another the codes of LANES columns again and again: each lane shifts its own
+// to the lowest bits, and a permutation of the levels looks all of them up. Not here: what a file holds, and when which function is called (lut_cpu.py).
 //
 // Legend: O rows, I columns, V vectors of LANES columns in a row, N tokens, G groups of columns, K = 2**bits levels.
 
@@ -277,7 +277,7 @@ void rebuild(const Weight& weight, float* W, int threads) {
 
 extern "C" {
 
-// y [N, O] = x [N, I] W^T, N > 0.
+// y [N, O] = x [N, I] W^T, I > 0.
 void lut_products(int code_bits, const Weight* weight, const float* x, float* y, int64_t N, int threads) {
     BY_BITS(products, *weight, x, y, N, threads)
 }

@@ -31,7 +31,7 @@ FLAGS = {  # for the compiler, by the words of a register
     8: ("-mavx2", "-mfma", "-mf16c"),
 }
 CAPABILITIES = {"AVX512": (16, 8), "AVX2": (8,)}  # as torch calls them
-FEW_TOKENS = {16: 64, 8: 16}  # by the words of a register: for more the weight is rebuilt, and multiplied by torch
+FEW_TOKENS = {16: 64, 8: 16}  # by the words of a register: for more torch's product with a rebuilt weight may be faster
 PIECE_WEIGHTS = 2**20  # at a time: they stay in the CPU's caches
 
 
@@ -45,7 +45,7 @@ class _Weight(ctypes.Structure):
     ]
 
 
-def can_multiply(packed: PackedLinear, bits: int, I: int) -> bool:
+def can_multiply(packed: PackedLinear, I: int) -> bool:
     """Is there a kernel for this weight on this CPU? Its groups must be whole registers of columns."""
     return not kernels.torch_is_wanted() and _lanes(packed.stored_levels.dtype, packed.groups, I) is not None
 
@@ -53,7 +53,7 @@ def can_multiply(packed: PackedLinear, bits: int, I: int) -> bool:
 @cache
 def _lanes(dtype: torch.dtype, groups: int, I: int) -> int | None:
     """Words of a register by which a weight is read, as many as its groups allow; None without a kernel. dtype: of levels or scales."""
-    if dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (torch.float16, torch.bfloat16) or I == 0:
         return None
     for lanes in CAPABILITIES.get(torch.backends.cpu.get_cpu_capability(), ()):
         if (groups == 1 or I % (groups * lanes) == 0) and _library(lanes) is not None:
@@ -64,17 +64,19 @@ def _lanes(dtype: torch.dtype, groups: int, I: int) -> int | None:
 def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bits: int) -> torch.Tensor:
     """x [..., I] W^T [..., O] for the weight of a `PackedLinear` that `can_multiply` says yes to: in the dtype of x, summed in float32.
 
-    An operator of torch either way. The one with a gradient takes a layer of Python more, which a product with one token feels.
+    An operator of torch either way. The one with a gradient is a layer of Python more, which a product with one token feels.
     """
-    if x.requires_grad and torch.is_grad_enabled():
+    if torch.is_grad_enabled() or torch.jit.is_tracing():  # what is traced may be given a gradient later
         return torch.ops.leanquant.packed_linear(x, codes, grid, scale, zero, bits)
     return torch.ops.leanquant.packed_product(x, codes, grid, scale, zero, bits)
 
 
 def _product(x, codes, grid, scale, zero, bits):
     packed, O, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), codes.shape[0], x.shape[-1]
-    if (lanes := _lanes(packed.stored_levels.dtype, packed.groups, I)) is None:
-        raise ValueError(f"no kernel of this CPU reads {packed.groups} groups of {packed.stored_levels.dtype} in {I} columns")
+    if (lanes := _lanes(packed.stored_levels.dtype, packed.groups, I)) is None or bits not in (4, 3, 2):
+        raise ValueError(
+            f"no kernel of this CPU reads {bits} bits in {packed.groups} groups of {packed.stored_levels.dtype} of {I} columns"
+        )
     library, threads = _library(lanes), torch.get_num_threads()
     code_bits = 4 if layout_of(codes.shape[1], bits, I) == "nibble" else bits
     plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
@@ -172,7 +174,7 @@ def _compile(lanes: int, out: Path) -> None:
 
 
 def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
-    """With the types of what its functions take, which give back nothing."""
+    """With the types of what its functions take and give back."""
     number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.lut_products.argtypes = [number, address, address, address, size, number]
     library.lut_rebuild.argtypes = [number, address, address, number]

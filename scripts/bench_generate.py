@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     if not QUANTIZED.is_file():
         sys.exit(f"error: {QUANTIZED} is not there: run scripts/quickstart.sh first")
-    if not can_multiply(random_packed(256, 256, 4, torch.device("cpu")), 4, 256):
+    if not can_multiply(random_packed(256, 256, 4, torch.device("cpu")), 256):
         sys.exit("error: this CPU has no kernel, or this machine no C++ compiler")
     results = {"tokens": args.tokens, "repeats": args.repeats, "threads": torch.get_num_threads()}
     results |= {"cpu": torch.backends.cpu.get_cpu_capability()} | bench_models(args) | {"products": bench_products(args.repeats)}
@@ -82,20 +82,25 @@ def bench_models(args: argparse.Namespace) -> dict:
 
 
 def bench_products(repeats: int, size: int = 4096, copies: int = 24) -> list[dict]:
-    """Milliseconds of a product, looked up and in float32."""
-    plain, rows = [torch.randn(size, size) for _ in range(copies // 6)], []
-    for bits in (4, 3, 2):
-        device = torch.device("cpu")
-        packed = [random_packed(size, size, bits, device) for _ in range(copies)]
-        for tokens in (1, 8, 128):
-            x, times = torch.randn(tokens, size), ([], [])
-            for repeat in range(copies * repeats):
-                weight, codes = plain[repeat % len(plain)], packed[repeat % copies]
-                times[0].append(seconds(lambda: nn.functional.linear(x, weight)))  # noqa: B023
-                times[1].append(seconds(lambda: packed_linear(x, *codes, bits)))  # noqa: B023
-            float32, ours = (1e3 * median(values[copies:]) for values in times)
-            rows.append({"rows": size, "columns": size, "bits": bits, "tokens": tokens, "ms": ours, "float32_ms": float32})
-            print(f"{size} x {size}, {bits} bits, {tokens} tokens: {ours:.2f} ms, {float32 / ours:.1f} times as fast as float32")
+    """Milliseconds of a product, looked up at each width and in float32."""
+    device = torch.device("cpu")
+    plain = [torch.randn(size, size) for _ in range(copies // 6)]
+    packed = {bits: [random_packed(size, size, bits, device) for _ in range(copies)] for bits in (4, 3, 2)}
+    rows = []
+    for tokens in (1, 8, 128):
+        x, times = torch.randn(tokens, size), {name: [] for name in ("float32", *packed)}
+        for repeat in range(copies * repeats):
+            weight = plain[repeat % len(plain)]
+            times["float32"].append(seconds(lambda: nn.functional.linear(x, weight)))  # noqa: B023
+            for bits, copies_of_it in packed.items():
+                codes = copies_of_it[repeat % copies]
+                times[bits].append(seconds(lambda: packed_linear(x, *codes, bits)))  # noqa: B023
+        ms = {name: 1e3 * median(values[copies:]) for name, values in times.items()}
+        for bits in packed:
+            rows.append({"rows": size, "columns": size, "bits": bits, "tokens": tokens, "ms": ms[bits], "float32_ms": ms["float32"]})
+            print(
+                f"{size} x {size}, {bits} bits, {tokens} tokens: {ms[bits]:.2f} ms, {ms['float32'] / ms[bits]:.1f} times as fast as float32"
+            )
     return rows
 
 

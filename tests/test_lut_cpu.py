@@ -5,6 +5,7 @@ import mmap
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from leanquant import lut_cpu
 from leanquant.linear import QuantizedLinear, prepare_linears
@@ -53,7 +54,7 @@ def assert_right(packed: PackedLinear, bits: int, x: torch.Tensor) -> None:
 @pytest.mark.parametrize("O, I, G", [(1, 1, 0), (37, 200, 0), (5, 576, 0), (16, 256, 1), (9, 131, 1), (3, 1024, 4), (3, 1024, 2)])
 def test_products(lanes, bits, layout, O, I, G):
     packed = make(O, I, G, bits, layout)
-    assert can_multiply(packed, bits, I)
+    assert can_multiply(packed, I)
     for N in (1, 2, 3, 4, 7, 16, 17, 70):
         assert_right(packed, bits, draw(N, I))
 
@@ -121,12 +122,19 @@ def at_an_end(tensor: torch.Tensor | None, at_end: bool) -> tuple:
 
 
 def test_groups_that_are_no_whole_registers_are_left_to_torch():
-    assert not can_multiply(make(3, 60, 3, 4), 4, 60)
+    assert not can_multiply(make(3, 60, 3, 4), 60)
+
+
+@needs_kernel
+@pytest.mark.parametrize("I, bits", [(0, 4), (64, 5), (64, 8)])
+def test_products_that_no_kernel_knows_are_refused(I, bits):
+    with pytest.raises(ValueError, match="no kernel of this CPU"):
+        packed_linear(draw(2, I), torch.zeros(3, I, dtype=torch.uint8), torch.zeros(3, 2**bits).half(), None, None, bits)
 
 
 def test_other_types_of_levels_are_left_to_torch():
     packed = make(3, 96, 0, 4)
-    assert not can_multiply(packed._replace(grid=packed.grid.float()), 4, 96)
+    assert not can_multiply(packed._replace(grid=packed.grid.float()), 96)
 
 
 @pytest.fixture
@@ -151,18 +159,18 @@ def test_without_a_compiler_weights_are_rebuilt(monkeypatch, anew, name, value):
 
 def test_torch_may_be_asked_for(monkeypatch, anew):
     monkeypatch.setenv("LEANQUANT_KERNELS", "torch")
-    assert not can_multiply(make(3, 256, 0, 4), 4, 256)
+    assert not can_multiply(make(3, 256, 0, 4), 256)
 
 
 @needs_kernel
 def test_what_is_compiled_is_kept(monkeypatch, anew, cache):
-    assert can_multiply(make(3, 256, 0, 4), 4, 256)
+    assert can_multiply(make(3, 256, 0, 4), 256)
     made = list((cache / "kernels").iterdir())
     assert len(made) == 1 and (cache / "kernels").stat().st_mode & 0o077 == 0
     monkeypatch.setenv("CXX", "false")
     for cached in (lut_cpu._lanes, lut_cpu._library):
         cached.cache_clear()
-    assert can_multiply(make(3, 256, 0, 4), 4, 256)
+    assert can_multiply(make(3, 256, 0, 4), 256)
 
 
 @needs_kernel
@@ -230,8 +238,11 @@ def test_defaults_of_torch_do_not_matter(tokens):
 @needs_kernel
 def test_what_sees_operations_sees_this_one():
     linear, x = make_linear(), draw(3, 300)
-    traced = torch.jit.trace(linear, (x,))
-    torch.testing.assert_close(traced(2 * x), linear(2 * x))
+    with_gradient = (2 * x).requires_grad_()
+    for seen in (torch.jit.trace(linear, (x,)), make_fx(linear)(x), torch.export.export(linear, (x,)).module()):
+        torch.testing.assert_close(seen(2 * x), linear(2 * x))
+        (gradient,) = torch.autograd.grad(seen(with_gradient).sum(), with_gradient)
+        torch.testing.assert_close(gradient, torch.autograd.grad(linear(with_gradient).sum(), with_gradient)[0])
     torch.testing.assert_close(torch.func.vmap(linear)(x[:, None])[:, 0], linear(x), rtol=1e-4, atol=1e-4)
 
 

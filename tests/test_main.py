@@ -117,7 +117,7 @@ def test_chat_reads_only_what_is_new(folder, template, at_most):
     tokenizer, model, read, said = cli.load_tokenizer(args), cli.load(args), [], []
     tokenizer.chat_template = template
     model.get_input_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0].numel()))
-    for continued in (model.generate, cli.remembering(model)):
+    for continued in (model.generate, decoding.remembering(model)):
         messages = []
         for text in ("hello there my friend", "and then we went on to the river", "what else was there", "who knows"):
             messages.append({"role": "user", "content": text})
@@ -129,9 +129,20 @@ def test_chat_reads_only_what_is_new(folder, template, at_most):
     assert plain == remembered and fewer < at_most * all_tokens
 
 
+@pytest.mark.parametrize("setting", ["prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation", "rope"])
+def test_chat_reads_again_where_a_model_goes_its_own_ways(folder, setting):
+    """Tokens that are guessed ahead, caches of other kinds, and positions that change with the length."""
+    model = cli.load(cli.parse(["chat", str(folder)]))
+    if setting == "rope":
+        model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    else:
+        setattr(model.generation_config, setting, "dynamic" if setting == "cache_implementation" else 1)
+    assert decoding.remembering(model) == model.generate
+
+
 def test_chat_forgets_an_interrupted_call(folder, monkeypatch):
     model = cli.load(cli.parse(["chat", str(folder)]))
-    continued, settings = cli.remembering(model), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    continued, settings = decoding.remembering(model), {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
     first, second = torch.tensor([[5, 6, 7, 8]]), torch.tensor([[5, 6, 7, 9, 10]])
     continued(first, **settings)
     layer = model.get_decoder().layers[1]

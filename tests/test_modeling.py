@@ -87,7 +87,7 @@ def test_packed_and_rebuilt_models_agree(tiny_model, text_file, tmp_path, bits, 
     packed = LeanQuantModelForCausalLM.from_pretrained(base, out, dequantize="never")
     rebuilt = LeanQuantModelForCausalLM.from_pretrained(base, out, bits=int(bits), dequantize="always")
     by_itself = LeanQuantModelForCausalLM.from_pretrained(base, out)
-    looked_up = lut_cpu.can_multiply(Checkpoint.open(out).packed("model.layers.0.self_attn.q_proj", 64, 64), int(bits), 64)
+    looked_up = lut_cpu.can_multiply(Checkpoint.open(out).packed("model.layers.0.self_attn.q_proj", 64, 64), 64)
     forms = ("looked_up", "dense", "looked_up") if looked_up else ("packed", "dense", "dense")
     for model, form in zip((packed, rebuilt, by_itself), forms, strict=True):
         assert [m.form for m in model.modules() if isinstance(m, QuantizedLinear)] == 14 * [form]
