@@ -806,6 +806,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         what = "give a smaller --batch_size or --offload_threshold, --activations host or disk, or more memory (--plan shows what fits)"
         return ranks.leave(Ending(2, f"out of memory ({first_line(error)}): {what}", True), kept(error))
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ranks.leave(Ending(1, "whoever read what is printed here is gone", True), kept(error))
     except OSError as error:
         if (what := disk_trouble(error)) is None:
             raise

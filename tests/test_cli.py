@@ -856,6 +856,17 @@ def environment() -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
 
 
+def test_a_run_whose_reader_is_gone_says_so(tiny_model, text_file, out):
+    """As behind `| head`."""
+    command = [sys.executable, ROOT / "llama.py", tiny_model(), text_file, *common(out)]
+    read, write = os.pipe()
+    os.close(read)
+    ran = subprocess.run([str(word) for word in command], env=environment(), stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert ran.returncode == 1 and ran.stderr.splitlines()[-1].startswith("error: whoever read what is printed here is gone")
+    assert "Traceback" not in ran.stderr and "Exception ignored" not in ran.stderr
+
+
 def test_killed_run_leaves_no_result_and_can_be_repeated(tiny_model, text_file, out):
     """The kill comes in the middle of writing the result, the worst moment."""
     command = [sys.executable, "-c", KILLED, tiny_model(), text_file, *common(out)]
