@@ -59,8 +59,8 @@ class LeanQuantizer(HfQuantizer):
         prepare_linears(model, model.dtype, "auto")
         return model
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
-        """None: our files name tensors as the model does, its experts split."""
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module | None = None) -> list:
+        """None: our files name tensors as the model does, its experts split. (Older releases of transformers give no model.)"""
         return []
 
     def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict, dict]:
