@@ -22,7 +22,8 @@ from .experts import Experts
 
 TRIED = 6  # tokens that are decoded in both ways before graphs are used
 CLOSE = 0.02  # of logits: the same kernels should give the same
-OTHER_CACHES = {"cache_implementation", "past_key_values", "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"}
+CACHE_NAMES = ("cache", "past_key_values")  # of what models take and give: since transformers 5.24, and before
+OTHER_CACHES = {*CACHE_NAMES, "cache_implementation", "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"}
 ROPES_THAT_GROW = {"dynamic", "longrope"}  # with the text, while what is cached stays as it was
 
 
@@ -166,11 +167,16 @@ class Step:
 
 def _kinds(inputs: dict) -> tuple | None:
     """What must be as it was for a recorded step to be the same one: all but the values of tensors. None if it cannot be recorded."""
-    cache = inputs.get("past_key_values")
+    _, cache = named_cache(inputs)
     if not _is_of_all_tokens(cache):
         return None
     kinds = {name: (v.shape, v.dtype, v.device) if isinstance(v, torch.Tensor) else v for name, v in _leaves(inputs)}
     return kinds, [tensor.data_ptr() for layer in cache.layers for tensor in (layer.keys, layer.values, layer.cumulative_length)]
+
+
+def named_cache(values: dict) -> tuple:
+    """(name, cache) of what a model takes or gives; ("", None) if there is none."""
+    return next(((name, values[name]) for name in CACHE_NAMES if values.get(name) is not None), ("", None))
 
 
 def _leaves(inputs: dict) -> Iterator[tuple]:
@@ -200,22 +206,22 @@ def remembering(model: nn.Module) -> Callable:
     """
     if not isinstance(model, PreTrainedModel) or not _caches_as_usual(model) or _ropes(model) & ROPES_THAT_GROW:
         return model.generate
-    cache, seen = None, []
+    kept, seen = {}, []  # the cache by its name, and the tokens that it holds
 
     def generate(input_ids: torch.Tensor, **settings) -> torch.Tensor:
-        nonlocal cache, seen
-        known, cache = cache, None  # nothing is kept of a call that is interrupted
-        if known is not None:
+        nonlocal kept, seen
+        known, kept = kept, {}  # nothing is kept of a call that is interrupted
+        for cache in known.values():
             new = input_ids[0].tolist()
             if surplus := len(seen) - min(_same_at_first(seen, new), len(new) - 1):  # one token at least is read
-                known.crop(-surplus)
-        out = model.generate(input_ids=input_ids, past_key_values=known, **settings | {"return_dict_in_generate": True})
+                cache.crop(-surplus)
+        out = model.generate(input_ids=input_ids, **known, **settings | {"return_dict_in_generate": True})
         if isinstance(out, torch.Tensor):  # a model with a way of its own
             return out
-        made, tokens = out.get("past_key_values"), out.sequences[0].tolist()
-        if type(made) is DynamicCache and all(type(layer) is DynamicLayer for layer in made.layers):
-            if made.get_seq_length() == len(tokens) - 1:  # the last token is written, not read
-                cache, seen = made, tokens[:-1]
+        (name, cache), tokens = named_cache(out), out.sequences[0].tolist()
+        if type(cache) is DynamicCache and all(type(layer) is DynamicLayer for layer in cache.layers):
+            if cache.get_seq_length() == len(tokens) - 1:  # the last token is written, not read
+                kept, seen = {name: cache}, tokens[:-1]
         return out.sequences
 
     return generate
