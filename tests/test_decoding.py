@@ -143,7 +143,8 @@ def test_calls_of_other_lengths_follow_one_another(tiny_model, emulated):
     """And know nothing of each other: the cache of a short call is as short as it would be."""
     model, lengths = load(tiny_model()), []
     generate = recording(model)
-    model.register_forward_pre_hook(lambda *inputs: lengths.append(decoding.named_cache(inputs[2])[1].layers[0].max_cache_len), with_kwargs=True)
+    length_of = lambda inputs: decoding.named_cache(inputs)[1].layers[0].max_cache_len  # noqa: E731
+    model.register_forward_pre_hook(lambda *inputs: lengths.append(length_of(inputs[2])), with_kwargs=True)
     for length in (4, 30, 1, 2, 9):
         assert torch.equal(continued(generate, length, do_sample=False), continued(load(tiny_model()).generate, length, do_sample=False))
         assert lengths[-1] == 2 + length  # the last token is not read again
