@@ -799,6 +799,7 @@ def main(argv: list[str] | None = None) -> int:
             args = parse(argv)
             with torch.no_grad():
                 run_command(args, ranks)
+            sys.stdout.flush()  # while it can still be told that nobody reads it
     except InputError as error:
         return ranks.leave(Ending(2, str(error), True), kept(error))
     except RuntimeError as error:

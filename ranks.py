@@ -254,5 +254,6 @@ class Ranks:
 def _say(ending: Ending, kept: str) -> int:
     if ending.what:
         prefix = "" if ending.code == 130 else "error: "
-        print(f"{prefix}{ending.what}{kept}", file=sys.stderr, flush=True)
+        with suppress(BrokenPipeError):  # nobody reads that either
+            print(f"{prefix}{ending.what}{kept}", file=sys.stderr, flush=True)
     return ending.code

@@ -47,7 +47,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         add(
             "--dtype",
             choices=["float32", "float16", "bfloat16"],
-            help="what is computed in, of which the head and the embeddings are too (unset: float32 on a CPU, the file's type on a GPU)",
+            help="type of what is computed, and of the head and the embeddings (unset: float32 on a CPU, the file's type on a GPU)",
         )
         add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
         add("--no_graphs", action="store_true", help="launch kernel by kernel, slower, where tokens would be decoded by a CUDA graph")

@@ -23,7 +23,14 @@ from .experts import Experts
 TRIED = 6  # tokens that are decoded in both ways before graphs are used
 CLOSE = 0.02  # of logits: the same kernels should give the same
 CACHE_NAMES = ("cache", "past_key_values")  # of what models take and give: since transformers 5.24, and before
-OTHER_CACHES = {*CACHE_NAMES, "cache_implementation", "assistant_model", "assistant_early_exit", "prompt_lookup_num_tokens"}
+OWN_WAYS = {  # settings with which caches are others, or tokens are guessed ahead
+    *CACHE_NAMES,
+    "cache_implementation",
+    "assistant_model",
+    "assistant_early_exit",
+    "prompt_lookup_num_tokens",
+    "use_mtp",
+}
 ROPES_THAT_GROW = {"dynamic", "longrope"}  # with the text, while what is cached stays as it was
 
 
@@ -42,7 +49,7 @@ def with_cuda_graphs(model: nn.Module) -> Callable:
         return model.generate
 
     def generate(*args, **kwargs):
-        if kwargs.keys() & OTHER_CACHES:
+        if kwargs.keys() & OWN_WAYS:
             return model.generate(*args, **kwargs)
         with lock:
             return _generate(model, lambda: Step(model, stream), *args, **kwargs)
@@ -60,7 +67,7 @@ def _may_be_recorded(model: nn.Module) -> bool:
 
 def _caches_as_usual(model: PreTrainedModel) -> bool:
     own = model.generation_config
-    return own.use_cache is not False and not any(getattr(own, name, None) for name in OTHER_CACHES)
+    return own.use_cache is not False and not any(getattr(own, name, None) for name in OWN_WAYS)
 
 
 def _is_on_one_gpu(model: nn.Module) -> bool:
@@ -198,11 +205,11 @@ def _copy(inputs: dict) -> dict:
 
 
 def remembering(model: nn.Module) -> Callable:
-    """`model.generate` for one call after another, with one sequence each, in settings by name: what the last one read or wrote is not
+    """`model.generate` for one call after another, each with one sequence and settings by name: what the last one read or wrote is not
     read again, as far as inputs begin alike.
 
-    Itself for models that say how they cache, or whose rotary embeddings change with the length; and caches that are not of all tokens
-    (sliding windows, states) are made anew by each call.
+    `model.generate` itself for models that say how they cache, or whose rotary embeddings change with the length, and for such calls.
+    Caches that are not of all tokens (sliding windows, states) are made anew by each call.
     """
     if not isinstance(model, PreTrainedModel) or not _caches_as_usual(model) or _ropes(model) & ROPES_THAT_GROW:
         return model.generate
@@ -210,6 +217,8 @@ def remembering(model: nn.Module) -> Callable:
 
     def generate(input_ids: torch.Tensor, **settings) -> torch.Tensor:
         nonlocal kept, seen
+        if settings.keys() & OWN_WAYS:
+            return model.generate(input_ids=input_ids, **settings)
         known, kept = kept, {}  # nothing is kept of a call that is interrupted
         for cache in known.values():
             new = input_ids[0].tolist()

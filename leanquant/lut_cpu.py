@@ -66,14 +66,16 @@ def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bits:
 
     An operator of torch either way. The one with a gradient is a layer of Python more, which a product with one token feels.
     """
-    if torch.is_grad_enabled() or torch.jit.is_tracing():  # what is traced may be given a gradient later
+    watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
+    if torch.is_grad_enabled() or watched:  # what is traced may be given a gradient later
         return torch.ops.leanquant.packed_linear(x, codes, grid, scale, zero, bits)
     return torch.ops.leanquant.packed_product(x, codes, grid, scale, zero, bits)
 
 
 def _product(x, codes, grid, scale, zero, bits):
     packed, O, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), codes.shape[0], x.shape[-1]
-    if (lanes := _lanes(packed.stored_levels.dtype, packed.groups, I)) is None or bits not in (4, 3, 2):
+    lanes, levels = _lanes(packed.stored_levels.dtype, packed.groups, I), 2**bits if grid is None else grid.shape[1]
+    if lanes is None or bits not in (4, 3, 2) or levels != 2**bits:
         raise ValueError(
             f"no kernel of this CPU reads {bits} bits in {packed.groups} groups of {packed.stored_levels.dtype} of {I} columns"
         )

@@ -5,6 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 gpu_only="tests/test_modeling.py::test_layers_are_spread_whole_over_several_gpus[auto]"  # before 1.15 accelerate asks for one there
+status=0
 for which in oldest newest; do
     folder=".venv/$which-releases" list="tests/$which-releases.txt"
     if ! cmp -s "$list" "$folder/installed"; then
@@ -13,5 +14,7 @@ for which in oldest newest; do
         install --no-deps --target "$folder" -r "$list"
         cp "$list" "$folder/installed"
     fi
-    PYTHONPATH="$PWD/$folder" python -m pytest -n 2 --dist loadfile --deselect "$gpu_only" tests/test_{main,plugin,modeling,decoding}.py "$@"
+    echo "with the $which releases"
+    PYTHONPATH="$PWD/$folder" python -m pytest -n 2 --dist loadfile --deselect "$gpu_only" tests/test_{main,plugin,modeling,decoding}.py "$@" || status=$?
 done
+exit $status

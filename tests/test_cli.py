@@ -857,14 +857,16 @@ def environment() -> dict[str, str]:
 
 
 def test_a_run_whose_reader_is_gone_says_so(tiny_model, text_file, out):
-    """As behind `| head`."""
+    """As behind `| head`, whether lines are written at once or at the end."""
     command = [sys.executable, ROOT / "llama.py", tiny_model(), text_file, *common(out)]
-    read, write = os.pipe()
-    os.close(read)
-    ran = subprocess.run([str(word) for word in command], env=environment(), stdout=write, stderr=subprocess.PIPE, text=True)
-    os.close(write)
-    assert ran.returncode == 1 and ran.stderr.splitlines()[-1].startswith("error: whoever read what is printed here is gone")
-    assert "Traceback" not in ran.stderr and "Exception ignored" not in ran.stderr
+    for unbuffered, more in (("1", []), ("", ["--plan"])):
+        settings = environment() | {"PYTHONUNBUFFERED": unbuffered}
+        read, write = os.pipe()
+        os.close(read)
+        ran = subprocess.run([str(word) for word in command + more], env=settings, stdout=write, stderr=subprocess.PIPE, text=True)
+        os.close(write)
+        assert ran.returncode == 1 and ran.stderr.splitlines()[-1].startswith("error: whoever read what is printed here is gone")
+        assert "Traceback" not in ran.stderr and "Exception ignored" not in ran.stderr
 
 
 def test_killed_run_leaves_no_result_and_can_be_repeated(tiny_model, text_file, out):

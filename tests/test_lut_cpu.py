@@ -126,10 +126,10 @@ def test_groups_that_are_no_whole_registers_are_left_to_torch():
 
 
 @needs_kernel
-@pytest.mark.parametrize("I, bits", [(0, 4), (64, 5), (64, 8)])
-def test_products_that_no_kernel_knows_are_refused(I, bits):
+@pytest.mark.parametrize("I, bits, levels", [(0, 4, 16), (64, 5, 32), (64, 8, 256), (64, 4, 8)])
+def test_products_that_no_kernel_knows_are_refused(I, bits, levels):
     with pytest.raises(ValueError, match="no kernel of this CPU"):
-        packed_linear(draw(2, I), torch.zeros(3, I, dtype=torch.uint8), torch.zeros(3, 2**bits).half(), None, None, bits)
+        packed_linear(draw(2, I), torch.zeros(3, I, dtype=torch.uint8), torch.zeros(3, levels).half(), None, None, bits)
 
 
 def test_other_types_of_levels_are_left_to_torch():
@@ -239,7 +239,10 @@ def test_defaults_of_torch_do_not_matter(tokens):
 def test_what_sees_operations_sees_this_one():
     linear, x = make_linear(), draw(3, 300)
     with_gradient = (2 * x).requires_grad_()
-    for seen in (torch.jit.trace(linear, (x,)), make_fx(linear)(x), torch.export.export(linear, (x,)).module()):
+    ways = (lambda: torch.jit.trace(linear, (x,)), lambda: make_fx(linear)(x), lambda: torch.export.export(linear, (x,)).module())
+    with torch.no_grad():
+        without = [way() for way in ways]
+    for seen in (*(way() for way in ways), *without):
         torch.testing.assert_close(seen(2 * x), linear(2 * x))
         (gradient,) = torch.autograd.grad(seen(with_gradient).sum(), with_gradient)
         torch.testing.assert_close(gradient, torch.autograd.grad(linear(with_gradient).sum(), with_gradient)[0])

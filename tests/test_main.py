@@ -129,7 +129,7 @@ def test_chat_reads_only_what_is_new(folder, template, at_most):
     assert plain == remembered and fewer < at_most * all_tokens
 
 
-@pytest.mark.parametrize("setting", ["prompt_lookup_num_tokens", "assistant_early_exit", "cache_implementation", "rope"])
+@pytest.mark.parametrize("setting", ["prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp", "cache_implementation", "rope"])
 def test_chat_reads_again_where_a_model_goes_its_own_ways(folder, setting):
     """Tokens that are guessed ahead, caches of other kinds, and positions that change with the length."""
     model = cli.load(cli.parse(["chat", str(folder)]))
@@ -212,7 +212,8 @@ def test_a_package_that_is_run_has_all_that_it_imports_from_here(tmp_path):
         "print('leanquant' in known, leanquant.LeanQuantModelForCausalLM.__name__)\n"
     )
     command = [sys.executable, "-m", "tool", "leanquant"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": paths})
     assert ran.stdout.split() == ["True", "LeanQuantModelForCausalLM"], ran.stderr
 
 
