@@ -58,9 +58,7 @@ def with_cuda_graphs(model: nn.Module) -> Callable:
 
 
 def _may_be_recorded(model: nn.Module) -> bool:
-    if not isinstance(model, PreTrainedModel) or not _is_on_one_gpu(model):
-        return False
-    if not _caches_as_usual(model):
+    if not isinstance(model, PreTrainedModel) or not _is_on_one_gpu(model) or not _caches_as_usual(model):
         return False
     return _keeps_all_tokens(model) and not any(isinstance(module, Experts) for module in model.modules())
 

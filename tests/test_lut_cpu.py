@@ -137,14 +137,17 @@ def test_other_types_of_levels_are_left_to_torch():
     assert not can_multiply(packed._replace(grid=packed.grid.float()), 96)
 
 
+def forget() -> None:
+    for cached in (lut_cpu._lanes, lut_cpu._library):
+        cached.cache_clear()
+
+
 @pytest.fixture
 def anew():
     """Nothing has been asked of this machine yet, nor after the test."""
-    for cached in (lut_cpu._lanes, lut_cpu._library):
-        cached.cache_clear()
+    forget()
     yield
-    for cached in (lut_cpu._lanes, lut_cpu._library):
-        cached.cache_clear()
+    forget()
 
 
 @needs_kernel
@@ -168,8 +171,7 @@ def test_what_is_compiled_is_kept(monkeypatch, anew, cache):
     made = list((cache / "kernels").iterdir())
     assert len(made) == 1 and (cache / "kernels").stat().st_mode & 0o077 == 0
     monkeypatch.setenv("CXX", "false")
-    for cached in (lut_cpu._lanes, lut_cpu._library):
-        cached.cache_clear()
+    forget()
     assert can_multiply(make(3, 256, 0, 4), 256)
 
 
