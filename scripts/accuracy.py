@@ -48,6 +48,7 @@ METHODS = {
 }
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
+TUNED, TUNED_ON = "best, tuned", 64  # windows, others than those it is quantized with
 BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys(ROTATED, WORK / "model-rotated")  # with a head of their own
 SIZES = (16, 64, 128)
 BESIDE = "on the pieces' code"  # written by hand: what best gave on older code, with which the rows without a piece were measured
@@ -93,7 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    methods = [*list(METHODS)[1:], *BASES]
+    methods = [*list(METHODS)[1:], *BASES, TUNED]
     add("--methods", nargs="+", choices=methods, default=methods)
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -261,6 +262,9 @@ def measure(cell: Cell) -> dict:
         result = {"cpu_seconds": time.process_time() - start, "loss": sum(row["loss"] or 0 for row in contents["linears"])}
         result["phase_seconds"] = contents["phase_seconds"]
     torch.set_float32_matmul_precision("medium")
+    if cell.method == TUNED:
+        result["untuned"] = {text: evaluate(base, file, f"{text} {cell.part}", False)[0] for text in ("wiki", "news")}
+        result["tuning_cpu_seconds"] = tune_file(base, file, cell)
     for text in ("wiki", "news"):
         path = file if file.is_file() else MODEL
         result[text], *before = evaluate(base, path, f"{text} {cell.part}", cell.method == "fp16", [base] * (cell.method in BASES))
@@ -268,6 +272,17 @@ def measure(cell: Cell) -> dict:
             result.setdefault("head as it was", {})[text] = before[0]
     file.unlink(missing_ok=True)
     return result | {"commit": code}
+
+
+def tune_file(base: Path, file: Path, cell: Cell) -> float:
+    """Tune what is in `file`, in its place. Returns seconds of one core."""
+    import tune
+
+    start = time.process_time()
+    command = [str(base), str(file), str(WORK / "calibration.txt"), "--out", str(file), "--overwrite", "--nsamples", str(TUNED_ON)]
+    if tune.main([*command, "--seqlen", str(SEQLEN), "--seed", str(100 + cell.seed), "--dtype", "bfloat16"]):
+        sys.exit("tuning failed")
+    return time.process_time() - start
 
 
 def commit() -> str | None:
@@ -340,7 +355,7 @@ def log_probabilities(logits, hidden):
 
 
 def as_markdown(done: dict) -> str:
-    tables = (table(done) for table in (main_tables, piece_table, head_table, rotation_table, size_table, choice_table))
+    tables = (table(done) for table in (main_tables, piece_table, head_table, tuning_table, rotation_table, size_table, choice_table))
     return "\n\n".join(filter(None, tables)) + "\n"
 
 
@@ -417,20 +432,29 @@ def piece_table(done: dict) -> str:
 
 def head_table(done: dict) -> str:
     """What moving a head gives, in the very same runs."""
-    lines = [
-        "A head of its own (the model stored with one), non-uniform: as it was, and moved (--shift_head).\n",
-        "| bits | wiki ppl | moved | wiki KL | moved | change, % | news ppl | moved | news KL | moved | change, % | seeds |",
-        "|" + 12 * "---|",
-    ]
-    for bits in (4, 3, 2):
-        if found := rows_of(done, method=OWN_HEAD, bits=bits):
+    said = "A head of its own (the model stored with one), non-uniform: as it was, and moved (--shift_head)."
+    return before_and_after(done, said, OWN_HEAD, "head as it was", "moved")
+
+
+def tuning_table(done: dict) -> str:
+    """What tuning gives, in the very same runs."""
+    said = f"The best recipe, and the same file tuned on {TUNED_ON} windows of {SEQLEN} tokens (scripts/tune.py)."
+    return before_and_after(done, said, TUNED, "untuned", "tuned")
+
+
+def before_and_after(done: dict, said: str, method: str, before: str, after: str) -> str:
+    """Rows of `method` as they are, beside what they hold under the name `before`; `said` says of what, `after` heads the columns."""
+    texts = "".join(f"| {text} ppl | {after} | {text} KL | {after} | change, % " for text in ("wiki", "news"))
+    lines = [f"{said}\n", f"| grid | bits {texts}| seeds |", "|" + 13 * "---|"]
+    for grid, bits in itertools.product(GRIDS, (4, 3, 2)):
+        if found := rows_of(done, method=method, grid=grid, bits=bits):
             cells = []
             for text in ("wiki", "news"):
-                pairs = [(row["head as it was"][text], row[text]) for row in found]
+                pairs = [(row[before][text], row[text]) for row in found]
                 for name, digits in (("perplexity", ".5g"), ("kl", ".4f")):
                     cells += [over_seeds([pair[side][name] for pair in pairs], digits) for side in (0, 1)]
-                cells.append(over_seeds([100 * (moved["kl"] / before["kl"] - 1) for before, moved in pairs], ".1f"))
-            lines.append(f"| {bits} | {' | '.join(cells)} | {len(found)} |")
+                cells.append(over_seeds([100 * (new["kl"] / old["kl"] - 1) for old, new in pairs], ".1f"))
+            lines.append(f"| {grid} | {bits} | {' | '.join(cells)} | {len(found)} |")
     return "\n".join(lines) if len(lines) > 3 else ""
 
 
