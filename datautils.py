@@ -86,6 +86,13 @@ def calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed
     return _cached(_calibration_windows, source, tokenizer, nsamples, seqlen, seed)
 
 
+def windows_apart(source: str, tokenizer, nsamples: int, kept_back: int, seqlen: int, seed: int) -> torch.Tensor:
+    """[nsamples + kept_back, seqlen]: as `calibration_windows`, and then windows on which to see what was learned from those. Of one text
+    these are its end, which the others do not reach; of a corpus of documents further ones, drawn as the others are."""
+    check_source(source)
+    return _cached(_windows_apart, source, tokenizer, nsamples, kept_back, seqlen, seed)
+
+
 def tokenizing_bytes(source: str, tokenizer, *settings: int) -> int:
     """About what `calibration_windows` (settings: nsamples, seqlen, seed) or `evaluation_windows` (settings: seqlen) take in memory while
     they tokenize a local text at once: none if its windows are in the cache. 0 for a corpus of the hub, which may not be here yet."""
@@ -100,14 +107,20 @@ def tokenizing_bytes(source: str, tokenizer, *settings: int) -> int:
 
 
 def _calibration_windows(source: str, tokenizer, nsamples: int, seqlen: int, seed: int) -> torch.Tensor:
-    if source not in CORPORA:
-        return _random_windows(_tokens("\n\n".join(_local_documents(source)), tokenizer), nsamples, seqlen, seed, source)
-    corpus = CORPORA[source]
-    documents = _hub_documents(corpus, corpus.train)
-    if corpus.calibrate == "stream":
-        return _random_windows(_tokens(corpus.joiner.join(documents[:]), tokenizer), nsamples, seqlen, seed, source)
+    return _windows_apart(source, tokenizer, nsamples, 0, seqlen, seed)
+
+
+def _windows_apart(source: str, tokenizer, nsamples: int, kept_back: int, seqlen: int, seed: int) -> torch.Tensor:
+    corpus = CORPORA.get(source)
+    documents = _local_documents(source) if corpus is None else _hub_documents(corpus, corpus.train)
+    if corpus is None or corpus.calibrate == "stream":
+        joiner = "\n\n" if corpus is None else corpus.joiner
+        tokens = _tokens(joiner.join(documents[:]), tokenizer)
+        _check_length(tokens, seqlen, source, kept_back + 1)
+        rest = tokens[len(tokens) - kept_back * seqlen :]
+        return torch.cat([_random_windows(tokens[: len(tokens) - len(rest)], nsamples, seqlen, seed, source), rest.view(-1, seqlen)])
     pick = _permuted_documents if corpus.calibrate == "permutation" else _random_documents
-    return pick(documents, tokenizer, nsamples, seqlen, seed, source)
+    return pick(documents, tokenizer, nsamples + kept_back, seqlen, seed, source)
 
 
 def evaluation_windows(source: str, tokenizer, seqlen: int, stride: int | None = None) -> torch.Tensor:
@@ -187,9 +200,10 @@ def _tokens(text: str, tokenizer) -> torch.Tensor:
     return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.int64)
 
 
-def _check_length(tokens: torch.Tensor, seqlen: int, source: str) -> None:
-    if len(tokens) < seqlen:
-        raise InputError(f"{source} has {len(tokens)} tokens and one window needs {seqlen}: give a longer text or a smaller --seqlen")
+def _check_length(tokens: torch.Tensor, seqlen: int, source: str, windows: int = 1) -> None:
+    if len(tokens) < windows * seqlen:
+        what = f"one window needs {seqlen}" if windows == 1 else f"{windows} windows need {windows * seqlen}"
+        raise InputError(f"{source} has {len(tokens)} tokens and {what}: give a longer text or a smaller --seqlen")
 
 
 def _random_windows(tokens: torch.Tensor, count: int, seqlen: int, seed: int, source: str) -> torch.Tensor:

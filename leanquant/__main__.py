@@ -122,14 +122,18 @@ def describe(checkpoint: Checkpoint) -> dict:
         if settings.get(name) is not None:
             found[name] = settings[name]
     if "calibration" in settings:
-        found["calibration"] = (
-            f"{settings['calibration']}, {settings.get('nsamples')} x {settings.get('seqlen')} tokens, seed {settings.get('seed')}"
-        )
+        found["calibration"] = _text_of(settings)
+    if isinstance(times := settings.get("tuned"), list):
+        found["tuned on"] = "; ".join(_text_of(one) for one in times if isinstance(one, dict))
     for name, key in (("base model", "base_model"), ("versions", "versions")):
         if key in settings:
             value = settings[key]
             found[name] = ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else value
     return found
+
+
+def _text_of(told: dict) -> str:
+    return f"{told.get('calibration')}, {told.get('nsamples')} x {told.get('seqlen')} tokens, seed {told.get('seed')}"
 
 
 # --- generation ------------------------------------------------------------------------------------------------

@@ -58,8 +58,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**63:
-        raise argparse.ArgumentTypeError(f"{text} is no seed: give a number from 0 to 2**63 - 1")
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is no seed: give a number from 0 to 2**32 - 1")
     return int(text)
 
 

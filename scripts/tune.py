@@ -3,13 +3,15 @@
     python scripts/tune.py MODEL QUANTIZED TEXT --out OUT [--nsamples 128 --seqlen 2048]
 
 Quantizing looks at one linear at a time, so errors that add up, or could make up for one another, go unseen. Here the mean over tokens of
-KL(unquantized || quantized) is minimised by Adam (arXiv 1412.6980) over the levels or scales of all linears together; distilling into a
-model's few free numbers ends the training of EfficientQAT (arXiv 2407.11062) too. Codes and all else stay, so the result has the very
-size and format of what it was made from, and is read by whatever read that. A result that is no better on windows kept back is not written.
+KL(unquantized || quantized) is minimised by Adam (arXiv 1412.6980) over the levels or scales of all linears together. (The last phase of
+EfficientQAT, arXiv 2407.11062, trains a model's few free numbers end to end too, but from text; here the unquantized model teaches.)
+Codes and all else stay, so the result has the very size and format of what it was made from, and is read by whatever read that. A result
+that is no better on windows kept back is not written.
 
-The unquantized model passes a layer at a time and leaves its last hidden states; the quantized one stays packed, its weights rebuilt where
-they are used, and each layer computed again on the way back, so that a device that quantized a model can tune it as a rule. Not here:
-several devices, moving codes.
+The unquantized model passes a layer at a time and leaves its last hidden states in host memory. The device then holds the packed weights,
+embeddings and both heads; 24 bytes a level or scale (its start and unit, how far it has moved, the gradient, Adam's two means); each
+layer's input for a batch, and of one layer at a time the rebuilt weights and all else that its gradients take; logits of a batch and as
+large a gradient. Not here: several devices, moving codes.
 """
 
 import argparse
@@ -33,7 +35,7 @@ from leanquant import LeanQuantModelForCausalLM  # noqa: E402
 from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
-from leanquant.packing import GRID, SCALE, Checkpoint, ModelWriter, check_unfinished, is_finite, unpack_codes  # noqa: E402
+from leanquant.packing import GRID, SCALE, Checkpoint, ModelWriter, PackedLinear, check_unfinished, unpack_codes  # noqa: E402
 from modelutils import (  # noqa: E402
     StreamedModel,
     check_seqlen,
@@ -45,6 +47,7 @@ from modelutils import (  # noqa: E402
     resolve_model,
     steady_memory,
 )
+from rotate import seed  # noqa: E402
 
 KEPT_BACK = 8  # windows on which the result is compared with what it was made from
 BETAS, EPSILON = (0.9, 0.95), 1e-12  # Adam's; gradients are as small as the loss's share of one level
@@ -56,24 +59,37 @@ PART_BYTES = 2**30  # of the result, written at a time
 class TunedLinear(nn.Module):
     """A quantized linear with fixed codes whose levels, or scales, are start + unit * moved, `moved` being trained.
 
-    The unit of a row's levels is their mean distance, that of a scale what moves the row's outermost level about as far.
+    The unit is the mean distance of a row's levels at 2 bits, and for a scale what moves the outermost level about as far; half of that at
+    3 and a quarter at 4 bits, where the loss is so small that what Adam makes of its noise would be too much of it.
     """
 
-    def __init__(self, linear: QuantizedLinear):
+    def __init__(self, linear: QuantizedLinear, device: torch.device):
         super().__init__()
-        self.packed, self.bits, self.in_features, self.bias = linear.packed(), linear.bits, linear.in_features, linear.bias
-        self.start, K = self.packed.stored_levels.float(), 2**linear.bits
-        self.unit = self.start.abs() * 2 / K if self.packed.grid is None else (self.start.amax(1) - self.start.amin(1))[:, None] / (K - 1)
+        self.packed, self.bits, self.in_features = linear.packed().to(device), linear.bits, linear.in_features
+        self.bias, K = linear.bias, 2**linear.bits
+        self.start = self.packed.stored_levels.float()
+        distance = self.start.abs() * 2 / K if self.packed.grid is None else (self.start.amax(1) - self.start.amin(1))[:, None] / (K - 1)
+        self.unit = distance * 4 / K
         self.moved = nn.Parameter(torch.zeros_like(self.start))
 
     def stored(self) -> torch.Tensor:
         """The levels or scales as they are now, in float32."""
         return self.start + self.unit * self.moved
 
+    def with_stored(self, stored: torch.Tensor) -> PackedLinear:
+        return self.packed._replace(**{"scale" if self.packed.grid is None else "grid": stored})
+
+    def rebuilt(self, dtype: torch.dtype) -> torch.Tensor:
+        packed = self.with_stored(self.stored())
+        return Rebuilt.apply(packed.levels(self.bits), packed.codes, self.bits, self.in_features, dtype)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For models that look at a linear's weight."""
+        return self.rebuilt(self.packed.stored_levels.dtype)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        packed = self.packed._replace(**{"scale" if self.packed.grid is None else "grid": self.stored()})
-        W = Rebuilt.apply(packed.levels(self.bits), packed.codes, self.bits, self.in_features, x.dtype)
-        return nn.functional.linear(x, W, self.bias)
+        return nn.functional.linear(x, self.rebuilt(x.dtype), self.bias)
 
 
 class Text(NamedTuple):
@@ -84,13 +100,9 @@ class Text(NamedTuple):
     hidden: torch.Tensor
     head: Callable[[torch.Tensor], torch.Tensor]
 
-    def logits(self, numbers: torch.Tensor) -> torch.Tensor:
-        """Of the unquantized model, for the tokens of some windows: [N, vocabulary]."""
-        return self.head(self.hidden[numbers]).flatten(0, 1)
-
-    def logits_by(self, model: nn.Module, numbers: torch.Tensor) -> torch.Tensor:
-        """The same of another model."""
-        return model(input_ids=self.windows[numbers].to(model.device), use_cache=False).logits.flatten(0, 1)
+    def logits(self, number: int) -> torch.Tensor:
+        """Of the unquantized model, for one window: [T, vocabulary]."""
+        return self.head(self.hidden[number : number + 1])[0]
 
 
 class Rebuilt(torch.autograd.Function):
@@ -113,7 +125,7 @@ class Rebuilt(torch.autograd.Function):
 def sum_by_code(values: torch.Tensor, codes: torch.Tensor, K: int) -> torch.Tensor:
     """For each code the sum of what stands where it does: [O, G, n] -> float32 [O, G, K].
 
-    On a GPU a pass for each code: adding thousands of values to the same few addresses would wait, and add in a new order each time.
+    On a GPU a pass for each code: where thousands of values are added to the same few addresses, each would wait for the others.
     """
     if values.is_cuda:
         return torch.stack([(values * (codes == k)).sum(2, dtype=torch.float32) for k in range(K)], 2)
@@ -132,9 +144,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", required=True, type=Path, help="OUT.safetensors is one file, anything else a folder")
     add("--nsamples", type=positive, default=128, help=f"windows, besides {KEPT_BACK} that are kept back (default: %(default)s)")
     add("--seqlen", type=positive, default=2048, help="tokens a window (default: %(default)s)")
-    add("--seed", type=int, default=1, help="of the windows and their order (default: %(default)s, where llama.py takes 0)")
+    add("--seed", type=seed, default=1, help="of the windows and their order (default: %(default)s, where llama.py takes 0)")
     add("--passes", type=positive, default=1, help="over the windows (default: %(default)s)")
-    add("--lr", type=rate, default=0.004, help="highest learning rate, in distances of levels (default: %(default)s)")
+    add("--lr", type=rate, default=0.004, help="highest learning rate, in distances of levels at 2 bits (default: %(default)s)")
     add("--batch_size", type=positive, default=2, help="windows a step (default: %(default)s)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     add(
@@ -154,9 +166,17 @@ def positive(text: str) -> int:
 
 
 def rate(text: str) -> float:
-    if not 0 < float(text) < 1:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 1:
         raise argparse.ArgumentTypeError(f"{text} is no learning rate: give one between 0 and 1")
-    return float(text)
+    return value
+
+
+class NoBetter(InputError):
+    """What was tuned is no better than it was."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -164,44 +184,62 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_in_memory(args: argparse.Namespace) -> None:
-    with memory_is_input("give a smaller --seqlen, --dtype bfloat16, --device cpu, or more memory"):
+    with memory_is_input("give a smaller --batch_size or --seqlen, --dtype bfloat16, --device cpu, or more memory"):
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
     steady_memory()
-    check_unfinished(args.out, "--out")
-    folder, device, checkpoint = resolve_model(args.model), pick_device(args.device), open_checkpoint(args.quantized)
-    dtype = pick_dtype(args.dtype, device)
+    device = pick_device(args.device)
+    dtype, checkpoint = pick_dtype(args.dtype, device), open_checkpoint(args.quantized)
     checkpoint.check_bits(None, args.quantized)
     if checkpoint.format != "leanquant":
         raise InputError(f"{args.quantized} is {checkpoint.format}'s: tune what llama.py wrote, then export that")
-    check_seqlen(folder, args.seqlen)
-    original = StreamedModel(folder, Checkpoint.open(folder), dtype, device)
-    refuse_quantized(original, args.model)
-    windows = datautils.calibration_windows(args.text, load_tokenizer(folder), args.nsamples + KEPT_BACK, args.seqlen, args.seed)
+    datautils.check_source(args.text)
+    check_unfinished(args.out, "--out")
     writer = ModelWriter(args.out, args.overwrite, int(1.1 * checkpoint.file_bytes()), flag="--out")
     try:
-        hidden = last_hidden(original, windows, default_batch_size(args.seqlen, device), "reference").hidden
-        options = {"torch_dtype": dtype, "device": device, "dequantize": "never"}
-        model, linears = trainable(LeanQuantModelForCausalLM.from_pretrained(folder, args.quantized, **options))
-        with original.head() as head:
-            text = Text(windows, hidden, head)
-            before = divergence(model, text, args.batch_size)
-            tune(model, [linear.moved for linear in linears.values()], text, args)
-            changed = {name: tensor for path, linear in linears.items() for name, tensor in rounded(linear, path).items()}
-            after = divergence(model, text, args.batch_size)
-        if not after < before:
-            raise InputError(
-                f"tuning made it no better (KL {before:.4f}, then {after:.4f} nats a token, on {KEPT_BACK} windows kept back): "
-                "give a smaller --lr, or more text"
-            )
-        for part in parts(checkpoint, changed):
-            writer.add(part)
-        writer.finish(settings_of(checkpoint) | {"tuned": history(args, windows, dtype)}, folder)
+        before, after = write_tuned(writer, checkpoint, resolve_model(args.model), device, dtype, args)
     finally:
         writer.close()
     print(f"{args.out}: KL {before:.4f} -> {after:.4f} nats a token on {KEPT_BACK} windows kept back", flush=True)
+
+
+def write_tuned(writer: ModelWriter, checkpoint: Checkpoint, folder: Path, device, dtype: torch.dtype, args) -> tuple[float, float]:
+    """Returns the divergence on the windows kept back, before and after. Raises InputError if that has not become less."""
+    check_seqlen(folder, args.seqlen)
+    original = StreamedModel(folder, open_checkpoint(folder), dtype, device)
+    refuse_quantized(original, args.model)
+    check_base(checkpoint, original)
+    windows = datautils.windows_apart(args.text, load_tokenizer(folder), args.nsamples, KEPT_BACK, args.seqlen, args.seed)
+    model, linears = trainable(folder, args.quantized, device, dtype)
+    hidden = last_hidden(original, windows, default_batch_size(args.seqlen, device), "reference").hidden
+    with original.head() as head:
+        text = Text(windows, hidden, head)
+        before = divergence(model, text)
+        tune(model, [linear.moved for linear in linears.values()], text, args)
+        changed = {name: tensor for path, linear in linears.items() for name, tensor in rounded(linear, path).items()}
+        after = divergence(model, text)
+    if not after < before:
+        raise NoBetter(
+            f"tuning made it no better (KL {before:.4f}, then {after:.4f} nats a token, on {KEPT_BACK} windows kept back): "
+            "give a smaller --lr, or more text"
+        )
+    for part in parts(checkpoint, changed):
+        writer.add(part)
+    checkpoint.check_unchanged()
+    beside = Path(args.quantized)  # a folder has its own config and tokenizer
+    writer.finish(settings_of(checkpoint, history(args, windows, dtype)), beside if beside.is_dir() else folder)
+    return before, after
+
+
+def check_base(checkpoint: Checkpoint, original: StreamedModel) -> None:
+    """Raise InputError unless the quantized model has the original's embeddings, as llama.py leaves them: another model of the same shape
+    would teach it something else."""
+    name = original.embedding_name
+    ours, theirs = checkpoint.get(name), original.checkpoint.get(name)
+    if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+        raise InputError(f"{name} is not that of {original.folder}: give the model that was quantized")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -215,15 +253,17 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 # --- training --------------------------------------------------------------------------------------------------
 
 
-def trainable(model: nn.Module) -> tuple[nn.Module, dict[str, TunedLinear]]:
-    """The model with its quantized linears replaced by those that learn, and these by their paths. Each of its layers keeps nothing but
-    its input for the way back."""
-    linears = {name: TunedLinear(module) for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
-    for name, linear in linears.items():
-        model.set_submodule(name, linear)
+def trainable(folder: Path, quantized: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict[str, TunedLinear]]:
+    """The quantized model with linears that learn, and these by their paths. Each of its layers keeps nothing but its input for the way
+    back. Loaded on the host, where codes stay as they are stored."""
+    model = LeanQuantModelForCausalLM.from_pretrained(folder, quantized, torch_dtype=dtype, device="cpu", dequantize="never")
+    linears = {}
+    for name in [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
+        linears[name] = TunedLinear(model.get_submodule(name), device)
+        model.set_submodule(name, linears[name])
     for layer in find_layers(model)[1]:
         layer.forward = forgetful(layer.forward)
-    return model, linears
+    return model.to(device), linears
 
 
 def forgetful(forward):
@@ -255,26 +295,29 @@ def share_of_rate(step: int, steps: int) -> float:
 
 
 def learn(model: nn.Module, text: Text, numbers: torch.Tensor) -> float:
-    """Find the gradients of some windows' divergence, which is returned."""
-    logits = text.logits_by(model, numbers)
+    """Find the gradients of the divergence on the windows of these numbers, which is returned."""
+    logits = logits_of(model, text.windows[numbers])
     gradient = torch.empty_like(logits)
-    kl = compare(logits.detach(), text.logits(numbers), gradient)
-    if not math.isfinite(kl):
+    terms = [compare(*pair, text.logits(number)) for *pair, number in zip(logits.detach(), gradient, numbers.tolist(), strict=True)]
+    if not math.isfinite(kl := sum(terms) / len(terms)):
         raise InputError(f"the divergence became {kl} while tuning: give a smaller --lr, or --dtype float32")
-    logits.backward(gradient)
+    logits.backward(gradient.div_(len(terms)))
     return kl
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, text: Text, batch_size: int) -> float:
+def divergence(model: nn.Module, text: Text) -> float:
     """Mean KL(unquantized || quantized) over the tokens of the windows that were kept back, nats."""
-    batches = torch.arange(len(text.windows) - KEPT_BACK, len(text.windows)).split(batch_size)
-    total = sum(len(batch) * compare(text.logits_by(model, batch), text.logits(batch)) for batch in batches)
-    return total / KEPT_BACK
+    numbers = range(len(text.windows) - KEPT_BACK, len(text.windows))
+    return sum(compare(logits_of(model, text.windows[n : n + 1])[0], None, text.logits(n)) for n in numbers) / len(numbers)
 
 
-def compare(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor | None = None) -> float:
-    """Mean KL(wanted || logits) over tokens, both [N, V], in float32, some tokens at a time. `gradient` takes its gradient in `logits`."""
+def logits_of(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=windows.to(model.device), use_cache=False).logits
+
+
+def compare(logits: torch.Tensor, gradient: torch.Tensor | None, wanted: torch.Tensor) -> float:
+    """Mean KL(wanted || logits) over tokens, both [T, V], in float32, some tokens at a time. `gradient` takes its gradient in `logits`."""
     total = torch.zeros((), device=logits.device)
     for start in range(0, len(logits), TOKENS):
         rows = slice(start, start + TOKENS)
@@ -291,13 +334,15 @@ def compare(logits: torch.Tensor, wanted: torch.Tensor, gradient: torch.Tensor |
 @torch.no_grad()
 def rounded(linear: TunedLinear, path: str) -> dict[str, torch.Tensor]:
     """The levels or scales of the linear at `path` as the file will have them, by their name there. The linear computes with them, too."""
-    name, dtype = path + (SCALE if linear.packed.grid is None else GRID), linear.packed.stored_levels.dtype
+    suffix, dtype = SCALE if linear.packed.grid is None else GRID, linear.packed.stored_levels.dtype
     new = linear.stored().to(dtype)
-    if not is_finite(new):
-        raise InputError(f"{name} has left what {dtype} can hold: give a smaller --lr")
+    try:
+        linear.with_stored(new).check_values(path, linear.bits, linear.in_features)
+    except InputError:
+        raise InputError(f"{path}{suffix} has left what {dtype} can hold: give a smaller --lr") from None
     linear.start = new.float()
     linear.moved.zero_()
-    return {name: new.cpu()}
+    return {path + suffix: new.cpu()}
 
 
 def parts(checkpoint: Checkpoint, changed: dict[str, torch.Tensor]) -> Iterator[dict[str, torch.Tensor]]:
@@ -312,16 +357,19 @@ def parts(checkpoint: Checkpoint, changed: dict[str, torch.Tensor]) -> Iterator[
     yield part
 
 
-def settings_of(checkpoint: Checkpoint) -> dict:
-    """What the file says of itself; of a published file, which says nothing, what is known."""
+def settings_of(checkpoint: Checkpoint, tuning: dict) -> dict:
+    """What the file says of itself, and of how it was tuned, each time; of a published file, which says nothing, what is known."""
     bits = checkpoint.bits_of(checkpoint.quantized[0])
-    return checkpoint.settings or {"method": "leanquant", "bits": bits, "packing": "nibble"}
+    settings = checkpoint.settings or {"method": "leanquant", "bits": bits, "packing": "nibble"}
+    earlier = settings.get("tuned")
+    return settings | {"tuned": [*earlier, tuning] if isinstance(earlier, list) else [tuning]}
 
 
 def history(args: argparse.Namespace, windows: torch.Tensor, dtype: torch.dtype) -> dict:
     """What the tuned file says of its tuning."""
-    flags = {name: getattr(args, name) for name in ("text", "nsamples", "seqlen", "seed", "passes", "lr", "batch_size")}
-    return flags | {"tokens": datautils.digest(windows.numpy().tobytes()), "dtype": str(dtype).removeprefix("torch.")}
+    text = {"calibration": args.text, "calibration_tokens": datautils.digest(windows.numpy().tobytes())}
+    flags = {name: getattr(args, name) for name in ("nsamples", "seqlen", "seed", "passes", "lr", "batch_size")}
+    return text | flags | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import mt_bench
 import plot
 import reproduce
 import rotate
+import tune
 from leanquant import __main__ as leanquant_main
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -31,7 +32,7 @@ def test_every_command_parses():
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.startswith(("python ", "torchrun "))]
     parsers = {"llama.py": flags.parse, "eval_quantized.py": eval_quantized.parse, "scripts/plot.py": plot.parse}
     parsers |= {"scripts/reproduce.py": reproduce.parse, "scripts/mt_bench.py": mt_bench.parse, "scripts/export.py": export.parse}
-    parsers |= {"scripts/bench_scale.py": bench_scale.parse, "scripts/rotate.py": rotate.parse}
+    parsers |= {"scripts/bench_scale.py": bench_scale.parse, "scripts/rotate.py": rotate.parse, "scripts/tune.py": tune.parse}
     assert len(lines) >= 4
     for line in lines:
         program, *arguments = shlex.split(line, comments=True)
@@ -85,6 +86,7 @@ def test_options_that_the_readme_names_exist(capsys):
         mt_bench.parse,
         plot.parse,
         rotate.parse,
+        tune.parse,
         torchrun.parse_args,
     ):
         with pytest.raises(SystemExit):
