@@ -290,6 +290,7 @@ def test_bad_input_is_one_sentence(model, quantized, text_file, tmp_path, capsys
     out = ("--out", tmp_path / "out.safetensors", "--seqlen", 32)
     for words, message in (
         ((model, quantized, text_file, "--seqlen", 32, "--out", quantized), "exists: give another --out"),
+        ((model, quantized, text_file, "--out", "/"), "no name for a result"),
         ((model, model, text_file, *out), "holds no quantized weights"),
         ((model, quantized, tmp_path / "gone.txt", *out), "does not exist: check the path of the text file"),
         ((model, quantized, text_file, "--out", tmp_path / "unfinished"), "an unfinished run of llama.py"),
