@@ -19,6 +19,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import torch
@@ -205,7 +206,9 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.out}: KL {before:.4f} -> {after:.4f} nats a token on {KEPT_BACK} windows kept back", flush=True)
 
 
-def write_tuned(writer: ModelWriter, checkpoint: Checkpoint, folder: Path, device, dtype: torch.dtype, args) -> tuple[float, float]:
+def write_tuned(
+    writer: ModelWriter, checkpoint: Checkpoint, folder: Path, device: torch.device, dtype: torch.dtype, args
+) -> tuple[float, float]:
     """Returns the divergence on the windows kept back, before and after. Raises InputError if that has not become less."""
     check_seqlen(folder, args.seqlen)
     original = StreamedModel(folder, open_checkpoint(folder), dtype, device)
@@ -243,7 +246,7 @@ def check_base(checkpoint: Checkpoint, original: StreamedModel) -> None:
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Raises InputError for one that is left over."""
+    """`auto` is bfloat16 where the device has units for it, else float32. (Gradients are too small for float16.)"""
     if name != "auto":
         return getattr(torch, name)
     has_units = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_units(torch.bfloat16)
@@ -271,15 +274,18 @@ def forgetful(forward):
 
 
 def tune(model: nn.Module, moved: list[nn.Parameter], text: Text, args: argparse.Namespace) -> None:
-    """Minimise the divergence on all windows but those kept back over all of `moved`, under a progress bar."""
+    """Minimise the divergence on all windows but those kept back over all of `moved`. Says ten times how far it is."""
     optimizer = torch.optim.Adam(moved, betas=BETAS, eps=EPSILON)
-    batches = list(batches_of(args.nsamples, args))
+    batches, losses = list(batches_of(args.nsamples, args)), []
+    between = math.ceil(len(batches) / 10)
     with tqdm(batches, desc="tuning", unit="step", ncols=80, leave=False, disable=None) as bar:
-        for step, numbers in enumerate(bar):
-            optimizer.param_groups[0]["lr"] = args.lr * share_of_rate(step, len(batches))
-            bar.set_postfix_str(f"KL {learn(model, text, numbers):.3f}")
+        for step, numbers in enumerate(bar, 1):
+            optimizer.param_groups[0]["lr"] = args.lr * share_of_rate(step - 1, len(batches))
+            losses.append(learn(model, text, numbers))
             optimizer.step()
             optimizer.zero_grad()
+            if step % between == 0 or step == len(batches):
+                bar.write(f"step {step}/{len(batches)}  KL {mean(losses[-between:]):.4f}")
 
 
 def batches_of(count: int, args: argparse.Namespace) -> Iterator[torch.Tensor]:
@@ -299,7 +305,7 @@ def learn(model: nn.Module, text: Text, numbers: torch.Tensor) -> float:
     logits = logits_of(model, text.windows[numbers])
     gradient = torch.empty_like(logits)
     terms = [compare(*pair, text.logits(number)) for *pair, number in zip(logits.detach(), gradient, numbers.tolist(), strict=True)]
-    if not math.isfinite(kl := sum(terms) / len(terms)):
+    if not math.isfinite(kl := mean(terms)):
         raise InputError(f"the divergence became {kl} while tuning: give a smaller --lr, or --dtype float32")
     logits.backward(gradient.div_(len(terms)))
     return kl
@@ -309,7 +315,7 @@ def learn(model: nn.Module, text: Text, numbers: torch.Tensor) -> float:
 def divergence(model: nn.Module, text: Text) -> float:
     """Mean KL(unquantized || quantized) over the tokens of the windows that were kept back, nats."""
     numbers = range(len(text.windows) - KEPT_BACK, len(text.windows))
-    return sum(compare(logits_of(model, text.windows[n : n + 1])[0], None, text.logits(n)) for n in numbers) / len(numbers)
+    return mean(compare(logits_of(model, text.windows[n : n + 1])[0], None, text.logits(n)) for n in numbers)
 
 
 def logits_of(model: nn.Module, windows: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,9 @@ def test_a_tuned_model_is_closer_and_nothing_else_changes(model, text_file, toke
     capsys.readouterr()
     assert command(tune, model, path, text_file, "--out", out, *SMALL) == 0
     said = capsys.readouterr().out
-    assert said.startswith(f"{out}: KL ") and said.endswith("nats a token on 8 windows kept back\n")
+    *steps, last = said.splitlines()
+    assert len(steps) == 8 and all(re.fullmatch(rf"step {4 * n}/32  KL \d\.\d{{4}}", line) for n, line in enumerate(steps, 1))
+    assert last.startswith(f"{out}: KL ") and last.endswith("nats a token on 8 windows kept back")
     before, after = load_file(path), load_file(out)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert before.keys() == after.keys() and changed and all(name.endswith((GRID, SCALE)) for name in changed)
@@ -89,7 +91,7 @@ def test_what_is_said_is_of_what_is_written(model, quantized, text_file, tokeniz
     monkeypatch.setattr(tune, "rounded", coarse)
     out = tmp_path / "tuned.safetensors"
     assert command(tune, model, quantized, text_file, "--out", out, *SMALL) == 0
-    before, after = map(float, capsys.readouterr().out.split("KL ")[1].split(" nats")[0].split(" -> "))
+    before, after = map(float, capsys.readouterr().out.split(": KL ")[1].split(" nats")[0].split(" -> "))
     tokens = torch.tensor(tokenizer(text_file.read_text())["input_ids"])
     kept_back = tokens[-tune.KEPT_BACK * 32 :].view(-1, 32)
     assert divergence(model, quantized, kept_back) == pytest.approx(before, abs=6e-5)
