@@ -251,8 +251,8 @@ def _permuted_documents(documents: Sequence[str], tokenizer, count: int, seqlen:
         if len(windows) == count:
             return torch.stack(windows)
     raise InputError(
-        f"{source} has {len(windows)} documents of {seqlen} tokens (the longest has {longest}) and --nsamples wants {count}: "
-        "ask for fewer or a smaller --seqlen"
+        f"{source} has {len(windows)} documents of {seqlen} tokens (the longest has {longest}) and {count} are wanted: "
+        "give a smaller --nsamples or --seqlen"
     )
 
 

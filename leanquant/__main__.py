@@ -123,7 +123,7 @@ def describe(checkpoint: Checkpoint) -> dict:
             found[name] = settings[name]
     if "calibration" in settings:
         found["calibration"] = _text_of(settings)
-    if isinstance(times := settings.get("tuned"), list):
+    if isinstance(times := settings.get("tuned"), list) and times:
         found["tuned on"] = "; ".join(_text_of(one) for one in times if isinstance(one, dict))
     for name, key in (("base model", "base_model"), ("versions", "versions")):
         if key in settings:

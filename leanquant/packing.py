@@ -548,7 +548,7 @@ def part_name(number: int) -> str:
 def work_folder(save_path: Path) -> Path:
     """Where the run works that writes `save_path`."""
     save_path = save_path.absolute()
-    if not save_path.name:
+    if save_path.name in ("", ".."):
         raise InputError(f"{save_path} is no name for a result: give one in a folder")
     return save_path.with_name(save_path.name + ".partial")
 

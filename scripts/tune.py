@@ -9,7 +9,7 @@ Codes and all else stay, so the result has the very size and format of what it w
 that is no better on windows kept back is not written.
 
 The unquantized model passes a layer at a time and leaves its last hidden states in host memory. The device then holds the packed weights,
-embeddings and both heads; 24 bytes a level or scale (its start and unit, how far it has moved, the gradient, Adam's two means); each
+embeddings and both heads; some 24 bytes a level or scale (its start and unit, how far it has moved, the gradient, Adam's two means); each
 layer's input for a batch, and of one layer at a time the rebuilt weights and all else that its gradients take; logits of a batch and as
 large a gradient. Not here: several devices, moving codes.
 """
@@ -240,8 +240,8 @@ def check_base(checkpoint: Checkpoint, original: StreamedModel) -> None:
     """Raise InputError unless the quantized model has the original's embeddings, as llama.py leaves them: another model of the same shape
     would teach it something else."""
     name = original.embedding_name
-    ours, theirs = checkpoint.get(name), original.checkpoint.get(name)
-    if ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+    theirs, ours = original.checkpoint.get(name), checkpoint.get(name) if name in checkpoint else None
+    if ours is None or ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
         raise InputError(f"{name} is not that of {original.folder}: give the model that was quantized")
 
 
@@ -274,9 +274,9 @@ def forgetful(forward):
 
 
 def tune(model: nn.Module, moved: list[nn.Parameter], text: Text, args: argparse.Namespace) -> None:
-    """Minimise the divergence on all windows but those kept back over all of `moved`. Says ten times how far it is."""
+    """Minimise the divergence on all windows but those kept back over all of `moved`. Says up to ten times how far it is."""
     optimizer = torch.optim.Adam(moved, betas=BETAS, eps=EPSILON)
-    batches, losses = list(batches_of(args.nsamples, args)), []
+    batches, losses = list(batches_of(args.nsamples, args)), []  # since it was last said
     between = math.ceil(len(batches) / 10)
     with tqdm(batches, desc="tuning", unit="step", ncols=80, leave=False, disable=None) as bar:
         for step, numbers in enumerate(bar, 1):
@@ -285,7 +285,8 @@ def tune(model: nn.Module, moved: list[nn.Parameter], text: Text, args: argparse
             optimizer.step()
             optimizer.zero_grad()
             if step % between == 0 or step == len(batches):
-                bar.write(f"step {step}/{len(batches)}  KL {mean(losses[-between:]):.4f}")
+                bar.write(f"step {step}/{len(batches)}  KL {mean(losses):.4f}")
+                losses.clear()
 
 
 def batches_of(count: int, args: argparse.Namespace) -> Iterator[torch.Tensor]:

@@ -286,6 +286,7 @@ def test_bad_input_is_one_sentence(model, quantized, text_file, tmp_path, capsys
     other = write_model(transformers.LlamaConfig(**SIZES), tmp_path / "other", "float16")
     weights = load_file(other / "model.safetensors")
     save_file({name: t * 1.5 for name, t in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    falcon = write_model(transformers.FalconConfig(**SIZES), tmp_path / "falcon", "float16")
     text_file = tmp_path / "short.txt"
     text_file.write_text(make_text(2000))
     capsys.readouterr()
@@ -293,12 +294,14 @@ def test_bad_input_is_one_sentence(model, quantized, text_file, tmp_path, capsys
     for words, message in (
         ((model, quantized, text_file, "--seqlen", 32, "--out", quantized), "exists: give another --out"),
         ((model, quantized, text_file, "--out", "/"), "no name for a result"),
+        ((model, quantized, text_file, "--out", tmp_path / "x" / ".."), "no name for a result"),
         ((model, model, text_file, *out), "holds no quantized weights"),
         ((model, quantized, tmp_path / "gone.txt", *out), "does not exist: check the path of the text file"),
         ((model, quantized, text_file, "--out", tmp_path / "unfinished"), "an unfinished run of llama.py"),
         ((model, tmp_path / "awq", text_file, *out), "is awq's: tune what llama.py wrote"),
         ((tmp_path / "affine", quantized, text_file, *out), "is already quantized"),
         ((other, quantized, text_file, *out), "give the model that was quantized"),
+        ((falcon, quantized, text_file, *out), "give the model that was quantized"),
         ((tmp_path / "awq", quantized, text_file, *out), "is already quantized"),
         ((model, quantized, text_file, *out, "--nsamples", 1, "--seqlen", 250), "tokens and 9 windows need"),
         ((tmp_path / "gone", quantized, text_file, *out), "neither a model folder nor a hub name"),
