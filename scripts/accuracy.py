@@ -4,10 +4,10 @@
 
 Protocol: 32 x 512 calibration tokens from the first 75 % of the articles' characters, --true-sequential --act-order
 --percdamp 0.1, forward passes in bfloat16, perplexity and KL(fp16 || quantized) on windows of 512: 16 384 tokens of the
-other articles (wiki) and of another kind of text (news). "best, tuned" tunes the best recipe's file on 64 further windows and measures it
-before and after. --choose measures the same on other parts of both texts, on which
-the recipe's settings are chosen. What is done is kept in docs/results/accuracy.json and not
-run again; docs/accuracy-tables.md and docs/accuracy.png are made from it.
+other articles (wiki) and of another kind of text (news). "best, tuned" measures the best recipe's file, and again after
+it was tuned on further windows. --choose measures on other parts of both texts, on which the recipe's settings are chosen.
+What is done is kept in docs/results/accuracy.json and not run again; docs/accuracy-tables.md and docs/accuracy.png are made
+from it.
 """
 
 import argparse

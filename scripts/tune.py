@@ -305,7 +305,8 @@ def learn(model: nn.Module, text: Text, numbers: torch.Tensor) -> float:
     """Find the gradients of the divergence on the windows of these numbers, which is returned."""
     logits = logits_of(model, text.windows[numbers])
     gradient = torch.empty_like(logits)
-    terms = [compare(*pair, text.logits(number)) for *pair, number in zip(logits.detach(), gradient, numbers.tolist(), strict=True)]
+    windows = zip(logits.detach(), gradient, map(text.logits, numbers.tolist()), strict=True)
+    terms = [compare(*window) for window in windows]
     if not math.isfinite(kl := mean(terms)):
         raise InputError(f"the divergence became {kl} while tuning: give a smaller --lr, or --dtype float32")
     logits.backward(gradient.div_(len(terms)))
@@ -361,7 +362,8 @@ def parts(checkpoint: Checkpoint, changed: dict[str, torch.Tensor]) -> Iterator[
         if size > PART_BYTES:
             yield part
             part, size = {}, 0
-    yield part
+    if part:
+        yield part
 
 
 def settings_of(checkpoint: Checkpoint, tuning: dict) -> dict:
