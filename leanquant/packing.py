@@ -38,10 +38,11 @@ TORCH_DTYPES = {
 }
 # What a run keeps in its own folder while it works. (.tmp and letters: a part before safetensors gives it its name.)
 WORK_FILE = re.compile(
-    r"part-\d+\.safetensors|\.tmp\w{6}|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|new)|live-[01]\.bin|kept-[01]-\d+\.bin"
+    r"part-\d+\.safetensors|\.tmp\w{6}|folder|merged(\.\d+\.tmp)?|lock|journal\.(jsonl|safetensors|new)|live-[01]\.bin|kept-[01]-\d+\.bin"
     r"|leanquant-\w+"
 )
-JOURNAL = "journal.jsonl"  # of them, where a killed run can be taken up again
+JOURNAL = "journal.jsonl"  # of them, from which a killed run of llama.py can be taken up again
+TUNING = "journal.safetensors"  # and one of scripts/tune.py
 # What a folder written here can hold: anything else in it is the user's.
 RESULT_SUFFIXES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 CARD = "README.md"  # an exported folder also has this
@@ -610,16 +611,9 @@ class ModelWriter:
             raise InputError(f"{where} has {free / 1e9:.2f} GB free and the run needs {needed / 1e9:.2f} GB: free some or save elsewhere")
 
     def add(self, tensors: dict[str, torch.Tensor]) -> None:
-        """Write one part, durably; OSError if the disk does not take it."""
+        """Write one part, as `save_synced` does."""
         part = self._part(len(self.parts))
-        try:
-            save_file(tensors, part)
-        except SafetensorError as error:
-            part.unlink(missing_ok=True)
-            number = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
-            raise OSError(number, os.strerror(number), str(part)) from None
-        with open(part, "rb") as f:
-            os.fsync(f.fileno())
+        save_synced(tensors, part)
         self.parts.append(part)
 
     def _part(self, number: int) -> Path:
@@ -707,11 +701,15 @@ def check_output(save_path: Path, overwrite: bool, flag: str) -> None:
         raise InputError(f"{save_path} is a folder with other things in it, which --overwrite will not delete: give another {flag}")
 
 
-def check_unfinished(save_path: Path, flag: str) -> None:
-    """Raise InputError if a killed run of llama.py, which that may take up again, has left its work where `save_path` would be made."""
+def check_unfinished(save_path: Path, flag: str, own: str | None = None) -> None:
+    """Raise InputError if a killed run that may be taken up again has left its work where `save_path` would be made; but for a journal
+    called `own`, with which the caller goes on."""
     folder = work_folder(save_path)
-    if (folder / JOURNAL).exists():
-        raise InputError(f"{folder} holds what an unfinished run of llama.py has done: let it finish, remove it, or give another {flag}")
+    for journal, program in ((JOURNAL, "llama.py"), (TUNING, "scripts/tune.py")):
+        if journal != own and (folder / journal).exists():
+            raise InputError(
+                f"{folder} holds what an unfinished run of {program} has done: let it finish, remove it, or give another {flag}"
+            )
 
 
 def _is_our_folder(folder: Path) -> bool:
@@ -794,6 +792,18 @@ def _write_config_files(base: Path, folder: Path, changes: dict) -> None:
         weights = file.suffix == ".safetensors" or file.name.endswith(".index.json")
         if file.is_file() and file.suffix in RESULT_SUFFIXES and not weights and file.name not in ("config.json", OLD_CONFIG):
             write_synced(folder / file.name, file.read_bytes())
+
+
+def save_synced(tensors: dict[str, torch.Tensor], file: Path, metadata: dict[str, str] | None = None) -> None:
+    """Durably; OSError if the disk does not take it."""
+    try:
+        save_file(tensors, file, metadata)
+    except SafetensorError as error:
+        file.unlink(missing_ok=True)
+        number = int(found[1]) if (found := re.search(r"os error (\d+)", str(error))) else errno.EIO
+        raise OSError(number, os.strerror(number), str(file)) from None
+    with open(file, "rb") as f:
+        os.fsync(f.fileno())
 
 
 def write_synced(file: Path, contents: bytes) -> None:

@@ -49,9 +49,9 @@ METHODS = {
 }
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
-TUNED, TUNED_ON = "best, tuned", 64  # windows, drawn with another seed than those it is quantized with
+TUNED, TUNED_TIMES = "best, tuned", 2  # on so many times the windows it is quantized with, drawn with another seed
 BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys(ROTATED, WORK / "model-rotated")  # with a head of their own
-SIZES = (16, 64, 128)
+SIZES, SIZED = (16, 64, 128), ("published", "best", TUNED)  # further numbers of windows, and what is measured with them
 BESIDE = "on the pieces' code"  # written by hand: what best gave on older code, with which the rows without a piece were measured
 STALE = {"stale": "what is measured again, because the code has changed what it measures since then; tables hold it until then"}
 
@@ -85,7 +85,7 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
             if (method in ("best, local grid", OWN_HEAD) and grid != "nonuniform") or (plain == "rtn" and seed):
                 continue
             cells.append(Cell(method, grid, bits, seed))
-    for nsamples, method, bits in itertools.product(args.sizes, ("published", "best"), args.bits):
+    for nsamples, method, bits in itertools.product(args.sizes, SIZED, args.bits):
         if "nonuniform" in args.grids and method in args.methods:
             cells.append(Cell(method, "nonuniform", bits, 0, nsamples))
     return cells
@@ -280,9 +280,10 @@ def tune_file(base: Path, file: Path, cell: Cell) -> float:
     import tune
 
     start = time.process_time()
-    command = [str(base), str(file), str(WORK / "calibration.txt"), "--out", str(file), "--overwrite", "--nsamples", str(TUNED_ON)]
+    command = [str(base), str(file), str(WORK / "calibration.txt"), "--out", str(file), "--overwrite"]
     with contextlib.suppress(tune.NoBetter):  # the file stays what it was
-        tune.run(tune.parse([*command, "--seqlen", str(SEQLEN), "--seed", str(100 + cell.seed), "--dtype", "bfloat16"]))
+        windows = ["--nsamples", str(TUNED_TIMES * cell.nsamples), "--seqlen", str(SEQLEN), "--seed", str(100 + cell.seed)]
+        tune.run(tune.parse([*command, *windows, "--dtype", "bfloat16"]))
     return time.process_time() - start
 
 
@@ -439,7 +440,7 @@ def head_table(done: dict) -> str:
 
 def tuning_table(done: dict) -> str:
     """What tuning gives, in the very same runs."""
-    said = f"The best recipe, and the same file tuned on {TUNED_ON} windows of {SEQLEN} tokens (scripts/tune.py)."
+    said = f"The best recipe, and the same file tuned on {32 * TUNED_TIMES} windows of {SEQLEN} tokens (scripts/tune.py)."
     return before_and_after(done, said, TUNED, "untuned", "tuned")
 
 
@@ -448,7 +449,7 @@ def before_and_after(done: dict, said: str, method: str, before: str, after: str
     texts = "".join(f"| {text} ppl | {after} | {text} KL | {after} | change, % " for text in ("wiki", "news"))
     lines = [f"{said}\n", f"| grid | bits {texts}| seeds |", "|" + 13 * "---|"]
     for grid, bits in itertools.product(GRIDS, (4, 3, 2)):
-        if found := rows_of(done, method=method, grid=grid, bits=bits):
+        if found := rows_of(done, method=method, grid=grid, bits=bits, nsamples=32):
             cells = []
             for text in ("wiki", "news"):
                 pairs = [(row[before][text], row[text]) for row in found]
@@ -488,7 +489,7 @@ def rotation_table(done: dict) -> str:
 
 def size_table(done: dict) -> str:
     lines = ["| windows of 512 | method | bits | wiki ppl | wiki KL | news ppl | news KL | core s |", "|---|---|---|---|---|---|---|---|"]
-    for bits, nsamples, method in itertools.product((4, 3, 2), sorted({32, *SIZES}), ("published", "best")):
+    for bits, nsamples, method in itertools.product((4, 3, 2), sorted({32, *SIZES}), SIZED):
         for row in rows_of(done, method=method, grid="nonuniform", bits=bits, seed=0, nsamples=nsamples, part="report"):
             values = [f"{row[text]['perplexity']:.5g} | {row[text]['kl']:.4f}" for text in ("wiki", "news")]
             lines.append(f"| {nsamples} | {method} | {bits} | {' | '.join(values)} | {cpu_seconds([row])} |")

@@ -6,7 +6,7 @@ Quantizing looks at one linear at a time, so errors that add up, or could make u
 KL(unquantized || quantized) is minimised by Adam (arXiv 1412.6980) over the levels or scales of all linears together. (The last phase of
 EfficientQAT, arXiv 2407.11062, trains a model's few free numbers end to end too, but from text; here the unquantized model teaches.)
 Codes and all else stay, so the result has the very size and format of what it was made from, and is read by whatever read that. A result
-that is no better on windows kept back is not written.
+that is no better on windows kept back is not written. A run that was killed goes on when the same command is given again.
 
 The unquantized model passes a layer at a time and leaves its last hidden states in host memory. The device then holds the packed weights,
 embeddings and both heads; some 24 bytes a level or scale (its start and unit, how far it has moved, the gradient, Adam's two means); each
@@ -15,14 +15,18 @@ large a gradient. Not here: several devices, moving codes.
 """
 
 import argparse
+import json
 import math
+import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import mean
 from typing import NamedTuple
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint as computed_again
 from tqdm import tqdm
@@ -32,11 +36,23 @@ sys.path.insert(0, str(ROOT))
 
 import datautils  # noqa: E402
 from eval_quantized import default_batch_size, last_hidden, pick_device  # noqa: E402
+from journal import differences, files_of  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
 from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
-from leanquant.packing import GRID, SCALE, Checkpoint, ModelWriter, PackedLinear, check_unfinished, unpack_codes  # noqa: E402
+from leanquant.packing import (  # noqa: E402
+    GRID,
+    SCALE,
+    TUNING,
+    Checkpoint,
+    ModelWriter,
+    PackedLinear,
+    check_unfinished,
+    save_synced,
+    sync_folder,
+    unpack_codes,
+)
 from modelutils import (  # noqa: E402
     StreamedModel,
     check_seqlen,
@@ -55,6 +71,7 @@ BETAS, EPSILON = (0.9, 0.95), 1e-12  # Adam's; gradients are as small as the los
 WARM_UP, LAST_RATE = 0.05, 0.05  # the share of the steps in which the rate rises, and what of it is left at the end of a half cosine
 TOKENS = 16  # whose logits are compared at a time: so few stay in a CPU's cache, which is three times as fast
 PART_BYTES = 2**30  # of the result, written at a time
+KEPT_EVERY = 120  # seconds, after which what is learned is kept for the case of a kill
 
 
 class TunedLinear(nn.Module):
@@ -104,6 +121,50 @@ class Text(NamedTuple):
     def logits(self, number: int) -> torch.Tensor:
         """Of the unquantized model, for one window: [T, vocabulary]."""
         return self.head(self.hidden[number : number + 1])[0]
+
+
+class Progress:
+    """How far the levels of a run have moved, kept in its working folder, so that the same command goes on there after a kill."""
+
+    def __init__(self, folder: Path, settings: dict, moved: dict[str, nn.Parameter]):
+        """moved: by the paths of their linears. settings: all that decides what they learn. Raises InputError if what is kept in `folder`
+        is another run's."""
+        self.file, self.settings, self.moved, self.steps = folder / TUNING, json.dumps(settings), moved, 0
+        self.optimizer = torch.optim.Adam(moved.values(), betas=BETAS, eps=EPSILON)
+        self._kept_at = time.monotonic()
+        if self.file.exists():
+            with safe_open(self.file, "pt") as kept:
+                theirs = kept.metadata()["settings"]
+            if changed := differences(json.loads(theirs), json.loads(self.settings)):
+                what = "; ".join(changed[:4])
+                raise InputError(f"{folder} holds an unfinished run that differs ({what}): finish that one, or remove it")
+
+    def restore(self) -> None:
+        """Go on with what is kept, if there is anything."""
+        if not self.file.exists():
+            return
+        with safe_open(self.file, "pt") as kept:
+            self.steps = int(kept.metadata()["steps"])
+            for name in kept.keys():  # noqa: SIM118
+                path, what = name.split(" ")
+                values, parameter = kept.get_tensor(name), self.moved[path]
+                if what == "moved":
+                    parameter.data.copy_(values)
+                else:  # Adam's; it counts steps on the host
+                    self.optimizer.state[parameter][what] = values.to(parameter.device if values.dim() else "cpu")
+
+    def keep(self) -> None:
+        """Write what there is after `steps` steps, if that has not been done for long enough."""
+        if time.monotonic() - self._kept_at < KEPT_EVERY:
+            return
+        kept = {f"{path} moved": parameter.data for path, parameter in self.moved.items()}
+        for path, parameter in self.moved.items():  # of an expert that no token has used yet Adam knows nothing
+            kept |= {f"{path} {what}": values for what, values in self.optimizer.state[parameter].items()}
+        new = self.file.with_name("journal.new")
+        save_synced(kept, new, {"settings": self.settings, "steps": str(self.steps)})
+        os.replace(new, self.file)
+        sync_folder(self.file.parent)
+        self._kept_at = time.monotonic()
 
 
 class Rebuilt(torch.autograd.Function):
@@ -177,11 +238,11 @@ def rate(text: str) -> float:
 
 
 class NoBetter(InputError):
-    """What was tuned is no better than it was."""
+    """What was tuned is no better than it was, or of no use at all."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run_in_memory(parse(argv)), "nothing was written")
+    return exit_code(lambda: run_in_memory(parse(argv)), "the same command goes on with what it has kept")
 
 
 def run_in_memory(args: argparse.Namespace) -> None:
@@ -197,12 +258,19 @@ def run(args: argparse.Namespace) -> None:
     if checkpoint.format != "leanquant":
         raise InputError(f"{args.quantized} is {checkpoint.format}'s: tune what llama.py wrote, then export that")
     datautils.check_source(args.text)
-    check_unfinished(args.out, "--out")
-    writer = ModelWriter(args.out, args.overwrite, int(1.1 * checkpoint.file_bytes()), flag="--out")
+    check_unfinished(args.out, "--out", TUNING)
+    kept = 12 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.shapes if name.endswith((GRID, SCALE)))  # twice, at times
+    writer = ModelWriter(args.out, args.overwrite, int(1.1 * checkpoint.file_bytes()) + kept, resume=True, flag="--out")
+    over = False
     try:
+        writer.keep(0)
         before, after = write_tuned(writer, checkpoint, resolve_model(args.model), device, dtype, args)
+        over = True
+    except NoBetter:
+        over = True
+        raise
     finally:
-        writer.close()
+        writer.close(keep=not over)
     print(f"{args.out}: KL {before:.4f} -> {after:.4f} nats a token on {KEPT_BACK} windows kept back", flush=True)
 
 
@@ -216,11 +284,13 @@ def write_tuned(
     check_base(checkpoint, original)
     windows = datautils.windows_apart(args.text, load_tokenizer(folder), args.nsamples, KEPT_BACK, args.seqlen, args.seed)
     model, linears = trainable(folder, args.quantized, device, dtype)
+    told, files = history(args, windows, dtype), {"model": files_of(original.checkpoint), "quantized": files_of(checkpoint)}
+    progress = Progress(writer.folder, told | files, {path: linear.moved for path, linear in linears.items()})
     hidden = last_hidden(original, windows, default_batch_size(args.seqlen, device), "reference").hidden
     with original.head() as head:
         text = Text(windows, hidden, head)
         before = divergence(model, text)
-        tune(model, [linear.moved for linear in linears.values()], text, args)
+        tune(model, text, args, progress)
         changed = {name: tensor for path, linear in linears.items() for name, tensor in rounded(linear, path).items()}
         after = divergence(model, text)
     if not after < before:
@@ -232,7 +302,7 @@ def write_tuned(
         writer.add(part)
     checkpoint.check_unchanged()
     beside = Path(args.quantized)  # a folder has its own config and tokenizer
-    writer.finish(settings_of(checkpoint, history(args, windows, dtype)), beside if beside.is_dir() else folder)
+    writer.finish(settings_of(checkpoint, told), beside if beside.is_dir() else folder)
     return before, after
 
 
@@ -273,20 +343,26 @@ def forgetful(forward):
     return lambda *args, **kwargs: computed_again(forward, *args, use_reentrant=False, **kwargs)
 
 
-def tune(model: nn.Module, moved: list[nn.Parameter], text: Text, args: argparse.Namespace) -> None:
-    """Minimise the divergence on all windows but those kept back over all of `moved`. Says up to ten times how far it is."""
-    optimizer = torch.optim.Adam(moved, betas=BETAS, eps=EPSILON)
-    batches, losses = list(batches_of(args.nsamples, args)), []  # since it was last said
+def tune(model: nn.Module, text: Text, args: argparse.Namespace, progress: Progress) -> None:
+    """Minimise the divergence on all windows but those kept back over all that `progress` has. Says up to ten times how far it is."""
+    progress.restore()
+    optimizer, losses = progress.optimizer, []  # since it was last said
+    batches = list(batches_of(args.nsamples, args))
     between = math.ceil(len(batches) / 10)
-    with tqdm(batches, desc="tuning", unit="step", ncols=80, leave=False, disable=None) as bar:
-        for step, numbers in enumerate(bar, 1):
-            optimizer.param_groups[0]["lr"] = args.lr * share_of_rate(step - 1, len(batches))
+    if progress.steps:
+        print(f"going on after step {progress.steps}, which an earlier run finished", flush=True)
+    with tqdm(total=len(batches), initial=progress.steps, desc="tuning", unit="step", ncols=80, leave=False, disable=None) as bar:
+        for numbers in batches[progress.steps :]:
+            optimizer.param_groups[0]["lr"] = args.lr * share_of_rate(progress.steps, len(batches))
             losses.append(learn(model, text, numbers))
             optimizer.step()
             optimizer.zero_grad()
-            if step % between == 0 or step == len(batches):
-                bar.write(f"step {step}/{len(batches)}  KL {mean(losses):.4f}")
+            progress.steps += 1
+            bar.update()
+            if progress.steps % between == 0 or progress.steps == len(batches):
+                bar.write(f"step {progress.steps}/{len(batches)}  KL {mean(losses):.4f}")
                 losses.clear()
+            progress.keep()
 
 
 def batches_of(count: int, args: argparse.Namespace) -> Iterator[torch.Tensor]:
@@ -308,7 +384,7 @@ def learn(model: nn.Module, text: Text, numbers: torch.Tensor) -> float:
     windows = zip(logits.detach(), gradient, map(text.logits, numbers.tolist()), strict=True)
     terms = [compare(*window) for window in windows]
     if not math.isfinite(kl := mean(terms)):
-        raise InputError(f"the divergence became {kl} while tuning: give a smaller --lr, or --dtype float32")
+        raise NoBetter(f"the divergence became {kl} while tuning: give a smaller --lr, or --dtype float32")
     logits.backward(gradient.div_(len(terms)))
     return kl
 
@@ -347,7 +423,7 @@ def rounded(linear: TunedLinear, path: str) -> dict[str, torch.Tensor]:
     try:
         linear.with_stored(new).check_values(path, linear.bits, linear.in_features)
     except InputError:
-        raise InputError(f"{path}{suffix} has left what {dtype} can hold: give a smaller --lr") from None
+        raise NoBetter(f"{path}{suffix} has left what {dtype} can hold: give a smaller --lr") from None
     linear.start = new.float()
     linear.moved.zero_()
     return {path + suffix: new.cpu()}
@@ -376,9 +452,9 @@ def settings_of(checkpoint: Checkpoint, tuning: dict) -> dict:
 
 def history(args: argparse.Namespace, windows: torch.Tensor, dtype: torch.dtype) -> dict:
     """What the tuned file says of its tuning."""
-    text = {"calibration": args.text, "calibration_tokens": datautils.digest(windows.numpy().tobytes())}
     flags = {name: getattr(args, name) for name in ("nsamples", "seqlen", "seed", "passes", "lr", "batch_size")}
-    return text | flags | {"dtype": str(dtype).removeprefix("torch.")}
+    text = {"calibration": args.text, "calibration_tokens": datautils.digest(windows.numpy().tobytes())}
+    return flags | text | {"dtype": str(dtype).removeprefix("torch.")}
 
 
 if __name__ == "__main__":

@@ -160,6 +160,44 @@ def test_the_same_command_writes_the_same_bytes(model, quantized, text_file, tmp
     assert a == b != c
 
 
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
+def test_a_killed_run_goes_on_and_writes_the_same_bytes(model, quantized, text_file, tmp_path, capsys, monkeypatch, name):
+    words = (tune, model, quantized, text_file, "--out")
+    assert command(*words, tmp_path / f"whole-{name}", *SMALL) == 0
+    whole = capsys.readouterr().out.splitlines()
+    learn, steps = tune.learn, []
+
+    def killed_in_step_10(*args):
+        steps.append(len(steps))
+        if len(steps) == 10:
+            raise KeyboardInterrupt
+        return learn(*args)
+
+    monkeypatch.setattr(tune, "KEPT_EVERY", 0)
+    monkeypatch.setattr(tune, "learn", killed_in_step_10)
+    out, partial = tmp_path / name, tmp_path / f"{name}.partial"
+    assert command(*words, out, *SMALL) == 130 and not out.exists()
+    assert capsys.readouterr().err == "interrupted: the same command goes on with what it has kept\n"
+    for changed in (("--lr", "0.002"), ("--seed", 7), ("--nsamples", 32)):
+        assert command(*words, out, *SMALL, *changed) == 2
+        error = capsys.readouterr().err
+        assert f"holds an unfinished run that differs ({changed[0][2:]}: " in error and error.count("\n") == 1
+        assert "finish that one, or remove it" in error
+    assert command(export, quantized, "--to", "dense", "--base", model, "--out", out.with_suffix("")) == (2 if name == "out" else 0)
+    assert quantize(model, text_file, out, "--grid", "nonuniform") == 2
+    assert "what an unfinished run of scripts/tune.py has done: let it finish" in capsys.readouterr().err
+    assert command(*words, out, *SMALL) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "going on after step 9, which an earlier run finished" and len(steps) == 10 + 32 - 9
+    assert [line.split("KL")[0] for line in said[1:-1]] == [line.split("KL")[0] for line in whole[2:-1]]
+    assert said[-1].split(": ")[1] == whole[-1].split(": ")[1]
+    if out.is_dir():
+        assert all((out / f.name).read_bytes() == f.read_bytes() for f in (tmp_path / f"whole-{name}").iterdir())
+    else:
+        assert out.read_bytes() == (tmp_path / f"whole-{name}").read_bytes()
+    assert not partial.exists()
+
+
 def test_folders_load_by_themselves_and_can_be_tuned_again(model, quantized, text_file, tmp_path, capsys):
     first, second, ids = tmp_path / "first", tmp_path / "second", random_ids(2, 24)
     assert command(tune, model, quantized, text_file, "--out", first, *SMALL) == 0
