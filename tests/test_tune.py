@@ -1,5 +1,6 @@
 """Tuned models: closer to the unquantized one on text that was kept back, of the very size and codes; gradients against autograd's own."""
 
+import errno
 import json
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -16,7 +18,7 @@ import export
 import llama
 import tune
 from conftest import SIZES, generator, make_text, make_tokenizer, write_model
-from leanquant import LeanQuantModelForCausalLM
+from leanquant import LeanQuantModelForCausalLM, packing
 from leanquant import __main__ as leanquant_main
 from leanquant.errors import InputError
 from leanquant.linear import QuantizedLinear
@@ -158,6 +160,24 @@ def test_the_same_command_writes_the_same_bytes(model, quantized, text_file, tmp
         assert command(tune, model, quantized, text_file, "--out", tmp_path / f"{name}.safetensors", *SMALL, "--seed", seed) == 0
     a, b, c = ((tmp_path / f"{name}.safetensors").read_bytes() for name in "abc")
     assert a == b != c
+
+
+def test_a_full_disk_loses_no_more_than_what_is_learned_since(model, quantized, text_file, tmp_path, capsys, monkeypatch):
+    save, saved, out = packing.save_file, [], tmp_path / "out.safetensors"
+
+    def full_at_the_third(tensors, path, *metadata):
+        saved.append(path)
+        if len(saved) == 3:
+            raise SafetensorError(f"Error while serializing: I/O error: {os.strerror(errno.ENOSPC)} (os error {errno.ENOSPC})")
+        save(tensors, path, *metadata)
+
+    monkeypatch.setattr(tune, "KEPT_EVERY", 0)
+    monkeypatch.setattr(packing, "save_file", full_at_the_third)
+    assert command(tune, model, quantized, text_file, "--out", out, *SMALL) == 2
+    error = capsys.readouterr().err
+    assert f"{saved[2]} cannot be written" in error and error.endswith("make room\n") and error.count("\n") == 1
+    assert command(tune, model, quantized, text_file, "--out", out, *SMALL) == 0
+    assert capsys.readouterr().out.startswith("going on after step 2,")
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out"])
