@@ -209,7 +209,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--seed", type=seed, default=1, help="of the windows and their order (default: %(default)s, where llama.py takes 0)")
     add("--passes", type=positive, default=1, help="over the windows (default: %(default)s)")
     add("--lr", type=rate, default=0.004, help="highest learning rate, in distances of levels at 2 bits (default: %(default)s)")
-    add("--batch_size", type=positive, default=2, help="windows a step (default: %(default)s)")
+    add("--batch_size", type=positive, default=1, help="windows a step (default: %(default)s)")
     add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
     add(
         "--dtype",
