@@ -641,7 +641,8 @@ def quantize_command(model, tokenizer, run: Run, config: quant.QuantConfig) -> N
     check_exports(model, run, config, bits, made)
     if ranks.is_first and run.save_path and not made:
         packing.check_output(run.save_path, run.overwrite, "--save_path")  # before texts are read
-        packing.check_unfinished(run.save_path, "--save_path", packing.JOURNAL)
+        if not run.fresh:
+            packing.check_unfinished(run.save_path, "--save_path", packing.JOURNAL)
     run, live = wanted.run, plan.live_bytes(model.config.get_text_config().hidden_size, run, config, model.dtype.itemsize) / ranks.size
     tests, ids = texts(run, tokenizer), calibration_tokens(run, tokenizer)
     settings = settings_of(run, config, bits, ids)

@@ -256,7 +256,7 @@ def measure(cell: Cell) -> dict:
     if cell.method != "fp16":
         command = [str(base), str(WORK / "calibration.txt"), "--wbits", str(cell.bits), *flags(cell), "--nsamples", str(cell.nsamples)]
         command += ["--seqlen", str(SEQLEN), "--seed", str(cell.seed), "--true-sequential", "--act-order", "--percdamp", "0.1"]
-        command += ["--dtype", "bfloat16", "--eval", "none", "--save_path", str(file), "--overwrite", "--report", str(report)]
+        command += ["--dtype", "bfloat16", "--eval", "none", "--save_path", str(file), "--overwrite", "--fresh", "--report", str(report)]
         if llama.main(command + cell.extra.split()):
             sys.exit("quantization failed")
         contents = json.loads(report.read_text())
@@ -371,8 +371,8 @@ def over_seeds(values: list[float], digits: str) -> str:
 
 
 def cpu_seconds(rows: list[dict]) -> str:
-    """Seconds of one core for quantizing, on whatever machine and beside whatever else it ran; empty if not measured."""
-    values = [row["cpu_seconds"] for row in rows if row.get("cpu_seconds")]
+    """Seconds of one core for quantizing and tuning, on whatever machine and beside whatever else it ran; empty if not measured."""
+    values = [row["cpu_seconds"] + row.get("tuning_cpu_seconds", 0) for row in rows if row.get("cpu_seconds")]
     return f"{mean(values):.0f}" if values else ""
 
 

@@ -26,7 +26,6 @@ from statistics import mean
 from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from torch.utils.checkpoint import checkpoint as computed_again
 from tqdm import tqdm
@@ -129,29 +128,24 @@ class Progress:
     def __init__(self, folder: Path, settings: dict, moved: dict[str, nn.Parameter]):
         """moved: by the paths of their linears. settings: all that decides what they learn. Raises InputError if what is kept in `folder`
         is another run's."""
-        self.file, self.settings, self.moved, self.steps = folder / TUNING, json.dumps(settings), moved, 0
+        self.file, self.settings, self.moved, self.steps = folder / TUNING, json.loads(json.dumps(settings)), moved, 0
         self.optimizer = torch.optim.Adam(moved.values(), betas=BETAS, eps=EPSILON)
+        self._kept = Checkpoint([self.file] if self.file.exists() else [])
         self._kept_at = time.monotonic()
-        if self.file.exists():
-            with safe_open(self.file, "pt") as kept:
-                theirs = kept.metadata()["settings"]
-            if changed := differences(json.loads(theirs), json.loads(self.settings)):
-                what = "; ".join(changed[:4])
-                raise InputError(f"{folder} holds an unfinished run that differs ({what}): finish that one, or remove it")
+        if self._kept.settings and (changed := differences(self._kept.settings["settings"], self.settings)):
+            what = "; ".join(changed[:4])
+            raise InputError(f"{folder} holds an unfinished run that differs ({what}): finish that one, or remove it")
 
     def restore(self) -> None:
         """Go on with what is kept, if there is anything."""
-        if not self.file.exists():
-            return
-        with safe_open(self.file, "pt") as kept:
-            self.steps = int(kept.metadata()["steps"])
-            for name in kept.keys():  # noqa: SIM118
-                path, what = name.split(" ")
-                values, parameter = kept.get_tensor(name), self.moved[path]
-                if what == "moved":
-                    parameter.data.copy_(values)
-                else:  # Adam's; it counts steps on the host
-                    self.optimizer.state[parameter][what] = values.to(parameter.device if values.dim() else "cpu")
+        self.steps = self._kept.settings.get("steps", 0)
+        for name in self._kept.shapes:
+            path, what = name.split(" ")
+            values, parameter = self._kept.get(name), self.moved[path]
+            if what == "moved":
+                parameter.data.copy_(values)
+            else:  # Adam's; it counts steps on the host
+                self.optimizer.state[parameter][what] = values.to(parameter.device if values.dim() else "cpu")
 
     def keep(self) -> None:
         """Write what there is after `steps` steps, if that has not been done for long enough."""
@@ -161,10 +155,13 @@ class Progress:
         for path, parameter in self.moved.items():  # of an expert that no token has used yet Adam knows nothing
             kept |= {f"{path} {what}": values for what, values in self.optimizer.state[parameter].items()}
         new = self.file.with_name("journal.new")
-        save_synced(kept, new, {"settings": self.settings, "steps": str(self.steps)})
+        save_synced(kept, new, {"leanquant": json.dumps({"steps": self.steps, "settings": self.settings})})
         os.replace(new, self.file)
         sync_folder(self.file.parent)
         self._kept_at = time.monotonic()
+
+    def forget(self) -> None:
+        self.file.unlink(missing_ok=True)
 
 
 class Rebuilt(torch.autograd.Function):
@@ -237,16 +234,21 @@ def rate(text: str) -> float:
     return value
 
 
-class NoBetter(InputError):
-    """What was tuned is no better than it was, or of no use at all."""
+class Useless(InputError):
+    """What was learned is of no use: the same command would end so again."""
+
+
+class NoBetter(Useless):
+    """What was tuned is no better than it was."""
 
 
 def main(argv: list[str] | None = None) -> int:
-    return exit_code(lambda: run_in_memory(parse(argv)), "the same command goes on with what it has kept")
+    return exit_code(lambda: run_in_memory(parse(argv)), "the same command goes on with what was kept, if anything was")
 
 
 def run_in_memory(args: argparse.Namespace) -> None:
-    with memory_is_input("give a smaller --batch_size or --seqlen, --dtype bfloat16, --device cpu, or more memory"):
+    smaller = "--batch_size or --seqlen" if args.batch_size > 1 else "--seqlen"
+    with memory_is_input(f"give a smaller {smaller}, --dtype bfloat16, --device cpu, or more memory"):
         run(args)
 
 
@@ -261,16 +263,18 @@ def run(args: argparse.Namespace) -> None:
     check_unfinished(args.out, "--out", TUNING)
     kept = 12 * sum(math.prod(checkpoint.shapes[name]) for name in checkpoint.shapes if name.endswith((GRID, SCALE)))  # twice, at times
     writer = ModelWriter(args.out, args.overwrite, int(1.1 * checkpoint.file_bytes()) + kept, resume=True, flag="--out")
-    over = False
+    is_over = False
     try:
         writer.keep(0)
         before, after = write_tuned(writer, checkpoint, resolve_model(args.model), device, dtype, args)
-        over = True
-    except NoBetter:
-        over = True
+        is_over = True
+    except Useless:
+        is_over = True
         raise
     finally:
-        writer.close(keep=not over)
+        if not is_over:
+            writer.keep(0)
+        writer.close(keep=not is_over)
     print(f"{args.out}: KL {before:.4f} -> {after:.4f} nats a token on {KEPT_BACK} windows kept back", flush=True)
 
 
@@ -284,8 +288,8 @@ def write_tuned(
     check_base(checkpoint, original)
     windows = datautils.windows_apart(args.text, load_tokenizer(folder), args.nsamples, KEPT_BACK, args.seqlen, args.seed)
     model, linears = trainable(folder, args.quantized, device, dtype)
-    told, files = history(args, windows, dtype), {"model": files_of(original.checkpoint), "quantized": files_of(checkpoint)}
-    progress = Progress(writer.folder, told | files, {path: linear.moved for path, linear in linears.items()})
+    told = history(args, windows, dtype)
+    progress = Progress(writer.folder, told | others(original, checkpoint), {path: linear.moved for path, linear in linears.items()})
     hidden = last_hidden(original, windows, default_batch_size(args.seqlen, device), "reference").hidden
     with original.head() as head:
         text = Text(windows, hidden, head)
@@ -302,7 +306,7 @@ def write_tuned(
         writer.add(part)
     checkpoint.check_unchanged()
     beside = Path(args.quantized)  # a folder has its own config and tokenizer
-    writer.finish(settings_of(checkpoint, told), beside if beside.is_dir() else folder)
+    writer.finish(settings_of(checkpoint, told), beside if beside.is_dir() else folder, before_publishing=progress.forget)
     return before, after
 
 
@@ -384,7 +388,7 @@ def learn(model: nn.Module, text: Text, numbers: torch.Tensor) -> float:
     windows = zip(logits.detach(), gradient, map(text.logits, numbers.tolist()), strict=True)
     terms = [compare(*window) for window in windows]
     if not math.isfinite(kl := mean(terms)):
-        raise NoBetter(f"the divergence became {kl} while tuning: give a smaller --lr, or --dtype float32")
+        raise Useless(f"the divergence became {kl} while tuning: give a smaller --lr, or --dtype float32")
     logits.backward(gradient.div_(len(terms)))
     return kl
 
@@ -423,7 +427,7 @@ def rounded(linear: TunedLinear, path: str) -> dict[str, torch.Tensor]:
     try:
         linear.with_stored(new).check_values(path, linear.bits, linear.in_features)
     except InputError:
-        raise NoBetter(f"{path}{suffix} has left what {dtype} can hold: give a smaller --lr") from None
+        raise Useless(f"{path}{suffix} has left what {dtype} can hold: give a smaller --lr") from None
     linear.start = new.float()
     linear.moved.zero_()
     return {path + suffix: new.cpu()}
@@ -455,6 +459,16 @@ def history(args: argparse.Namespace, windows: torch.Tensor, dtype: torch.dtype)
     flags = {name: getattr(args, name) for name in ("nsamples", "seqlen", "seed", "passes", "lr", "batch_size")}
     text = {"calibration": args.text, "calibration_tokens": datautils.digest(windows.numpy().tobytes())}
     return flags | text | {"dtype": str(dtype).removeprefix("torch.")}
+
+
+def others(original: StreamedModel, checkpoint: Checkpoint) -> dict:
+    """What decides what is learned, besides what the tuned file tells."""
+    return {
+        "config of the model": datautils.digest(original.config.to_json_string().encode()),
+        "files of the model": files_of(original.checkpoint),
+        "files of the quantized one": files_of(checkpoint),
+        "code": datautils.digest(Path(__file__).read_bytes()),
+    }
 
 
 if __name__ == "__main__":

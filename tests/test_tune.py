@@ -181,6 +181,29 @@ def test_a_full_disk_loses_no_more_than_what_is_learned_since(model, quantized, 
 
 
 @pytest.mark.parametrize("name", ["out.safetensors", "out"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_is_killed_while_it_is_published(model, quantized, text_file, tmp_path, capsys, monkeypatch, name, when):
+    """Before the result is complete the same command goes on with all that was learned; then nothing is left that stands in the way."""
+    out, words = tmp_path / name, (tune, model, quantized, text_file, "--out", tmp_path / name)
+    publish = packing.ModelWriter.publish
+
+    def killed(self, *args, **kwargs):
+        if when == "after":
+            publish(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "KEPT_EVERY", 0)
+    with monkeypatch.context() as patched:
+        patched.setattr(packing.ModelWriter, "publish" if when == "after" else "finish", killed)
+        assert command(*words, *SMALL) == 130
+    assert out.exists() == (when == "after")
+    capsys.readouterr()
+    assert command(*words, *SMALL, *(["--overwrite"] if when == "after" else [])) == 0
+    assert ("going on after step 64" in capsys.readouterr().out) == (when == "before")
+    assert not (tmp_path / f"{name}.partial").exists()
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out"])
 def test_a_killed_run_goes_on_and_writes_the_same_bytes(model, quantized, text_file, tmp_path, capsys, monkeypatch, name):
     words = (tune, model, quantized, text_file, "--out")
     assert command(*words, tmp_path / f"whole-{name}", *SMALL) == 0
@@ -197,7 +220,7 @@ def test_a_killed_run_goes_on_and_writes_the_same_bytes(model, quantized, text_f
     monkeypatch.setattr(tune, "learn", killed_in_step_10)
     out, partial = tmp_path / name, tmp_path / f"{name}.partial"
     assert command(*words, out, *SMALL) == 130 and not out.exists()
-    assert capsys.readouterr().err == "interrupted: the same command goes on with what it has kept\n"
+    assert capsys.readouterr().err == "interrupted: the same command goes on with what was kept, if anything was\n"
     for changed in (("--lr", "0.002"), ("--seed", 7), ("--nsamples", 32)):
         assert command(*words, out, *SMALL, *changed) == 2
         error = capsys.readouterr().err
