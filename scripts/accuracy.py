@@ -522,22 +522,20 @@ def plot(done: dict, out: Path) -> None:
     if not grids:
         return
     figure, axes = plt.subplots(2, len(grids), figsize=(5 * len(grids) + 2, 8), layout="constrained", squeeze=False, sharey=True)
+    methods, labels = [*list(METHODS)[1:5], TUNED, *list(METHODS)[5:]], {}
     for (row, text), (column, grid) in itertools.product(enumerate(("wiki", "news")), enumerate(grids)):
         panel = axes[row][column]
-        for shift, method in enumerate(list(METHODS)[1:]):
-            for bits in (4, 3, 2):
-                found = [r[text]["kl"] for r in rows_of(done, method=method, grid=grid, bits=bits, nsamples=32, part="report")]
-                if found:
-                    label = method if bits == 4 else None
-                    error = [[mean(found) - min(found)], [max(found) - mean(found)]]
-                    panel.errorbar(
-                        4 - bits + 0.09 * (shift - 3.5), mean(found), error, fmt="o", ms=2.5, color=f"C{shift}", label=label, capsize=3
-                    )
+        for (shift, method), bits in itertools.product(enumerate(methods), (4, 3, 2)):
+            found = [r[text]["kl"] for r in rows_of(done, method=method, grid=grid, bits=bits, nsamples=32, part="report")]
+            if found:
+                error = [[mean(found) - min(found)], [max(found) - mean(found)]]
+                place = 4 - bits + 0.09 * (shift - len(methods) // 2)
+                labels[method] = panel.errorbar(place, mean(found), error, fmt="o", ms=2.5, color=f"C{shift}", capsize=3)
         panel.set(yscale="log", xticks=[0, 1, 2], xticklabels=["4 bits", "3 bits", "2 bits"], title=f"{grid}, {text}")
         panel.grid(alpha=0.3)
-        panel.legend(fontsize=7)
     for panel in axes[:, 0]:
         panel.set_ylabel("KL(fp16 || quantized), nats a token")
+    figure.legend([labels[m] for m in methods if m in labels], [m for m in methods if m in labels], loc="outside right center")
     figure.savefig(out, dpi=110)
     plt.close(figure)
 
