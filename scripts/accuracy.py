@@ -522,7 +522,8 @@ def plot(done: dict, out: Path) -> None:
     if not grids:
         return
     figure, axes = plt.subplots(2, len(grids), figsize=(5 * len(grids) + 2, 8), layout="constrained", squeeze=False, sharey=True)
-    methods, labels = [*list(METHODS)[1:5], TUNED, *list(METHODS)[5:]], {}
+    methods, handles = list(METHODS)[1:], {}
+    methods.insert(methods.index("best") + 1, TUNED)
     for (row, text), (column, grid) in itertools.product(enumerate(("wiki", "news")), enumerate(grids)):
         panel = axes[row][column]
         for (shift, method), bits in itertools.product(enumerate(methods), (4, 3, 2)):
@@ -530,12 +531,13 @@ def plot(done: dict, out: Path) -> None:
             if found:
                 error = [[mean(found) - min(found)], [max(found) - mean(found)]]
                 place = 4 - bits + 0.09 * (shift - len(methods) // 2)
-                labels[method] = panel.errorbar(place, mean(found), error, fmt="o", ms=2.5, color=f"C{shift}", capsize=3)
+                handles[method] = panel.errorbar(place, mean(found), error, fmt="o", ms=2.5, color=f"C{shift}", capsize=3)
         panel.set(yscale="log", xticks=[0, 1, 2], xticklabels=["4 bits", "3 bits", "2 bits"], title=f"{grid}, {text}")
         panel.grid(alpha=0.3)
     for panel in axes[:, 0]:
         panel.set_ylabel("KL(fp16 || quantized), nats a token")
-    figure.legend([labels[m] for m in methods if m in labels], [m for m in methods if m in labels], loc="outside right center")
+    shown = [method for method in methods if method in handles]
+    figure.legend([handles[method] for method in shown], shown, loc="outside right center")
     figure.savefig(out, dpi=110)
     plt.close(figure)
 
