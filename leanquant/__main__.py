@@ -1,4 +1,4 @@
-"""python -m leanquant chat|generate|info: talk to a quantized model in the terminal, or ask what a file is."""
+"""python -m leanquant chat|generate|serve|info: talk to a quantized model in the terminal, serve it, or ask what a file is."""
 
 import argparse
 import math
@@ -16,48 +16,59 @@ from .packing import GRID, SCALE, Checkpoint
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m leanquant", description=__doc__.split(": ", 1)[1])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands, made = parser.add_subparsers(dest="command", required=True), {}
     for name, summary in (
         ("chat", "talk to the model, its answers appear word by word; an empty line or Ctrl-D ends"),
         ("generate", "continue one prompt"),
+        ("serve", "answer requests of OpenAI's API, through the server of transformers; Ctrl-C ends"),
         ("info", "what a file or folder is, without loading it"),
     ):
-        command = commands.add_parser(name, help=summary, description=summary)
-        command.add_argument("path", help="quantized .safetensors file or folder")
-        if name == "info":
-            continue
-        if name == "generate":
-            command.add_argument("prompt", help="text to continue")
-        add = command.add_argument
-        add("--base", help="hub name or folder of the unquantized model: needed for a single file, which has no config and tokenizer")
-        add(
-            "--max_new_tokens",
-            type=at_least_one,
-            metavar="N",
-            default=512 if name == "chat" else 64,
-            help="most tokens in an answer (default: %(default)s)",
-        )
-        add(
-            "--temperature",
-            type=temperature,
-            metavar="T",
-            help="0 takes the likeliest token (unset: as the model's generation config says)",
-        )
-        add("--device", help="cpu, cuda or cuda:1 (unset: the GPUs if there are any)")
-        add(
-            "--dtype",
-            choices=["float32", "float16", "bfloat16"],
-            help="type of what is computed, and of the head and the embeddings (unset: float32 on a CPU, the file's type on a GPU)",
-        )
-        add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
-        add("--no_graphs", action="store_true", help="launch kernel by kernel, slower, where tokens would be decoded by a CUDA graph")
-        add(
-            "--dequantize",
-            choices=["auto", "always", "never"],
-            default="auto",
-            help="keep rebuilt weights too (default: on a CPU, without a kernel for it)",
-        )
+        made[name] = commands.add_parser(name, help=summary, description=summary)
+        made[name].add_argument("path", help="quantized .safetensors file or folder")
+    made["generate"].add_argument("prompt", help="text to continue")
+    add_answer_options(made["chat"], 512)
+    add_answer_options(made["generate"], 64)
+    add_server_options(made["serve"])
+    for name in ("chat", "generate", "serve"):
+        add_loading_options(made[name])
     return parser.parse_args(argv)
+
+
+def add_answer_options(command: argparse.ArgumentParser, most: int) -> None:
+    add = command.add_argument
+    add("--max_new_tokens", type=at_least_one, metavar="N", default=most, help="most tokens in an answer (default: %(default)s)")
+    add(
+        "--temperature",
+        type=temperature,
+        metavar="T",
+        help="0 takes the likeliest token (unset: as the model's generation config says)",
+    )
+
+
+def add_server_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--host", default="localhost", help="where to listen; 0.0.0.0: on all of this machine's addresses (default: %(default)s)")
+    add("--port", type=port, default=8000, help="(default: %(default)s)")
+    add("--continuous_batching", action="store_true", help="answer several requests at once (unset: one after the other)")
+
+
+def add_loading_options(command: argparse.ArgumentParser) -> None:
+    add = command.add_argument
+    add("--base", help="hub name or folder of the unquantized model: needed for a single file, which has no config and tokenizer")
+    add("--device", help="cpu, cuda or cuda:1 (unset: the GPUs if there are any)")
+    add(
+        "--dtype",
+        choices=["float32", "float16", "bfloat16"],
+        help="type of what is computed, and of the head and the embeddings (unset: float32 on a CPU, the file's type on a GPU)",
+    )
+    add("--trust_remote_code", action="store_true", help="run Python code that comes with the base model")
+    add("--no_graphs", action="store_true", help="launch kernel by kernel, slower, where tokens would be decoded by a CUDA graph")
+    add(
+        "--dequantize",
+        choices=["auto", "always", "never"],
+        default="auto",
+        help="keep rebuilt weights too (default: on a CPU, without a kernel for it)",
+    )
 
 
 def at_least_one(text: str) -> int:
@@ -76,13 +87,19 @@ def temperature(text: str) -> float:
     return value
 
 
+def port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        raise argparse.ArgumentTypeError(f"{text} is not a port: give a number from 1 to {2**16 - 1}")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # a terminal that lacks a letter, bytes that are none
     try:
-        return exit_code(lambda: {"chat": chat, "generate": generate, "info": info}[args.command](args), "nothing is lost")
+        return exit_code(lambda: {"chat": chat, "generate": generate, "serve": serve, "info": info}[args.command](args), "nothing is lost")
     except BrokenPipeError:  # whoever read has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -170,6 +187,14 @@ def generator(model, args: argparse.Namespace) -> Callable:
     return model.generate if args.no_graphs else with_cuda_graphs(model)
 
 
+def conversing(model, args: argparse.Namespace) -> Callable:
+    """Its `generator`, for calls of which each may go on where the last one ended."""
+    from .decoding import remembering
+
+    found = generator(model, args)
+    return remembering(model) if found == model.generate else found  # a recorded step has its own cache, and a GPU reads fast
+
+
 def sampling(temperature: float | None) -> dict:
     if temperature is None:
         return {}
@@ -193,12 +218,8 @@ def chat(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(args)
     if not tokenizer.chat_template:
         raise InputError("the model has no chat template: it is not made for conversation, use generate")
-    from .decoding import remembering
-
     model, messages = load(args), []
-    continued = generator(model, args)
-    if continued == model.generate:
-        continued = remembering(model)  # a recorded step has its own cache, and a GPU reads fast
+    continued = conversing(model, args)
     if signal.getsignal(signal.SIGINT) is end_at_once:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # from now on it ends an answer
     print(f"{args.path}: type your message, an empty line ends", flush=True)
@@ -213,6 +234,15 @@ def chat(args: argparse.Namespace) -> None:
         except KeyboardInterrupt:
             print("\n(interrupted: the message is taken back)", flush=True)
             messages.pop()
+
+
+def serve(args: argparse.Namespace) -> None:
+    from . import serving
+
+    tokenizer = load_tokenizer(args)
+    serving.check_server(args.host, args.port)
+    model = load(args)
+    serving.serve(model, tokenizer, args.path, conversing(model, args), args.host, args.port, args.continuous_batching)
 
 
 def said() -> str:

@@ -6,6 +6,7 @@ compiled model's place. Not here: the cache and the loop, which are transformers
 """
 
 import contextlib
+import copy
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -48,9 +49,11 @@ def with_cuda_graphs(model: nn.Module) -> Callable:
         _warn(trouble)
         return model.generate
 
+    plain = model.generate  # whatever takes its name later
+
     def generate(*args, **kwargs):
-        if kwargs.keys() & OWN_WAYS:
-            return model.generate(*args, **kwargs)
+        if _goes_its_own_way(kwargs):
+            return plain(*args, **kwargs)
         with lock:
             return _generate(model, lambda: Step(model, stream), *args, **kwargs)
 
@@ -58,14 +61,28 @@ def with_cuda_graphs(model: nn.Module) -> Callable:
 
 
 def _may_be_recorded(model: nn.Module) -> bool:
-    if not isinstance(model, PreTrainedModel) or not _is_on_one_gpu(model) or not _caches_as_usual(model):
+    if not isinstance(model, PreTrainedModel) or not _is_on_one_gpu(model) or not _caches_as_usual(model.generation_config):
         return False
     return _keeps_all_tokens(model) and not any(isinstance(module, Experts) for module in model.modules())
 
 
-def _caches_as_usual(model: PreTrainedModel) -> bool:
-    own = model.generation_config
-    return own.use_cache is not False and not any(getattr(own, name, None) for name in OWN_WAYS)
+def _caches_as_usual(config: GenerationConfig) -> bool:
+    return config.use_cache is not False and not any(getattr(config, name, None) for name in OWN_WAYS)
+
+
+def _goes_its_own_way(settings: dict) -> bool:
+    """Does a call say how it caches, or that tokens are guessed ahead?"""
+    config = settings.get("generation_config")
+    return bool(settings.keys() & OWN_WAYS) or (config is not None and not _caches_as_usual(config))
+
+
+def _with(settings: dict, **more) -> dict:
+    """A call's settings and `more`: in its generation config if it has one, which does not go together with others."""
+    if settings.get("generation_config") is None:
+        return settings | more
+    config = copy.deepcopy(settings["generation_config"])
+    config.update(**more)
+    return settings | {"generation_config": config}
 
 
 def _is_on_one_gpu(model: nn.Module) -> bool:
@@ -94,7 +111,7 @@ def _generate(model: nn.Module, step: Callable[[], Callable], *args, **kwargs):
     model.get_compiled_call = lambda _config: step()
     vars(model).pop("_previous_max_cache_length", None)  # no longer a cache than this call's, whatever came before it
     try:
-        return model.generate(*args, cache_implementation="static", **kwargs)
+        return type(model).generate(model, *args, **_with(kwargs, cache_implementation="static"))
     finally:
         del model.get_compiled_call
 
@@ -203,26 +220,28 @@ def _copy(inputs: dict) -> dict:
 
 
 def remembering(model: nn.Module) -> Callable:
-    """`model.generate` for one call after another, each with one sequence and settings by name: what the last one read or wrote is not
-    read again, as far as inputs begin alike.
+    """`model.generate` for one call after another, with settings by name: what the last one read or wrote is not read again, as far as
+    inputs begin alike.
 
-    `model.generate` itself for models that say how they cache, or whose rotary embeddings change with the length, and for such calls.
+    `model.generate` itself for models that say how they cache, or whose rotary embeddings change with the length, and for such calls;
+    for calls with several sequences or beams too.
     Caches that are not of all tokens (sliding windows, states) are made anew by each call.
     """
-    if not isinstance(model, PreTrainedModel) or not _caches_as_usual(model) or _ropes(model) & ROPES_THAT_GROW:
+    if not isinstance(model, PreTrainedModel) or not _caches_as_usual(model.generation_config) or _ropes(model) & ROPES_THAT_GROW:
         return model.generate
+    plain = model.generate  # whatever takes its name later
     kept, seen = {}, []  # the cache by its name, and the tokens that it holds
 
     def generate(input_ids: torch.Tensor, **settings) -> torch.Tensor:
         nonlocal kept, seen
-        if settings.keys() & OWN_WAYS:
-            return model.generate(input_ids=input_ids, **settings)
+        if _goes_its_own_way(settings) or not _is_of_one_sequence(input_ids, settings):
+            return plain(input_ids=input_ids, **settings)
         known, kept = kept, {}  # nothing is kept of a call that is interrupted
         for cache in known.values():
             new = input_ids[0].tolist()
             if surplus := len(seen) - min(_same_at_first(seen, new), len(new) - 1):  # one token at least is read
                 cache.crop(-surplus)
-        out = model.generate(input_ids=input_ids, **known, **settings | {"return_dict_in_generate": True})
+        out = plain(input_ids=input_ids, **known, **_with(settings, return_dict_in_generate=True))
         if isinstance(out, torch.Tensor):  # a model with a way of its own
             return out
         (name, cache), tokens = named_cache(out), out.sequences[0].tolist()
@@ -238,6 +257,12 @@ def _ropes(model: PreTrainedModel) -> set:
     """The types of its rotary embeddings, of which kinds of layers may have their own."""
     ropes = getattr(model.config.get_text_config(decoder=True), "rope_parameters", None) or {}
     return {rope["rope_type"] for rope in (ropes, *ropes.values()) if isinstance(rope, dict) and "rope_type" in rope}
+
+
+def _is_of_one_sequence(input_ids: torch.Tensor, settings: dict) -> bool:
+    """Beams have a cache each."""
+    config, numbers = settings.get("generation_config"), ("num_beams", "num_return_sequences")
+    return len(input_ids) == 1 and all((settings.get(n) or getattr(config, n, None) or 1) == 1 for n in numbers)
 
 
 def _same_at_first(one: list, other: list) -> int:

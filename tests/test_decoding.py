@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoModelForCausalLM, CompileConfig, GenerationMixin, MixtralConfig, StaticCache
+from transformers import AutoModelForCausalLM, CompileConfig, GenerationConfig, GenerationMixin, MixtralConfig, StaticCache
 
 import llama
 from conftest import SIZES
@@ -156,6 +156,19 @@ def test_calls_with_another_cache_do_without(tiny_model, emulated):
     for how in ({"disable_compile": True}, {"cache_implementation": "dynamic"}, {"use_cache": False}, {"prompt_lookup_num_tokens": 2}):
         assert torch.equal(continued(generate, do_sample=False, **how), expected)
     assert Graph.replays == 0
+
+
+def test_settings_in_a_generation_config_and_another_name(tiny_model, emulated):
+    """As the server has them."""
+    model, ids = load(tiny_model()), torch.tensor([[5, 6, 7]])
+    config = GenerationConfig(max_new_tokens=12, min_new_tokens=12, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, generation_config=config)
+    model.generate = recording(model)
+    assert torch.equal(model.generate(ids, generation_config=config), expected)
+    assert Graph.replays == 10 and config.cache_implementation is None
+    config.prompt_lookup_num_tokens = 2
+    assert torch.equal(model.generate(ids, generation_config=config), expected)
+    assert Graph.replays == 10
 
 
 def test_the_model_stays_as_it_was(tiny_model, emulated, tmp_path):

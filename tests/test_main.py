@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import llama
 from leanquant import __main__ as cli
@@ -138,6 +138,18 @@ def test_chat_reads_again_where_a_model_goes_its_own_ways(folder, setting):
     else:
         setattr(model.generation_config, setting, "dynamic" if setting == "cache_implementation" else 1)
     assert decoding.remembering(model) == model.generate
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 3}, {"do_sample": True, "num_return_sequences": 2}, {"use_cache": False}, {}])
+def test_calls_with_a_generation_config_of_their_own(folder, how):
+    """As the server makes them: what beams need is not what was remembered, and the config stays the caller's."""
+    model = cli.load(cli.parse(["chat", str(folder)]))
+    continued, ids = decoding.remembering(model), torch.tensor([[5, 6, 7, 8]])
+    for settings in ({}, how, {}):
+        config = GenerationConfig(**{"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0} | settings)
+        found, expected = ((torch.manual_seed(0), generate(ids, generation_config=config))[1] for generate in (continued, model.generate))
+        assert torch.equal(found, expected)
+        assert not config.return_dict_in_generate
 
 
 def test_chat_forgets_an_interrupted_call(folder, monkeypatch):

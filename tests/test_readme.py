@@ -91,8 +91,9 @@ def test_options_that_the_readme_names_exist(capsys):
     ):
         with pytest.raises(SystemExit):
             parse(["--help"])
-    with pytest.raises(SystemExit):
-        leanquant_main.parse(["generate", "--help"])
+    for command in ("generate", "serve"):
+        with pytest.raises(SystemExit):
+            leanquant_main.parse([command, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
     own = re.sub(r"```text\n.*?```", "", README, flags=re.DOTALL)  # other software's commands are plain text
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", own))
