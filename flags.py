@@ -24,7 +24,7 @@ from ranks import Ranks
 # the solver's own loss, serves it better than the 4 of free levels (docs/accuracy.md, How the settings were chosen).
 DEFAULT_EXPONENT = {"nonuniform": 4.0, "affine": 2.0}
 
-# The pieces of --recipe (README, How it works): how --recipe published sets them, and what --recipe best sets otherwise.
+# The pieces of --recipe (docs/design.md, How it works): how --recipe published sets them, and what --recipe best sets otherwise.
 PUBLISHED = {"kmeans": "published", "round_levels": False, "shift": 0.0, "residual": False, "shift_head": False, "refine": 0}
 BEST = {"kmeans": "exact", "round_levels": True, "shift": 0.5, "residual": True, "shift_head": True, "refine": 2}
 

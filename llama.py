@@ -365,7 +365,7 @@ def targets(model, index: int, names: list[str], rows: slice, summed: torch.Tens
 
 
 def quantize_weights(W: torch.Tensor, factor, config: quant.QuantConfig, phases: Phases):
-    """The recipe for some rows, `W` [O, I] (README, How it works). Returns a Grid, codes and the loss of each row."""
+    """The recipe for some rows, `W` [O, I] (docs/design.md, How it works). Returns a Grid, codes and the loss of each row."""
     with phases("grid"):
         grid = quant.learn_grid(W, factor, config)
     with phases("solve"):

@@ -2,7 +2,7 @@
 
     python scripts/export.py QUANTIZED --base MODEL --to awq --out FOLDER
 
-Which format holds what, and who reads it: README, Export. The work is leanquant/export.py's; llama.py --export calls the same.
+Which format holds what, and who reads it: docs/export.md. The work is leanquant/export.py's; llama.py --export calls the same.
 """
 
 import argparse

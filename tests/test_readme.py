@@ -1,4 +1,4 @@
-"""The README's commands parse, its Python compiles, and the files that it names exist."""
+"""The README's commands parse, its Python compiles, and what it and the pages under docs/ name exists."""
 
 import re
 import shlex
@@ -22,6 +22,7 @@ from leanquant import __main__ as leanquant_main
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks(language: str) -> list[str]:
@@ -69,13 +70,26 @@ def test_python_compiles():
 
 def test_named_files_exist():
     layout = re.findall(r"^\| `([^`]+)` \|", README[README.index("## Layout") :], re.MULTILINE)
-    linked = re.findall(r"\]\((?!http)([^)#]+)\)", README)
     assert len(layout) >= 10
-    for name in [*layout, *linked]:
-        assert (ROOT / name).exists(), name
+    assert all((ROOT / name).exists() for name in layout)
 
 
-def test_options_that_the_readme_names_exist(capsys):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for name, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", page.read_text()):
+        there = page.parent / name if name else page
+        assert there.exists(), name
+        if anchor:
+            assert anchor in anchors(there.read_text()), anchor
+
+
+def anchors(text: str) -> list[str]:
+    """As GitHub makes them of headings."""
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
+    return [re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in headings]
+
+
+def test_options_that_are_named_exist(capsys):
     for parse in (
         flags.parse,
         eval_quantized.parse,
@@ -95,7 +109,7 @@ def test_options_that_the_readme_names_exist(capsys):
         with pytest.raises(SystemExit):
             leanquant_main.parse([command, "--help"])
     known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    own = re.sub(r"```text\n.*?```", "", README, flags=re.DOTALL)  # other software's commands are plain text
-    named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", own))
-    assert named
-    assert named <= known
+    for page in (page for page in PAGES if page.name in ("README.md", "design.md", "inference.md", "export.md")):
+        own = re.sub(r"```text\n.*?```", "", page.read_text(), flags=re.DOTALL)  # other software's commands are plain text
+        named = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", own))
+        assert named and named <= known, named - known
