@@ -131,7 +131,7 @@ def model_file(method: Method, size: Size) -> Path:
 
 
 def shown(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+    return os.path.relpath(path, ROOT)
 
 
 def row(method: Method, reports: dict, size: Size) -> dict:
