@@ -49,8 +49,9 @@ METHODS = {
 }
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
-TUNED, TUNED_TIMES = "best, tuned", 2  # on so many times the windows it is quantized with, drawn with another seed
-BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys(ROTATED, WORK / "model-rotated")  # with a head of their own
+TUNED, BOTH = "best, tuned", "best, rotated, tuned"
+TUNED_TIMES = 2  # on so many times the windows it is quantized with, drawn with another seed
+BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys([*ROTATED, BOTH], WORK / "model-rotated")  # with a head of their own
 SIZES, SIZED = (16, 64, 128), ("published", "best", TUNED)  # further numbers of windows, and what is measured with them
 BESIDE = "on the pieces' code"  # written by hand: what best gave on older code, with which the rows without a piece were measured
 STALE = {"stale": "what is measured again, because the code has changed what it measures since then; tables hold it until then"}
@@ -263,7 +264,7 @@ def measure(cell: Cell) -> dict:
         result = {"cpu_seconds": time.process_time() - start, "loss": sum(row["loss"] or 0 for row in contents["linears"])}
         result["phase_seconds"] = contents["phase_seconds"]
     torch.set_float32_matmul_precision("medium")
-    if cell.method == TUNED:
+    if cell.method in (TUNED, BOTH):
         result["untuned"] = {text: evaluate(base, file, f"{text} {cell.part}", False)[0] for text in ("wiki", "news")}
         result["tuning_cpu_seconds"] = tune_file(base, file, cell)
     for text in ("wiki", "news"):
@@ -440,8 +441,10 @@ def head_table(done: dict) -> str:
 
 def tuning_table(done: dict) -> str:
     """What tuning gives, in the very same runs."""
-    said = f"The best recipe, and the same file tuned on {32 * TUNED_TIMES} windows of {SEQLEN} tokens (scripts/tune.py)."
-    return before_and_after(done, said, TUNED, "untuned", "tuned")
+    same = f"the same file tuned on {32 * TUNED_TIMES} windows of {SEQLEN} tokens (scripts/tune.py)."
+    models = {TUNED: "", BOTH: " on a rotated model, its head moved"}
+    tables = [before_and_after(done, f"The best recipe{said}, and {same}", method, "untuned", "tuned") for method, said in models.items()]
+    return "\n\n".join(filter(None, tables))
 
 
 def before_and_after(done: dict, said: str, method: str, before: str, after: str) -> str:
