@@ -20,7 +20,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, summary in (
         ("chat", "talk to the model, its answers appear word by word; an empty line or Ctrl-D ends"),
         ("generate", "continue one prompt"),
-        ("serve", "answer requests of OpenAI's API, through the server of transformers; Ctrl-C ends"),
+        (
+            "serve",
+            "answer requests of OpenAI's API, by the server of transformers; Ctrl-C ends it after the answers in progress",
+        ),
         ("info", "what a file or folder is, without loading it"),
     ):
         made[name] = commands.add_parser(name, help=summary, description=summary)
@@ -47,9 +50,14 @@ def add_answer_options(command: argparse.ArgumentParser, most: int) -> None:
 
 def add_server_options(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
-    add("--host", default="localhost", help="where to listen; 0.0.0.0: on all of this machine's addresses (default: %(default)s)")
-    add("--port", type=port, default=8000, help="(default: %(default)s)")
-    add("--continuous_batching", action="store_true", help="answer several requests at once (unset: one after the other)")
+    add("--host", default="localhost", help="where to listen; 0.0.0.0: everywhere, for whoever comes (default: %(default)s)")
+    add("--port", type=port, default=8000, help="of the host (default: %(default)s)")
+    add("--temperature", type=temperature, metavar="T", help="where a request names none (unset: as the model's generation config says)")
+    add(
+        "--continuous_batching",
+        action="store_true",
+        help="answer several requests at once, all with the server's temperature, whatever they name (unset: one after the other)",
+    )
 
 
 def add_loading_options(command: argparse.ArgumentParser) -> None:
@@ -241,8 +249,12 @@ def serve(args: argparse.Namespace) -> None:
 
     tokenizer = load_tokenizer(args)
     serving.check_server(args.host, args.port)
+    if not tokenizer.chat_template:
+        print(f"{args.path} has no chat template: /v1/chat/completions will fail, /v1/completions will not", flush=True)
     model = load(args)
-    serving.serve(model, tokenizer, args.path, conversing(model, args), args.host, args.port, args.continuous_batching)
+    model.generation_config.update(**sampling(args.temperature))
+    generate = None if args.continuous_batching else conversing(model, args)
+    serving.serve(model, tokenizer, args.path, generate, args.host, args.port, not args.no_graphs)
 
 
 def said() -> str:

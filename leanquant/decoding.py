@@ -55,7 +55,7 @@ def with_cuda_graphs(model: nn.Module) -> Callable:
         if _goes_its_own_way(kwargs):
             return plain(*args, **kwargs)
         with lock:
-            return _generate(model, lambda: Step(model, stream), *args, **kwargs)
+            return _generate(model, plain, lambda: Step(model, stream), *args, **kwargs)
 
     return generate
 
@@ -106,12 +106,12 @@ def _warn(trouble: str) -> None:
     warnings.warn(f"decoding without a CUDA graph, which is slower: {trouble}", stacklevel=3)
 
 
-def _generate(model: nn.Module, step: Callable[[], Callable], *args, **kwargs):
-    """`model.generate` with a static cache, and what `step` returns in the compiled model's place."""
+def _generate(model: nn.Module, plain: Callable, step: Callable[[], Callable], *args, **kwargs):
+    """`plain`, the model's `generate`, with a static cache, and what `step` returns in the compiled model's place."""
     model.get_compiled_call = lambda _config: step()
     vars(model).pop("_previous_max_cache_length", None)  # no longer a cache than this call's, whatever came before it
     try:
-        return type(model).generate(model, *args, **_with(kwargs, cache_implementation="static"))
+        return plain(*args, **_with(kwargs, cache_implementation="static"))
     finally:
         del model.get_compiled_call
 
@@ -126,7 +126,7 @@ def _trouble(model: nn.Module, stream) -> str | None:
         return steps[-1]
 
     def logits(step: Callable) -> torch.Tensor:
-        return torch.stack(_generate(model, step, ids, attention_mask=torch.ones_like(ids), **wanted).logits)
+        return torch.stack(_generate(model, model.generate, step, ids, attention_mask=torch.ones_like(ids), **wanted).logits)
 
     try:
         model.generation_config = GenerationConfig()  # nothing of its own: the likeliest of all tokens, and no end
@@ -234,7 +234,7 @@ def remembering(model: nn.Module) -> Callable:
 
     def generate(input_ids: torch.Tensor, **settings) -> torch.Tensor:
         nonlocal kept, seen
-        if _goes_its_own_way(settings) or not _is_of_one_sequence(input_ids, settings):
+        if _goes_its_own_way(settings) or not _is_of_one_sequence(model, input_ids, settings):
             return plain(input_ids=input_ids, **settings)
         known, kept = kept, {}  # nothing is kept of a call that is interrupted
         for cache in known.values():
@@ -259,10 +259,11 @@ def _ropes(model: PreTrainedModel) -> set:
     return {rope["rope_type"] for rope in (ropes, *ropes.values()) if isinstance(rope, dict) and "rope_type" in rope}
 
 
-def _is_of_one_sequence(input_ids: torch.Tensor, settings: dict) -> bool:
+def _is_of_one_sequence(model: PreTrainedModel, input_ids: torch.Tensor, settings: dict) -> bool:
     """Beams have a cache each."""
-    config, numbers = settings.get("generation_config"), ("num_beams", "num_return_sequences")
-    return len(input_ids) == 1 and all((settings.get(n) or getattr(config, n, None) or 1) == 1 for n in numbers)
+    said = [settings, *(vars(config) for config in (settings.get("generation_config"), model.generation_config) if config is not None)]
+    number = lambda name: next((where[name] for where in said if where.get(name) is not None), 1)  # noqa: E731
+    return len(input_ids) == number("num_beams") == number("num_return_sequences") == 1
 
 
 def _same_at_first(one: list, other: list) -> int:

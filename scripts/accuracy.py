@@ -85,6 +85,8 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
                 continue  # the runs with a head measure it (`covers`)
             if (method in ("best, local grid", OWN_HEAD) and grid != "nonuniform") or (plain == "rtn" and seed):
                 continue
+            if method == BOTH and grid != "row":
+                continue  # others gain little from a rotation
             cells.append(Cell(method, grid, bits, seed))
     for nsamples, method, bits in itertools.product(args.sizes, SIZED, args.bits):
         if "nonuniform" in args.grids and method in args.methods:
@@ -269,7 +271,8 @@ def measure(cell: Cell) -> dict:
         result["tuning_cpu_seconds"] = tune_file(base, file, cell)
     for text in ("wiki", "news"):
         path = file if file.is_file() else MODEL
-        result[text], *before = evaluate(base, path, f"{text} {cell.part}", cell.method == "fp16", [base] * (cell.method in BASES))
+        heads = [base] if cell.method in BASES and cell.method != BOTH else []
+        result[text], *before = evaluate(base, path, f"{text} {cell.part}", cell.method == "fp16", heads)
         if before:
             result.setdefault("head as it was", {})[text] = before[0]
     file.unlink(missing_ok=True)

@@ -145,7 +145,9 @@ def test_calls_with_a_generation_config_of_their_own(folder, how):
     """As the server makes them: what beams need is not what was remembered, and the config stays the caller's."""
     model = cli.load(cli.parse(["chat", str(folder)]))
     continued, ids = decoding.remembering(model), torch.tensor([[5, 6, 7, 8]])
-    for settings in ({}, how, {}):
+    own = {"num_beams": 3} if "num_beams" in how else {}
+    model.generation_config.update(**own)
+    for settings in ({}, how, {"num_beams": 1}, how):
         config = GenerationConfig(**{"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0} | settings)
         found, expected = ((torch.manual_seed(0), generate(ids, generation_config=config))[1] for generate in (continued, model.generate))
         assert torch.equal(found, expected)

@@ -1,25 +1,29 @@
 """python -m leanquant serve: what a client of OpenAI's API is answered, by a server in a process of its own."""
 
+import errno
 import json
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 import llama
 from leanquant import LeanQuantModelForCausalLM, serving
 from leanquant import __main__ as cli
+from leanquant.errors import InputError
 from test_main import SHORT, TEMPLATE
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,13 +64,16 @@ def server(request, base, file, folder):
     path = [str(file), "--base", str(base)] if request.param == "file" else [str(folder)]
     command = [sys.executable, "-m", "leanquant", "serve", *path, "--port", str(port), *WAYS[request.param]]
     heeded = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731  (it is ignored by what runs in the background)
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, preexec_fn=heeded) as process:
-        address = f"http://localhost:{port}"
-        wait_for(address, process)
-        yield address, path[0]
-        process.send_signal(signal.SIGINT)
-        said = process.communicate(timeout=60)[1]
-    assert process.returncode in (0, 130) and "Traceback" not in said, said
+    with tempfile.TemporaryFile("w+") as said, subprocess.Popen(command, cwd=ROOT, stderr=said, preexec_fn=heeded) as process:
+        try:
+            wait_for(address := f"http://localhost:{port}", process)
+            yield address, path[0]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) in (0, 130)
+        finally:
+            process.kill()
+            said.seek(0)
+            print(said.read())
 
 
 def wait_for(address: str, process: subprocess.Popen) -> None:
@@ -76,8 +83,7 @@ def wait_for(address: str, process: subprocess.Popen) -> None:
             return ask(address, "health")
         except urllib.error.URLError:
             time.sleep(0.2)
-    process.kill()
-    pytest.fail(process.communicate()[1])
+    pytest.fail("the server does not start")
 
 
 def ask(address: str, what: str, **body) -> str:
@@ -88,7 +94,7 @@ def ask(address: str, what: str, **body) -> str:
 
 
 def answer(address: str, messages: list, **settings) -> str:
-    said = ask(address, "v1/chat/completions", messages=messages, temperature=0, max_tokens=8, **settings)
+    said = ask(address, "v1/chat/completions", **{"messages": messages, "temperature": 0, "max_tokens": 8} | settings)
     return json.loads(said)["choices"][0]["message"]["content"]
 
 
@@ -140,9 +146,19 @@ def test_the_continuation_of_a_text(server, expected):
         assert said["choices"][0]["text"] == expected(text)
 
 
+def test_a_temperature_is_heeded(server, expected, request):
+    """Where requests wait for one another; the config of this model says nothing of sampling."""
+    address, _ = server
+    answers = {answer(address, FIRST, temperature=5, seed=seed) for seed in range(4)}
+    assert answers == {expected(FIRST)} if "several at once" in request.node.name else len(answers) > 1
+    assert answer(address, FIRST) == expected(FIRST)
+
+
 def test_its_model_is_listed_and_no_other_is_taken(server):
     address, name = server
     assert [model["id"] for model in json.loads(ask(address, "v1/models"))["data"]] == [name]
+    said = json.loads(ask(address, "v1/completions", model=name, prompt="the river", max_tokens=1))
+    assert said["model"] == name
     with pytest.raises(urllib.error.HTTPError) as refused:
         ask(address, "v1/chat/completions", model="another", messages=FIRST)
     assert refused.value.code == 400 and name in refused.value.read().decode()
@@ -160,13 +176,59 @@ def test_a_port_that_is_taken_is_told_at_once(folder, capsys, nothing_is_loaded)
     error = capsys.readouterr().err
     assert error == f"error: port {port} of localhost cannot be used (Address already in use): give another --port, or --host\n"
     assert cli.main(["serve", str(folder), "--host", "no.such.host.invalid"]) == 2
-    assert "of no.such.host.invalid cannot be used" in capsys.readouterr().err
+    assert "no.such.host.invalid cannot be listened at (Name or service not known): give another --host" in capsys.readouterr().err
+
+
+def test_addresses_of_both_families_are_tried(monkeypatch):
+    """One that this machine lacks does not matter, if it has the other."""
+    families, fails = [], {socket.AF_INET6}
+
+    def create_server(address, family):
+        families.append(family)
+        if family in fails:
+            raise OSError(errno.EADDRNOTAVAIL, "not here")
+        return socket.socket()
+
+    monkeypatch.setattr(socket, "create_server", create_server)
+    places = [(family, socket.SOCK_STREAM, 6, "", ("x", 1, 0, 0)) for family in (socket.AF_INET6, socket.AF_INET)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: places)
+    serving.check_server("x", 1)
+    assert families == [socket.AF_INET6, socket.AF_INET]
+    fails.add(socket.AF_INET)
+    with pytest.raises(InputError, match="port 1 of x cannot be used"):
+        serving.check_server("x", 1)
 
 
 def test_a_server_that_is_not_installed_is_named(folder, capsys, monkeypatch, nothing_is_loaded):
     monkeypatch.setattr(serving, "is_serve_available", lambda: False)
     assert cli.main(["serve", str(folder)]) == 2
     assert capsys.readouterr().err.endswith('pip install "transformers[serving]"\n')
+
+
+def test_a_prompt_without_tokens_reaches_no_worker():
+    """And all requests have the model's own temperature, which the first one would decide otherwise."""
+    manager, configs = SimpleNamespace(add_request=lambda ids, **_: len(ids)), []
+    model = SimpleNamespace(generation_config=GenerationConfig(do_sample=True, temperature=0.5))
+    init = serving.one_config(model, lambda generation_config: configs.append(generation_config) or manager)
+    found = init(generation_config=GenerationConfig(do_sample=False, use_cache=False, max_new_tokens=7))
+    assert found.add_request([1, 2], request_id="x") == 2
+    with pytest.raises(ValueError, match="has no tokens: give some text"):
+        found.add_request([], request_id="y")
+    (config,) = configs
+    assert (config.do_sample, config.temperature, config.use_cache, config.max_new_tokens) == (True, 0.5, False, 7)
+    assert model.generation_config.use_cache is not False
+
+
+def test_a_model_without_a_template_says_so(folder, tmp_path, capsys, monkeypatch):
+    served = []
+    monkeypatch.setattr(serving, "serve", lambda *args: served.append(args))
+    plain = shutil.copytree(folder, tmp_path / "plain")
+    (plain / "chat_template.jinja").unlink()
+    for path, batching in ((folder, []), (plain, ["--continuous_batching", "--temperature", "0.5"])):
+        assert cli.main(["serve", str(path), *batching]) == 0
+    assert capsys.readouterr().out == f"{plain} has no chat template: /v1/chat/completions will fail, /v1/completions will not\n"
+    assert [generate is None for _, _, _, generate, *_ in served] == [False, True]
+    assert served[1][0].generation_config.temperature == 0.5 and served[1][0].generation_config.do_sample
 
 
 def test_a_file_alone_cannot_be_served(file, capsys):
