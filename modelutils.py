@@ -611,13 +611,13 @@ class StreamedModel:
         return to_meta(hidden), to_meta(args), {name: to_meta(value) for name, value in kwargs.items()}
 
     @contextlib.contextmanager
-    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    def head(self, with_gradients: bool = False) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
         """For the block: a function from last hidden states [B, T, D] to logits [B, T, vocabulary]."""
         names = [n for n in self.outside_names() if n != self.embedding_name]
         self._fill(names)
         last = len(self.layers) - 1
 
-        @torch.no_grad()
+        @torch.set_grad_enabled(with_gradients)
         def logits(hidden: torch.Tensor) -> torch.Tensor:
             hidden = hidden.to(self.device, self.dtype)
             on_layer = lambda index, states, *_: hidden if index == last else states  # noqa: E731

@@ -1,0 +1,257 @@
+"""Share out bits among the linears of a model: which need 4, and for which 2 are enough, so that all take as many as wanted on average.
+
+    python scripts/allocate.py MODEL TEXT --bits 2.5 --out bits.txt
+    python llama.py MODEL TEXT --wbits 2 --bits_for $(cat bits.txt) [...]
+
+What a linear costs at a width is estimated to second order, in nats a token of KL(unquantized || quantized): the mean over tokens of
+sum_o g_o^2 (E x)_o^2 / 2. E [O, I] are the errors that the column solver leaves at that width, x is the linear's input, and g the gradient
+of -log q(y) in its output, y drawn from the model's own predictions q: the mean of g g^T is the Hessian of the divergence. With the mean
+over rows in the place of each g_o^2 it is tr(E F E^T) / 2, F = mean (|g|^2 / O) x x^T. The bits are those of the least sum of costs
+within the budget, by Lagrange's method.
+
+The unquantized model passes forwards and back a layer at a time; what enters each layer waits in host memory. Errors of several linears
+are taken to be independent, and the target is not shifted: the sum says which is better, not what the KL will be. Not here: quantizing.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import datautils  # noqa: E402
+import quant  # noqa: E402
+from eval_quantized import pick_device  # noqa: E402
+from flags import DEFAULT_EXPONENT  # noqa: E402
+from hessian import NotPositiveDefinite, Symmetric, accumulate_hessian, factorize  # noqa: E402
+from leanquant.errors import InputError, exit_code  # noqa: E402
+from leanquant.foreign import open_checkpoint  # noqa: E402
+from modelutils import StreamedModel, check_seqlen, load_tokenizer, memory_is_input, refuse_quantized, resolve_model  # noqa: E402
+from rotate import seed  # noqa: E402
+from tune import pick_dtype, positive  # noqa: E402
+
+WIDTHS = (2, 3, 4)
+
+
+class Linear(NamedTuple):
+    """How many weights a linear has, and what it costs at each width."""
+
+    weights: int
+    costs: dict[int, float]
+
+
+class Sums:
+    """Over the tokens of one linear: H of x x^T and F of (|g|^2 / O) x x^T, upper triangles [I, I]."""
+
+    def __init__(self, linear: nn.Linear, device: torch.device):
+        self.H, self.F = (torch.zeros(linear.in_features, linear.in_features, device=device) for _ in range(2))
+        self.tokens = 0
+
+    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
+        """x [..., I] and g [..., O]."""
+        x, g = x.flatten(0, -2).float(), g.flatten(0, -2).float()
+        accumulate_hessian(self.H, x)
+        accumulate_hessian(self.F, x * g.square().mean(1, keepdim=True).sqrt())
+        self.tokens += len(x)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="hub name or folder of the unquantized model")
+    add("text", metavar="TEXT", help=f"{', '.join(datautils.CORPORA)}, or a {', '.join(datautils.LOCAL_SUFFIXES)} file")
+    add("--bits", required=True, type=average, help="that a weight is to take on average, levels or scales not counted: from 2 to 4")
+    add("--out", required=True, type=Path, metavar="FILE.txt", help="where the values of llama.py's --bits_for go")
+    add("--grid", choices=("nonuniform", "affine"), default="nonuniform", help="as for llama.py (default: %(default)s)")
+    add("--groupsize", type=int, default=-1, help="as for llama.py (default: %(default)s, whole rows)")
+    add("--nsamples", type=positive, default=16, help="windows (default: %(default)s)")
+    add("--seqlen", type=positive, default=2048, help="tokens a window (default: %(default)s)")
+    add("--seed", type=seed, default=2, help="of the windows (default: %(default)s, where llama.py takes 0 and tune.py 1)")
+    add("--device", default="auto", help="auto (a GPU if there is one), cpu, cuda or cuda:N")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="as for tune.py")
+    return parser.parse_args(argv)
+
+
+def average(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not min(WIDTHS) <= value <= max(WIDTHS):
+        raise argparse.ArgumentTypeError(f"{text} bits a weight cannot be had: give a number from {min(WIDTHS)} to {max(WIDTHS)}")
+    return value
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    return exit_code(lambda: run_in_memory(args), "nothing is lost")
+
+
+def run_in_memory(args: argparse.Namespace) -> None:
+    with memory_is_input("give a smaller --nsamples or --seqlen, --device cpu, or more memory"):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.out.exists():
+        raise InputError(f"{args.out} exists: give another --out, or remove it")
+    datautils.check_source(args.text)
+    device, folder = pick_device(args.device), resolve_model(args.model)
+    check_seqlen(folder, args.seqlen)
+    model = StreamedModel(folder, open_checkpoint(folder), pick_dtype(args.dtype, device), device)
+    refuse_quantized(model, args.model)
+    check_groups(model, args.groupsize)
+    windows = datautils.calibration_windows(args.text, load_tokenizer(folder), args.nsamples, args.seqlen, args.seed)
+    linears = {}
+    for found in costs_by_layer(model, windows, args):
+        linears |= found
+    bits = allocate(linears, args.bits)
+    args.out.write_text("".join(f"{line}\n" for line in as_patterns(bits)))
+    tell(linears, bits, args.out)
+
+
+def check_groups(model: StreamedModel, groupsize: int) -> None:
+    for index in range(len(model.layers)):
+        for name, linear in model.linears(index).items():
+            if groupsize != -1 and (groupsize < 1 or linear.in_features % groupsize):
+                raise InputError(f"--groupsize {groupsize} does not divide the {linear.in_features} inputs of {name}: give one that does")
+
+
+# --- forwards and back -----------------------------------------------------------------------------------------
+
+
+def costs_by_layer(model: StreamedModel, windows: torch.Tensor, args: argparse.Namespace) -> Iterator[dict[str, Linear]]:
+    """The linears of a layer by their full names, from the last layer to the first."""
+    stream, entering = model.embed(windows, 1), []
+    for index in tqdm(range(len(model.layers)), desc="forwards", unit="layer", ncols=80, leave=False, disable=None):
+        entering.append(stream.hidden.clone())
+        with model.layer(index, index + 1 if index + 1 < len(model.layers) else None):
+            model.advance(index, stream)
+    gradients = gradients_of_the_last(model, stream.hidden, args.seed)
+    for index in tqdm(range(len(model.layers))[::-1], desc="back", unit="layer", ncols=80, leave=False, disable=None):
+        with model.layer(index, index - 1 if index else None) as layer:
+            sums = {name: Sums(linear, model.device) for name, linear in model.linears(index).items()}
+            for hidden, gradient in zip(entering.pop(), gradients, strict=True):
+                gradient.copy_(passed_back(model, index, sums, hidden[None], gradient[None].to(model.device))[0])
+            prefix = model.layer_prefix(index)
+            yield {prefix + name: costs(layer.get_submodule(name), sums.pop(name), args) for name in list(sums)}
+
+
+def gradients_of_the_last(model: StreamedModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
+    """[n, T, D], of the sum over a window's tokens of -log q(y), y drawn from q, in what the last layer gives."""
+    generator, gradients = torch.Generator(model.device).manual_seed(seed), torch.empty_like(hidden)
+    with model.head(with_gradients=True) as logits_of:
+        for window, gradient in zip(hidden, gradients, strict=True):
+            last = window[None].to(model.device).requires_grad_()
+            log_q = logits_of(last)[0].float().log_softmax(-1)
+            drawn = torch.multinomial(log_q.detach().exp(), 1, generator=generator)
+            gradient.copy_(torch.autograd.grad(-log_q.gather(1, drawn).sum(), last)[0][0])
+    return gradients
+
+
+def passed_back(model: StreamedModel, index: int, sums: dict[str, Sums], hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """The gradient in what enters layer `index`, [1, T, D], from that in what leaves it; on the way the sums of its linears grow."""
+
+    def see(name: str):
+        def after(_module, inputs, output):
+            x = inputs[0].detach()
+            output.register_hook(lambda g: sums[name].add(x, g))
+
+        return after
+
+    handles = [model.layers[index].get_submodule(name).register_forward_hook(see(name)) for name in sums]
+    try:
+        with torch.enable_grad():
+            entering = hidden.to(model.device).requires_grad_()
+            return torch.autograd.grad(model.run_layer(index, entering, {}), entering, gradient)[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def costs(linear: nn.Linear, sums: Sums, args: argparse.Namespace) -> Linear:
+    """At each width; an expert without a token costs nothing."""
+    W, tokens = linear.weight.float(), max(1, sums.tokens)
+    try:
+        factor = factorize(sums.H / tokens, percdamp=0.1, act_order=True)
+    except NotPositiveDefinite:
+        factor = None  # as llama.py: to the nearest level
+    F, found = Symmetric.of(sums.F.T / tokens), {}
+    for bits in WIDTHS:
+        config = quant.QuantConfig(bits, args.grid, DEFAULT_EXPONENT[args.grid], groupsize=args.groupsize, act_order=True)
+        grid = quant.learn_grid(W, factor, config)
+        E = quant.dequantize(quant.quantize(W, grid, factor, config).codes, grid.levels) - W
+        found[bits] = quant.row_losses(E, F).sum().item() / 2
+    return Linear(W.numel(), found)
+
+
+# --- bits ------------------------------------------------------------------------------------------------------
+
+
+def allocate(linears: dict[str, Linear], average: float) -> dict[str, int]:
+    """Bits by linear, `average` a weight at most: from 2 for all, the steps that save most for their bits, as long as there are any left.
+
+    A step goes from a linear's width to the one beyond which no step saves more a bit, so that steps save less and less.
+    """
+    bits = dict.fromkeys(linears, min(WIDTHS))
+    left = (average - min(WIDTHS)) * sum(linear.weights for linear in linears.values())
+    steps = sorted((step for name, linear in linears.items() for step in steps_of(name, linear)), reverse=True)
+    for _, name, width in steps:
+        price = (width - bits[name]) * linears[name].weights
+        if price <= left and width > bits[name]:
+            bits[name] = width
+            left -= price
+    return bits
+
+
+def steps_of(name: str, linear: Linear) -> Iterator[tuple[float, str, int]]:
+    """(saved a bit, name, width that is reached), along the lower convex hull of costs over bits."""
+    width = min(WIDTHS)
+    saved = lambda other: (linear.costs[width] - linear.costs[other]) / (linear.weights * (other - width))  # noqa: E731
+    while wider := [other for other in WIDTHS if other > width]:
+        best = max(wider, key=saved)
+        yield saved(best), name, best
+        width = best
+
+
+def as_patterns(bits: dict[str, int]) -> list[str]:
+    """REGEX=BITS for all linears, those of the same name in several layers together. A dot stands for itself, or for another character,
+    which no name has there: so none needs a quote in a shell."""
+    layers: dict[tuple, list[str]] = {}
+    for name, width in bits.items():
+        before, number, after = split_name(name)
+        layers.setdefault((before, after, width), []).append(number)
+    return [f"{before}({'|'.join(sorted(numbers, key=int))}){after}={width}" for (before, after, width), numbers in sorted(layers.items())]
+
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """What stands before the number of its layer, that, and what follows: "model.layers.", "3", ".mlp.down_proj"."""
+    parts = name.split(".")
+    place = next(i for i, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[:place]) + ".", parts[place], "." + ".".join(parts[place + 1 :])
+
+
+def tell(linears: dict[str, Linear], bits: dict[str, int], out: Path) -> None:
+    total = sum(linear.weights for linear in linears.values())
+    mean = sum(linears[name].weights * width for name, width in bits.items()) / total
+    kinds: dict[str, list[str]] = {}
+    for name in sorted(bits, key=lambda name: int(split_name(name)[1])):
+        kinds.setdefault(split_name(name)[2][1:], []).append(str(bits[name]))
+    for kind, widths in kinds.items():
+        print(f"{kind:<24}{''.join(widths)}")
+    cost = lambda chosen: sum(linear.costs[chosen[name]] for name, linear in linears.items())  # noqa: E731
+    whole = ", ".join(f"{width} bits {cost(dict.fromkeys(bits, width)):.3f}" for width in WIDTHS)
+    print(f"{out}: {mean:.3f} bits a weight; estimated cost {cost(bits):.3f} ({whole})", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
