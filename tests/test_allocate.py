@@ -36,8 +36,14 @@ def test_gradients_are_those_of_the_whole_model(model, monkeypatch):
     ids = torch.randint(90, (3, 16), generator=generator())
     drawn = torch.randint(90, (16, 1), generator=generator())
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: drawn)
-    sums, costs = {}, allocate.costs
-    monkeypatch.setattr(allocate, "costs", lambda linear, its, args: sums.setdefault(linear, its) and costs(linear, its, args))
+    sums, costs, shares = {}, allocate.costs, []
+
+    def noted(linear, its, share, args):
+        sums[linear] = its
+        shares.append(share)
+        return costs(linear, its, share, args)
+
+    monkeypatch.setattr(allocate, "costs", noted)
     streamed = StreamedModel(model, open_checkpoint(model), torch.float32, torch.device("cpu"))
     args = allocate.parse(["model", "text", "--bits", "3", "--out", "out"])
     found = {}
@@ -53,7 +59,7 @@ def test_gradients_are_those_of_the_whole_model(model, monkeypatch):
         loss = -whole(row[None]).logits[0].log_softmax(-1).gather(1, drawn).sum()
         for values in seen.values():
             values[-1] = (values[-1][0], torch.autograd.grad(loss, values[-1][1], retain_graph=True)[0])
-    assert len(found) == 14
+    assert len(found) == 14 and shares == 7 * [1] + 7 * [0.5]  # the last layer comes first
     for name, values in seen.items():
         x, g = (torch.cat([pair[side][0] for pair in values]).detach() for side in (0, 1))
         F = (x * g.square().mean(1, keepdim=True)).T @ x
@@ -72,9 +78,11 @@ def test_a_cost_is_what_errors_do(monkeypatch):
     errors = []
     row_losses = allocate.quant.row_losses
     monkeypatch.setattr(allocate.quant, "row_losses", lambda E, F: errors.append(E) or row_losses(E, F))
-    found = allocate.costs(linear, sums, allocate.parse(["model", "text", "--bits", "3", "--out", "out"]))
+    args = allocate.parse(["model", "text", "--bits", "3", "--out", "out"])
+    found, half = (allocate.costs(linear, sums, share, args) for share in (1, 0.5))
+    assert half.costs == {width: cost / 2 for width, cost in found.costs.items()}
     assert found.weights == 128
-    for E, cost in zip(errors, found.costs.values(), strict=True):
+    for E, cost in zip(errors[:3], found.costs.values(), strict=True):
         expected = ((x @ E.T).square().sum(1) * gradients.square().mean(1)).mean() / 2
         assert cost == pytest.approx(expected.item(), rel=1e-4)
     assert Symmetric.of(sums.F.T).rows(slice(0, 16)).allclose(sums.F.triu() + sums.F.triu(1).T)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch.distributed.run as torchrun
 
+import allocate
 import bench_inference
 import bench_quantize
 import bench_scale
@@ -34,6 +35,7 @@ def test_every_command_parses():
     parsers = {"llama.py": flags.parse, "eval_quantized.py": eval_quantized.parse, "scripts/plot.py": plot.parse}
     parsers |= {"scripts/reproduce.py": reproduce.parse, "scripts/mt_bench.py": mt_bench.parse, "scripts/export.py": export.parse}
     parsers |= {"scripts/bench_scale.py": bench_scale.parse, "scripts/rotate.py": rotate.parse, "scripts/tune.py": tune.parse}
+    parsers["scripts/allocate.py"] = allocate.parse
     assert len(lines) >= 4
     for line in lines:
         program, *arguments = shlex.split(line, comments=True)
@@ -99,6 +101,7 @@ def test_options_that_are_named_exist(capsys):
         reproduce.parse,
         mt_bench.parse,
         plot.parse,
+        allocate.parse,
         rotate.parse,
         tune.parse,
         torchrun.parse_args,
