@@ -7,6 +7,7 @@ import signal
 import sys
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .errors import InputError, end_at_once, exit_code, first_line, printable
@@ -251,7 +252,8 @@ def serve(args: argparse.Namespace) -> None:
     serving.check_server(args.host, args.port)
     if not tokenizer.chat_template:
         print(f"{args.path} has no chat template: /v1/chat/completions will fail, /v1/completions will not", flush=True)
-    model = load(args)
+    with ThreadPoolExecutor(1) as loader:  # OpenMP's threads go with it: beside those of the thread that answers they would halve its speed
+        model = loader.submit(load, args).result()
     model.generation_config.update(**sampling(args.temperature))
     generate = None if args.continuous_batching else conversing(model, args)
     serving.serve(model, tokenizer, args.path, generate, args.host, args.port, not args.no_graphs)
