@@ -17,6 +17,7 @@ from hessian import Symmetric
 from leanquant.foreign import open_checkpoint
 from leanquant.packing import Checkpoint
 from modelutils import StreamedModel
+from test_families import FAMILIES
 from test_moe import CONFIGS
 
 SHORT = ["--nsamples", "4", "--seqlen", "32", "--dtype", "float32"]
@@ -145,6 +146,14 @@ def test_mixtures(tmp_path, text_file, name):
     folder, out = write_model(CONFIGS[name](), tmp_path / "model", "float16"), tmp_path / "bits.txt"
     assert command(folder, text_file, "--bits", 3, "--out", out, "--nsamples", 1, "--seqlen", 8, "--dtype", "float32") == 0
     assert "experts" in out.read_text()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path, text_file, family):
+    config, arguments, _ = FAMILIES[family]
+    folder, out = write_model(getattr(transformers, config)(**(SIZES | arguments)), tmp_path / "model", "float16"), tmp_path / "bits.txt"
+    assert command(folder, text_file, "--bits", 3, "--out", out, *SHORT) == 0
+    assert len(out.read_text().splitlines()) >= 2
 
 
 def test_the_same_command_says_the_same(model, text_file, tmp_path):
