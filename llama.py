@@ -9,6 +9,7 @@ Under torchrun several processes share the work (ranks.py).
 
 import argparse
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -183,7 +184,13 @@ def without_skipped(model, index: int, group, run: Run, config: quant.QuantConfi
 def bits_of(name: str, run: Run, bits: int) -> int:
     """What the linear `name` is quantized to, by its full name: `bits`, or what --bits_for says; 16 if it is skipped."""
     choices = (*((pattern, 16) for pattern in run.skip), *run.bits_for)
-    return next((chosen for pattern, chosen in choices if re.fullmatch(pattern, name)), bits)
+    return next((chosen for pattern, chosen in choices if compiled(pattern).fullmatch(name)), bits)
+
+
+@functools.cache
+def compiled(pattern: str) -> re.Pattern:
+    """Of a mixture there may be more than `re` remembers."""
+    return re.compile(pattern)
 
 
 def replace_weight(linear: torch.nn.Linear, name: str, codes: torch.Tensor, grid: quant.Grid, reference) -> None:

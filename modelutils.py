@@ -612,7 +612,7 @@ class StreamedModel:
 
     @contextlib.contextmanager
     def head(self, with_gradients: bool = False) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
-        """For the block: a function from last hidden states [B, T, D] to logits [B, T, vocabulary]."""
+        """For the block: a function from last hidden states [B, T, D] to logits [B, T, vocabulary]; `with_gradients`: for autograd."""
         names = [n for n in self.outside_names() if n != self.embedding_name]
         self._fill(names)
         last = len(self.layers) - 1

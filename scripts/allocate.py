@@ -5,18 +5,21 @@
 
 What a linear costs at a width is estimated to second order, in nats a token of KL(unquantized || quantized): the mean over tokens of
 sum_o g_o^2 (E x)_o^2 / 2. E [O, I] are the errors that the column solver leaves at that width, x is the linear's input, and g the gradient
-of -log q(y) in its output, y drawn from the model's own predictions q: the mean of g g^T is the Hessian of the divergence. With the mean
-over rows in the place of each g_o^2 it is tr(E F E^T) / 2, F = mean (|g|^2 / O) x x^T. The bits are those of the least sum of costs
-within the budget, by Lagrange's method.
+of -log q(y) in its output, y drawn from the model's own predictions q: the mean of g g^T is the Hessian of the divergence, of which what
+links outputs, and tokens, is left out. With the mean over rows in the place of each g_o^2 it is tr(E F E^T) / 2, with
+F = mean (|g|^2 / O) x x^T. The bits are those of the least sum of costs within the budget, by Lagrange's method. Errors are those of
+act-order and a damping of 0.1, without shift and refinement.
 
 Later layers make up for part of what earlier ones lose, since their targets are shifted (docs/design.md): the costs of the first third
 of the layers count half, as was measured (docs/accuracy.md, Bits shared out). Errors of several linears are taken to be independent: the
 sum says which share is better, not what the KL will be.
 
-The unquantized model passes forwards and back a layer at a time; what enters each layer waits in host memory. Not here: quantizing.
+The unquantized model passes forwards and back a layer at a time; what enters each layer waits in host memory, and the device holds two
+matrices [I, I] for each linear of a layer, of a mixture for all its experts. Not here: quantizing.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Iterator
@@ -32,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import datautils  # noqa: E402
 import quant  # noqa: E402
-from eval_quantized import pick_device  # noqa: E402
+from eval_quantized import check_json_path, pick_device  # noqa: E402
 from flags import DEFAULT_EXPONENT  # noqa: E402
 from hessian import NotPositiveDefinite, Symmetric, accumulate_hessian, factorize  # noqa: E402
 from leanquant.errors import InputError, exit_code  # noqa: E402
@@ -96,17 +99,20 @@ def average(text: str) -> float:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    return exit_code(lambda: run_in_memory(args), "nothing is lost")
+    return exit_code(lambda: run_in_memory(args), "nothing was written")
 
 
 def run_in_memory(args: argparse.Namespace) -> None:
-    with memory_is_input("give a smaller --nsamples or --seqlen, --device cpu, or more memory"):
+    with memory_is_input("give a smaller --seqlen, --device cpu, or more memory"):
         run(args)
 
 
 def run(args: argparse.Namespace) -> None:
+    check_json_path("--out", args.out)
     if args.out.exists():
         raise InputError(f"{args.out} exists: give another --out, or remove it")
+    if args.grid == "nonuniform" and args.groupsize != -1:
+        raise InputError("--groupsize is for affine grids, free levels are a row's: give --grid affine with it")
     datautils.check_source(args.text)
     device, folder = pick_device(args.device), resolve_model(args.model)
     check_seqlen(folder, args.seqlen)
@@ -116,10 +122,12 @@ def run(args: argparse.Namespace) -> None:
     windows = datautils.calibration_windows(args.text, load_tokenizer(folder), args.nsamples, args.seqlen, args.seed)
     linears = {}
     for found in costs_by_layer(model, windows, args):
+        if broken := [name for name, linear in found.items() if not all(map(math.isfinite, linear.costs.values()))]:
+            raise InputError(f"the cost of {broken[0]} is not finite in {model.dtype}: --dtype float32 may do better")
         linears |= found
     bits = allocate(linears, args.bits)
-    args.out.write_text("".join(f"{line}\n" for line in as_patterns(bits)))
     tell(linears, bits, args.out)
+    args.out.write_text("".join(f"{line}\n" for line in as_patterns(bits)))
 
 
 def check_groups(model: StreamedModel, groupsize: int) -> None:
@@ -140,13 +148,15 @@ def costs_by_layer(model: StreamedModel, windows: torch.Tensor, args: argparse.N
         with model.layer(index, index + 1 if index + 1 < len(model.layers) else None):
             model.advance(index, stream)
     gradients = gradients_of_the_last(model, stream.hidden, args.seed)
+    del stream
     for index in tqdm(range(len(model.layers))[::-1], desc="back", unit="layer", ncols=80, leave=False, disable=None):
         with model.layer(index, index - 1 if index else None) as layer:
             sums = {name: Sums(linear, model.device) for name, linear in model.linears(index).items()}
             for hidden, gradient in zip(entering.pop(), gradients, strict=True):
                 gradient.copy_(passed_back(model, index, sums, hidden[None], gradient[None].to(model.device))[0])
-            prefix, share = model.layer_prefix(index), THEIR_SHARE if index < EARLY * len(model.layers) else 1
-            yield {prefix + name: costs(layer.get_submodule(name), sums.pop(name), share, args) for name in list(sums)}
+            prefix, experts = model.layer_prefix(index), model.experts(index)
+            share = (THEIR_SHARE if index < EARLY * len(model.layers) else 1) / windows.numel()
+            yield {prefix + name: costs(layer.get_submodule(name), sums.pop(name), share, name in experts, args) for name in list(sums)}
 
 
 def gradients_of_the_last(model: StreamedModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
@@ -182,14 +192,13 @@ def passed_back(model: StreamedModel, index: int, sums: dict[str, Sums], hidden:
 
 
 @torch.no_grad()
-def costs(linear: nn.Linear, sums: Sums, share: float, args: argparse.Namespace) -> Linear:
-    """A `share` of them at each width; an expert without a token costs nothing."""
-    W, tokens = linear.weight.float(), max(1, sums.tokens)
-    try:
-        factor = factorize(sums.H / tokens, percdamp=0.1, act_order=True)
-    except NotPositiveDefinite:
-        factor = None  # as llama.py: to the nearest level
-    F, found = Symmetric.of(sums.F.T / tokens), {}
+def costs(linear: nn.Linear, sums: Sums, share: float, is_expert: bool, args: argparse.Namespace) -> Linear:
+    """At each width a `share` of the sum over tokens; an expert without a token costs nothing."""
+    W, factor = linear.weight.float(), None
+    if not is_expert or sums.tokens >= quant.LEAST_TOKENS * len(sums.H):  # else to the nearest level, as llama.py does
+        with contextlib.suppress(NotPositiveDefinite):
+            factor = factorize(sums.H / sums.tokens, percdamp=0.1, act_order=True)
+    F, found = Symmetric.of(sums.F.T), {}
     for bits in WIDTHS:
         config = quant.QuantConfig(bits, args.grid, DEFAULT_EXPONENT[args.grid], groupsize=args.groupsize, act_order=True)
         grid = quant.learn_grid(W, factor, config)
@@ -202,16 +211,17 @@ def costs(linear: nn.Linear, sums: Sums, share: float, args: argparse.Namespace)
 
 
 def allocate(linears: dict[str, Linear], average: float) -> dict[str, int]:
-    """Bits by linear, `average` a weight at most: from 2 for all, the steps that save most for their bits, as long as there are any left.
+    """Bits by linear, `average` a weight at most: from 2 for all, the steps that save most for their bits, as long as there are
+    any left and they save anything.
 
     A step goes from a linear's width to the one beyond which no step saves more a bit, so that steps save less and less.
     """
     bits = dict.fromkeys(linears, min(WIDTHS))
-    left = (average - min(WIDTHS)) * sum(linear.weights for linear in linears.values())
+    left = round((average - min(WIDTHS)) * sum(linear.weights for linear in linears.values()))
     steps = sorted((step for name, linear in linears.items() for step in steps_of(name, linear)), reverse=True)
-    for _, name, width in steps:
+    for saved, name, width in steps:
         price = (width - bits[name]) * linears[name].weights
-        if price <= left and width > bits[name]:
+        if saved > 0 and price <= left and width > bits[name]:
             bits[name] = width
             left -= price
     return bits
