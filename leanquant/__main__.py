@@ -21,10 +21,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for name, summary in (
         ("chat", "talk to the model, its answers appear word by word; an empty line or Ctrl-D ends"),
         ("generate", "continue one prompt"),
-        (
-            "serve",
-            "answer requests of OpenAI's API, by the server of transformers; Ctrl-C ends it after the answers in progress",
-        ),
+        ("serve", "answer requests of OpenAI's API, by the server of transformers; Ctrl-C ends it after the answers in progress"),
         ("info", "what a file or folder is, without loading it"),
     ):
         made[name] = commands.add_parser(name, help=summary, description=summary)
