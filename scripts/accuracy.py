@@ -5,7 +5,8 @@
 Protocol: 32 x 512 calibration tokens from the first 75 % of the articles' characters, --true-sequential --act-order
 --percdamp 0.1, forward passes in bfloat16, perplexity and KL(fp16 || quantized) on windows of 512: 16 384 tokens of the
 other articles (wiki) and of another kind of text (news). "best, tuned" measures the best recipe's file, and again after
-it was tuned on further windows. --choose measures on other parts of both texts, on which the recipe's settings are chosen.
+it was tuned on further windows; "best, bits shared out, tuned" does so with bits that scripts/allocate.py has shared out
+(--share). --choose measures on other parts of both texts, on which the recipe's settings are chosen.
 What is done is kept in docs/results/accuracy.json and not run again; docs/accuracy-tables.md and docs/accuracy.png are made
 from it.
 """
@@ -49,9 +50,10 @@ METHODS = {
 }
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
-TUNED, BOTH = "best, tuned", "best, rotated, tuned"
+TUNED, BOTH, SHARED = "best, tuned", "best, rotated, tuned", "best, bits shared out, tuned"
 TUNED_TIMES = 2  # on so many times the windows it is quantized with, drawn with another seed
 BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys([*ROTATED, BOTH], WORK / "model-rotated")  # with a head of their own
+AVERAGES = (3.5, 3, 2.5, 2.25)  # bits a weight, shared out by an estimate on 32 windows with a seed of its own
 SIZES, SIZED = (16, 64, 128), ("published", "best", TUNED)  # further numbers of windows, and what is measured with them
 BESIDE = "on the pieces' code"  # written by hand: what best gave on older code, with which the rows without a piece were measured
 STALE = {"stale": "what is measured again, because the code has changed what it measures since then; tables hold it until then"}
@@ -62,7 +64,7 @@ class Cell(NamedTuple):
 
     method: str
     grid: str
-    bits: int
+    bits: float  # a whole number where all linears take as many
     seed: int = 0
     nsamples: int = 32
     part: str = "report"
@@ -88,6 +90,8 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
             if method == BOTH and grid != "row":
                 continue  # others gain little from a rotation
             cells.append(Cell(method, grid, bits, seed))
+        if args.share:
+            cells += [Cell(SHARED, grid, average, seed) for seed, average in itertools.product(args.seeds, args.share)]
     for nsamples, method, bits in itertools.product(args.sizes, SIZED, args.bits):
         if "nonuniform" in args.grids and method in args.methods:
             cells.append(Cell(method, "nonuniform", bits, 0, nsamples))
@@ -102,6 +106,7 @@ def main() -> None:
     add("--methods", nargs="+", choices=methods, default=methods)
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--share", type=float, nargs="*", default=AVERAGES, help="bits on average, shared out")
     add("--sizes", type=int, nargs="*", default=SIZES, help="further numbers of calibration windows")
     add(
         "--choose",
@@ -124,7 +129,10 @@ def main() -> None:
             trials = itertools.product(args.choose, args.grids, args.seeds, args.bits)
             cells = [Cell("fp16", "row", 16, part="choose")]
             cells += [Cell("best", grid, bits, seed, 32, "choose", extra) for extra, grid, seed, bits in trials]
-        complete = run_all([cell for cell in cells if not is_measured(cell, done) or lacks_reference(cell)], done, args.lanes)
+        wanted = [cell for cell in cells if not is_measured(cell, done) or lacks_reference(cell)]
+        for grid in {cell.grid for cell in wanted if cell.method == SHARED}:
+            share_out(grid, args.share)
+        complete = run_all(wanted, done, args.lanes)
     write_text(DOCS / "accuracy-tables.md", as_markdown(done))
     plot(done, DOCS / "accuracy.png")
     if not complete:
@@ -230,6 +238,23 @@ def make_rotated_model(folder: Path) -> None:
         sys.exit("rotating failed")
 
 
+def share_out(grid: str, averages: Sequence[float]) -> None:
+    """Write to `shares` what is not there yet."""
+    import allocate
+
+    if all(shares(grid, average).is_file() for average in averages):
+        return
+    command = [MODEL, WORK / "calibration.txt", "--bits", 3, "--out", "-", "--nsamples", 32, "--seqlen", SEQLEN, "--dtype", "bfloat16"]
+    linears = allocate.estimate(allocate.parse([*map(str, command), *GRIDS[grid]]))
+    for average in averages:
+        write_text(shares(grid, average), "\n".join(allocate.as_patterns(allocate.allocate(linears, average))))
+
+
+def shares(grid: str, average: float) -> Path:
+    """The file of scripts/allocate.py's lines."""
+    return WORK / f"{grid} {average:g} bits shared out.txt"
+
+
 def parts(documents: list[str], separator: str, start: int, tokenizer) -> dict:
     """The first REPORT tokens from character `start`, and CHOOSE tokens from the next document that begins after them."""
     import torch
@@ -257,7 +282,7 @@ def measure(cell: Cell) -> dict:
     code, result, start = commit(), {"cpu_seconds": None, "loss": None}, time.process_time()
     base = BASES.get(cell.method, MODEL)
     if cell.method != "fp16":
-        command = [str(base), str(WORK / "calibration.txt"), "--wbits", str(cell.bits), *flags(cell), "--nsamples", str(cell.nsamples)]
+        command = [str(base), str(WORK / "calibration.txt"), "--wbits", str(int(cell.bits)), *flags(cell), "--nsamples", str(cell.nsamples)]
         command += ["--seqlen", str(SEQLEN), "--seed", str(cell.seed), "--true-sequential", "--act-order", "--percdamp", "0.1"]
         command += ["--dtype", "bfloat16", "--eval", "none", "--save_path", str(file), "--overwrite", "--fresh", "--report", str(report)]
         if llama.main(command + cell.extra.split()):
@@ -265,8 +290,9 @@ def measure(cell: Cell) -> dict:
         contents = json.loads(report.read_text())
         result = {"cpu_seconds": time.process_time() - start, "loss": sum(row["loss"] or 0 for row in contents["linears"])}
         result["phase_seconds"] = contents["phase_seconds"]
+        result["megabytes"] = round(file.stat().st_size / 1e6, 2)
     torch.set_float32_matmul_precision("medium")
-    if cell.method in (TUNED, BOTH):
+    if cell.method in (TUNED, BOTH, SHARED):
         result["untuned"] = {text: evaluate(base, file, f"{text} {cell.part}", False)[0] for text in ("wiki", "news")}
         result["tuning_cpu_seconds"] = tune_file(base, file, cell)
     for text in ("wiki", "news"):
@@ -303,7 +329,7 @@ def commit() -> str | None:
 def flags(cell: Cell) -> list[str]:
     group = GRIDS[cell.grid][2:]
     method = ROTATED.get(cell.method, cell.method)
-    own = METHODS.get(method, [])
+    own = ["--bits_for", *shares(cell.grid, cell.bits).read_text().split()] if method == SHARED else METHODS.get(method, [])
     return [*own, *group] if method in ("rtn", "gptq") else [*GRIDS[cell.grid], *own]
 
 
@@ -361,7 +387,10 @@ def log_probabilities(logits, hidden):
 
 
 def as_markdown(done: dict) -> str:
-    tables = (table(done) for table in (main_tables, piece_table, head_table, tuning_table, rotation_table, size_table, choice_table))
+    tables = (
+        table(done)
+        for table in (main_tables, piece_table, head_table, tuning_table, shared_table, rotation_table, size_table, choice_table)
+    )
     return "\n\n".join(filter(None, tables)) + "\n"
 
 
@@ -454,7 +483,7 @@ def before_and_after(done: dict, said: str, method: str, before: str, after: str
     """Rows of `method` as they are, beside what they hold under the name `before`; `said` says of what, `after` heads the columns."""
     texts = "".join(f"| {text} ppl | {after} | {text} KL | {after} | change, % " for text in ("wiki", "news"))
     lines = [f"{said}\n", f"| grid | bits {texts}| seeds |", "|" + 13 * "---|"]
-    for grid, bits in itertools.product(GRIDS, (4, 3, 2)):
+    for grid, bits in itertools.product(GRIDS, sorted({row["bits"] for row in done.values()}, reverse=True)):
         if found := rows_of(done, method=method, grid=grid, bits=bits, nsamples=32):
             cells = []
             for text in ("wiki", "news"):
@@ -462,8 +491,32 @@ def before_and_after(done: dict, said: str, method: str, before: str, after: str
                 for name, digits in (("perplexity", ".5g"), ("kl", ".4f")):
                     cells += [over_seeds([pair[side][name] for pair in pairs], digits) for side in (0, 1)]
                 cells.append(over_seeds([100 * (new["kl"] / old["kl"] - 1) for old, new in pairs], ".1f"))
-            lines.append(f"| {grid} | {bits} | {' | '.join(cells)} | {len(found)} |")
+            lines.append(f"| {grid} | {bits:g} | {' | '.join(cells)} | {len(found)} |")
     return "\n".join(lines) if len(lines) > 3 else ""
+
+
+def shared_table(done: dict) -> str:
+    """What sharing bits out gives, tuned too; and how large the files are."""
+    said = "The best recipe with bits shared out (scripts/allocate.py), and the same file tuned as above."
+    lines = [
+        "How large those files are, and their KL less that of as many bits everywhere, %, with the same seed.\n",
+        "| grid | bits | MB | wiki | tuned | news | tuned | seeds |",
+        "|" + 8 * "---|",
+    ]
+    for grid, bits in itertools.product(GRIDS, sorted(AVERAGES, reverse=True)):
+        found = rows_of(done, method=SHARED, grid=grid, bits=bits)
+        alike = {row["seed"]: row for row in rows_of(done, method=TUNED, grid=grid, bits=bits, nsamples=32)}
+        pairs = [(alike[row["seed"]], row) for row in found if row["seed"] in alike]
+        changes = [
+            over_seeds([100 * (kind(new)[text]["kl"] / kind(old)[text]["kl"] - 1) for old, new in pairs], ".1f") if pairs else ""
+            for text in ("wiki", "news")
+            for kind in (lambda row: row["untuned"], lambda row: row)
+        ]
+        if found:
+            size = mean(row["megabytes"] for row in found)
+            lines.append(f"| {grid} | {bits:g} | {size:.1f} | {' | '.join(changes)} | {len(pairs) or ''} |")
+    table = before_and_after(done, said, SHARED, "untuned", "tuned")
+    return "\n\n".join([table, "\n".join(lines)]) if table else ""
 
 
 def rotation_table(done: dict) -> str:

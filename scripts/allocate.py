@@ -14,12 +14,13 @@ Later layers make up for part of what earlier ones lose, since their targets are
 of the layers count half, as was measured (docs/accuracy.md, Bits shared out). Errors of several linears are taken to be independent: the
 sum says which share is better, not what the KL will be.
 
-The unquantized model passes forwards and back a layer at a time; what enters each layer waits in host memory, and the device holds two
-matrices [I, I] for each linear of a layer, of a mixture for all its experts. Not here: quantizing.
+The unquantized model passes forwards and back a layer at a time; what enters each layer waits in host memory, and the device holds a matrix
+[I, I] for each linear of a layer and one for all that read the same, of a mixture for all its experts. Not here: quantizing.
 """
 
 import argparse
 import contextlib
+import itertools
 import math
 import sys
 from collections.abc import Iterator
@@ -40,6 +41,7 @@ from flags import DEFAULT_EXPONENT  # noqa: E402
 from hessian import NotPositiveDefinite, Symmetric, accumulate_hessian, factorize  # noqa: E402
 from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
+from llama import check_groups  # noqa: E402
 from modelutils import StreamedModel, check_seqlen, load_tokenizer, memory_is_input, refuse_quantized, resolve_model  # noqa: E402
 from rotate import seed  # noqa: E402
 from tune import pick_dtype, positive  # noqa: E402
@@ -56,18 +58,23 @@ class Linear(NamedTuple):
 
 
 class Sums:
-    """Over the tokens of one linear: H of x x^T and F of (|g|^2 / O) x x^T, upper triangles [I, I]."""
+    """Over the tokens that some linears read: H of x x^T, and of each linear F of (|g|^2 / O) x x^T; upper triangles [I, I]."""
 
-    def __init__(self, linear: nn.Linear, device: torch.device):
-        self.H, self.F = (torch.zeros(linear.in_features, linear.in_features, device=device) for _ in range(2))
-        self.tokens = 0
+    def __init__(self, linears: dict[str, nn.Linear], device: torch.device):
+        I = next(iter(linears.values())).in_features
+        zeros = lambda: torch.zeros(I, I, device=device)  # noqa: E731
+        self.linears, self.H, self.F, self.tokens = linears, zeros(), {name: zeros() for name in linears}, 0
 
-    def add(self, x: torch.Tensor, g: torch.Tensor) -> None:
-        """x [..., I] and g [..., O]."""
-        x, g = x.flatten(0, -2).float(), g.flatten(0, -2).float()
+    def add(self, x: torch.Tensor) -> None:
+        """What they read, [..., I]."""
+        x = x.flatten(0, -2).float()
         accumulate_hessian(self.H, x)
-        accumulate_hessian(self.F, x * g.square().mean(1, keepdim=True).sqrt())
         self.tokens += len(x)
+
+    def add_gradient(self, name: str, x: torch.Tensor, g: torch.Tensor) -> None:
+        """That of what linear `name` gives for x, [..., O]."""
+        x, g = x.flatten(0, -2).float(), g.flatten(0, -2).float()
+        accumulate_hessian(self.F[name], x * g.square().mean(1, keepdim=True).sqrt())
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -111,6 +118,14 @@ def run(args: argparse.Namespace) -> None:
     check_json_path("--out", args.out)
     if args.out.exists():
         raise InputError(f"{args.out} exists: give another --out, or remove it")
+    linears = estimate(args)
+    bits = allocate(linears, args.bits)
+    tell(linears, bits, args.out)
+    args.out.write_text("".join(f"{line}\n" for line in as_patterns(bits)))
+
+
+def estimate(args: argparse.Namespace) -> dict[str, Linear]:
+    """What each linear of the model costs, by its full name. Raises InputError."""
     if args.grid == "nonuniform" and args.groupsize != -1:
         raise InputError("--groupsize is for affine grids, free levels are a row's: give --grid affine with it")
     datautils.check_source(args.text)
@@ -118,23 +133,19 @@ def run(args: argparse.Namespace) -> None:
     check_seqlen(folder, args.seqlen)
     model = StreamedModel(folder, open_checkpoint(folder), pick_dtype(args.dtype, device), device)
     refuse_quantized(model, args.model)
-    check_groups(model, args.groupsize)
+    names = [model.layer_prefix(index) + name for index in range(len(model.layers)) for name in model.linears(index)]
+    check_groups(model, config_of(args, min(WIDTHS)), dict.fromkeys(names, min(WIDTHS)))
     windows = datautils.calibration_windows(args.text, load_tokenizer(folder), args.nsamples, args.seqlen, args.seed)
     linears = {}
     for found in costs_by_layer(model, windows, args):
         if broken := [name for name, linear in found.items() if not all(map(math.isfinite, linear.costs.values()))]:
             raise InputError(f"the cost of {broken[0]} is not finite in {model.dtype}: --dtype float32 may do better")
         linears |= found
-    bits = allocate(linears, args.bits)
-    tell(linears, bits, args.out)
-    args.out.write_text("".join(f"{line}\n" for line in as_patterns(bits)))
+    return linears
 
 
-def check_groups(model: StreamedModel, groupsize: int) -> None:
-    for index in range(len(model.layers)):
-        for name, linear in model.linears(index).items():
-            if groupsize != -1 and (groupsize < 1 or linear.in_features % groupsize):
-                raise InputError(f"--groupsize {groupsize} does not divide the {linear.in_features} inputs of {name}: give one that does")
+def config_of(args: argparse.Namespace, bits: int) -> quant.QuantConfig:
+    return quant.QuantConfig(bits, args.grid, DEFAULT_EXPONENT[args.grid], groupsize=args.groupsize, act_order=True)
 
 
 # --- forwards and back -----------------------------------------------------------------------------------------
@@ -142,21 +153,25 @@ def check_groups(model: StreamedModel, groupsize: int) -> None:
 
 def costs_by_layer(model: StreamedModel, windows: torch.Tensor, args: argparse.Namespace) -> Iterator[dict[str, Linear]]:
     """The linears of a layer by their full names, from the last layer to the first."""
-    stream, entering = model.embed(windows, 1), []
+    stream, entering, groups = model.embed(windows, 1), [], []
     for index in tqdm(range(len(model.layers)), desc="forwards", unit="layer", ncols=80, leave=False, disable=None):
         entering.append(stream.hidden.clone())
         with model.layer(index, index + 1 if index + 1 < len(model.layers) else None):
+            groups.append([group.linears for group in model.groups(index, stream)])
             model.advance(index, stream)
     gradients = gradients_of_the_last(model, stream.hidden, args.seed)
     del stream
     for index in tqdm(range(len(model.layers))[::-1], desc="back", unit="layer", ncols=80, leave=False, disable=None):
-        with model.layer(index, index - 1 if index else None) as layer:
-            sums = {name: Sums(linear, model.device) for name, linear in model.linears(index).items()}
+        with model.layer(index, index - 1 if index else None):
+            linears = model.linears(index)
+            sums = [Sums({name: linears[name] for name in names}, model.device) for names in groups[index]]
             for hidden, gradient in zip(entering.pop(), gradients, strict=True):
                 gradient.copy_(passed_back(model, index, sums, hidden[None], gradient[None].to(model.device))[0])
-            prefix, experts = model.layer_prefix(index), model.experts(index)
+            prefix, experts, found = model.layer_prefix(index), model.experts(index), {}
             share = (THEIR_SHARE if index < EARLY * len(model.layers) else 1) / windows.numel()
-            yield {prefix + name: costs(layer.get_submodule(name), sums.pop(name), share, name in experts, args) for name in list(sums)}
+            while sums:
+                found |= costs(sums.pop(), share, set(experts), args)
+            yield {prefix + name: found[name] for name in linears}
 
 
 def gradients_of_the_last(model: StreamedModel, hidden: torch.Tensor, seed: int) -> torch.Tensor:
@@ -171,17 +186,19 @@ def gradients_of_the_last(model: StreamedModel, hidden: torch.Tensor, seed: int)
     return gradients
 
 
-def passed_back(model: StreamedModel, index: int, sums: dict[str, Sums], hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+def passed_back(model: StreamedModel, index: int, sums: list[Sums], hidden: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
     """The gradient in what enters layer `index`, [1, T, D], from that in what leaves it; on the way the sums of its linears grow."""
 
-    def see(name: str):
+    def see(its: Sums, name: str):
         def after(_module, inputs, output):
             x = inputs[0].detach()
-            output.register_hook(lambda g: sums[name].add(x, g))
+            if name == next(iter(its.linears)):
+                its.add(x)
+            output.register_hook(lambda g: its.add_gradient(name, x, g))
 
         return after
 
-    handles = [model.layers[index].get_submodule(name).register_forward_hook(see(name)) for name in sums]
+    handles = [linear.register_forward_hook(see(its, name)) for its in sums for name, linear in its.linears.items()]
     try:
         with torch.enable_grad():
             entering = hidden.to(model.device).requires_grad_()
@@ -192,19 +209,19 @@ def passed_back(model: StreamedModel, index: int, sums: dict[str, Sums], hidden:
 
 
 @torch.no_grad()
-def costs(linear: nn.Linear, sums: Sums, share: float, is_expert: bool, args: argparse.Namespace) -> Linear:
-    """At each width a `share` of the sum over tokens; an expert without a token costs nothing."""
-    W, factor = linear.weight.float(), None
-    if not is_expert or sums.tokens >= quant.LEAST_TOKENS * len(sums.H):  # else to the nearest level, as llama.py does
+def costs(sums: Sums, share: float, experts: set[str], args: argparse.Namespace) -> dict[str, Linear]:
+    """Of each linear at each width, a `share` of the sum over tokens; an expert without a token costs nothing."""
+    factor = None
+    if experts.isdisjoint(sums.linears) or sums.tokens >= quant.LEAST_TOKENS * len(sums.H):  # else rounded to nearest, as by llama.py
         with contextlib.suppress(NotPositiveDefinite):
             factor = factorize(sums.H / sums.tokens, percdamp=0.1, act_order=True)
-    F, found = Symmetric.of(sums.F.T), {}
-    for bits in WIDTHS:
-        config = quant.QuantConfig(bits, args.grid, DEFAULT_EXPONENT[args.grid], groupsize=args.groupsize, act_order=True)
+    found = {name: Linear(linear.weight.numel(), {}) for name, linear in sums.linears.items()}
+    for (name, linear), bits in itertools.product(sums.linears.items(), WIDTHS):
+        W, config = linear.weight.float(), config_of(args, bits)
         grid = quant.learn_grid(W, factor, config)
         E = quant.dequantize(quant.quantize(W, grid, factor, config).codes, grid.levels) - W
-        found[bits] = share * quant.row_losses(E, F).sum().item() / 2
-    return Linear(W.numel(), found)
+        found[name].costs[bits] = share * quant.row_losses(E, Symmetric.of(sums.F[name].T)).sum().item() / 2
+    return found
 
 
 # --- bits ------------------------------------------------------------------------------------------------------

@@ -38,12 +38,11 @@ def test_gradients_are_those_of_the_whole_model(model, monkeypatch):
     ids = torch.randint(90, (3, 16), generator=generator())
     drawn = torch.randint(90, (16, 1), generator=generator())
     monkeypatch.setattr(torch, "multinomial", lambda *_, **__: drawn)
-    sums, costs, shares = {}, allocate.costs, []
+    costs, groups = allocate.costs, []
 
-    def noted(linear, its, share, *rest):
-        sums[linear] = its
-        shares.append(share * ids.numel())
-        return costs(linear, its, share, *rest)
+    def noted(its, share, *rest):
+        groups.append((its, share * ids.numel()))
+        return costs(its, share, *rest)
 
     monkeypatch.setattr(allocate, "costs", noted)
     streamed = StreamedModel(model, open_checkpoint(model), torch.float32, torch.device("cpu"))
@@ -51,7 +50,6 @@ def test_gradients_are_those_of_the_whole_model(model, monkeypatch):
     found = {}
     for layer in allocate.costs_by_layer(streamed, ids, args):
         found |= layer
-    sums = dict(zip(found, sums.values(), strict=True))
     whole = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     seen = {name: [] for name in found}
     for name, module in whole.named_modules():
@@ -61,33 +59,37 @@ def test_gradients_are_those_of_the_whole_model(model, monkeypatch):
         loss = -whole(row[None]).logits[0].log_softmax(-1).gather(1, drawn).sum()
         for values in seen.values():
             values[-1] = (values[-1][0], torch.autograd.grad(loss, values[-1][1], retain_graph=True)[0])
-    assert len(found) == 14 and shares == 7 * [1] + 7 * [0.5]  # the last layer comes first
+    assert len(found) == 14 and len(groups) == 8  # q, k and v share a sum, gate and up
+    assert [share for _, share in groups] == 4 * [1] + 4 * [0.5]  # the last layer comes first
     for name, values in seen.items():
+        number, _, rest = name.removeprefix("model.layers.").partition(".")
+        sums = next(its for its, share in groups if share == (0.5, 1)[int(number)] and rest in its.linears)
         x, g = (torch.cat([pair[side][0] for pair in values]).detach() for side in (0, 1))
         F = (x * g.square().mean(1, keepdim=True)).T @ x
-        torch.testing.assert_close(sums[name].F.triu(), F.triu(), rtol=1e-3, atol=1e-5 * F.abs().max().item())
-        torch.testing.assert_close(sums[name].H.triu(), (x.T @ x).triu(), rtol=1e-3, atol=1e-3)
-        assert sums[name].tokens == 48 and found[name].costs[2] > found[name].costs[3] > found[name].costs[4] > 0
+        torch.testing.assert_close(sums.F[rest].triu(), F.triu(), rtol=1e-3, atol=1e-5 * F.abs().max().item())
+        torch.testing.assert_close(sums.H.triu(), (x.T @ x).triu(), rtol=1e-3, atol=1e-3)
+        assert sums.tokens == 48 and found[name].costs[2] > found[name].costs[3] > found[name].costs[4] > 0
 
 
 def test_a_cost_is_what_errors_do(monkeypatch):
     """Half the mean over tokens of sum_o s (E x)_o^2, s the mean of g_o^2."""
     g = generator()
     linear, x, gradients = torch.nn.Linear(16, 8, bias=False), torch.randn(50, 16, generator=g), torch.randn(50, 8, generator=g)
-    sums = allocate.Sums(linear, torch.device("cpu"))
-    sums.add(x[:20][None], gradients[:20][None])
-    sums.add(x[20:], gradients[20:])
+    sums = allocate.Sums({"x": linear}, torch.device("cpu"))
+    for part, its in ((x[:20][None], gradients[:20][None]), (x[20:], gradients[20:])):
+        sums.add(part)
+        sums.add_gradient("x", part, its)
     errors = []
     row_losses = allocate.quant.row_losses
     monkeypatch.setattr(allocate.quant, "row_losses", lambda E, F: errors.append(E) or row_losses(E, F))
     args = allocate.parse(["model", "text", "--bits", "3", "--out", "out"])
-    found, half = (allocate.costs(linear, sums, share / 50, False, args) for share in (1, 0.5))
+    found, half = (allocate.costs(sums, share / 50, set(), args)["x"] for share in (1, 0.5))
     assert half.costs == pytest.approx({width: cost / 2 for width, cost in found.costs.items()})
     assert found.weights == 128
     for E, cost in zip(errors[:3], found.costs.values(), strict=True):
         expected = ((x @ E.T).square().sum(1) * gradients.square().mean(1)).mean() / 2
         assert cost == pytest.approx(expected.item(), rel=1e-4)
-    assert Symmetric.of(sums.F.T).rows(slice(0, 16)).allclose(sums.F.triu() + sums.F.triu(1).T)
+    assert Symmetric.of(sums.F["x"].T).rows(slice(0, 16)).allclose(sums.F["x"].triu() + sums.F["x"].triu(1).T)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -122,15 +124,22 @@ def test_steps_that_save_nothing_are_not_taken_and_no_bit_is_lost_by_rounding():
 def test_an_expert_costs_what_its_share_of_the_tokens_does(monkeypatch):
     """And with few of them it is rounded to nearest, as llama.py does."""
     linear, args = torch.nn.Linear(16, 8, bias=False), allocate.parse(["model", "text", "--bits", "3", "--out", "out"])
-    sums, factors, quantize = allocate.Sums(linear, torch.device("cpu")), [], allocate.quant.quantize
+    empty, sums = (allocate.Sums({"x": linear}, torch.device("cpu")) for _ in range(2))
+    factors, quantize = [], allocate.quant.quantize
     noted = lambda W, grid, factor, config: factors.append(factor) or quantize(W, grid, factor, config)  # noqa: E731
     monkeypatch.setattr(allocate.quant, "quantize", noted)
-    sums.add(torch.randn(31, 16, generator=generator()), torch.ones(31, 8))
-    of_31, of_62 = (allocate.costs(linear, sums, 1 / tokens, True, args).costs for tokens in (31, 62))
+    costs = lambda its, share: allocate.costs(its, share, {"x"}, args)["x"].costs  # noqa: E731
+
+    def add(x):
+        sums.add(x)
+        sums.add_gradient("x", x, torch.ones(len(x), 8))
+
+    add(torch.randn(31, 16, generator=generator()))
+    of_31, of_62 = costs(sums, 1 / 31), costs(sums, 1 / 62)
     assert factors == 6 * [None] and of_62 == pytest.approx({width: cost / 2 for width, cost in of_31.items()})
-    sums.add(torch.randn(1, 16, generator=generator(1)), torch.ones(1, 8))
-    allocate.costs(linear, sums, 1, True, args)
-    assert None not in factors[6:] and allocate.costs(linear, allocate.Sums(linear, torch.device("cpu")), 1, True, args).costs[2] == 0
+    add(torch.randn(1, 16, generator=generator(1)))
+    costs(sums, 1)
+    assert None not in factors[6:] and costs(empty, 1)[2] == 0
 
 
 def test_patterns_name_each_linear_with_its_bits():
@@ -206,7 +215,7 @@ def test_bad_input_is_one_sentence(model, text_file, tmp_path, capsys):
         ((model, text_file, "--groupsize", 16), "free levels are a row's: give --grid affine with it"),
         (
             (model, text_file, "--grid", "affine", "--groupsize", 7),
-            "--groupsize 7 does not divide the 64 inputs of self_attn.q_proj: give one that does",
+            "--groupsize 7 does not divide the 64 inputs of model.layers.0.self_attn.q_proj: give a divisor, or -1",
         ),
         ((model, text_file, "--seqlen", 1024), "the model's context is 256"),
         ((model, text_file, "--device", "cuda:99"), "CUDA devices"),
