@@ -47,6 +47,7 @@ class Run:
     packing: str
     skip: tuple[str, ...]  # regular expressions for linears that stay as they are
     bits_for: tuple[tuple[str, int], ...]  # others, and the bits of what they match
+    vocab_bits: int  # of embeddings and head; 16: they are not quantized
     device: torch.device
     save_path: Path | None
     overwrite: bool
@@ -115,6 +116,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         default=[],
         metavar="REGEX=BITS",
         help="other bits than --wbits for the linears whose whole name matches; the first match counts, after --skip's",
+    )
+    add(
+        "--vocab_bits",
+        type=int,
+        default=16,
+        metavar="BITS",
+        help="quantize embeddings and head too, to 2, 3 or 4 bits; 16: they stay as they are",
     )
     add("--block_size", type=int, default=128, help="columns whose errors are propagated together")
     add("--n_layers", type=int, help="quantize only the first N decoder layers (unset: all)")
@@ -331,8 +339,10 @@ def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
         datautils.check_source(source)
     if args.wbits != 16 and args.nsamples < ranks.size:
         raise InputError(f"--nsamples is {args.nsamples} and there are {ranks.size} ranks: give each at least one window")
-    if args.wbits == 16 and (args.skip or args.bits_for):
-        raise InputError("--skip and --bits_for are for quantizing: give --wbits 2, 3 or 4 with them")
+    if args.vocab_bits not in (2, 3, 4, 16):
+        raise InputError(f"--vocab_bits is {args.vocab_bits}: give 2, 3 or 4, or 16 to leave embeddings and head as they are")
+    if args.wbits == 16 and (args.skip or args.bits_for or args.vocab_bits != 16):
+        raise InputError("--skip, --bits_for and --vocab_bits are for quantizing: give --wbits 2, 3 or 4 with them")
     if args.wbits == 16 and (args.save_path or not sources):
         raise InputError("--wbits 16 only evaluates the unquantized model: give --wbits 2, 3 or 4 to quantize it")
     eval_quantized.check_json_path("--report", args.report)
@@ -351,6 +361,7 @@ def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
         packing=args.packing,
         skip=tuple(args.skip),
         bits_for=tuple(map(parse_bits, args.bits_for)),
+        vocab_bits=args.vocab_bits,
         device=device,
         save_path=args.save_path,
         overwrite=args.overwrite,

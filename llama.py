@@ -84,25 +84,34 @@ class Phases:
 def quantize_model(model, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, journal: Journal, phases: Phases) -> None:
     """Hand the tensors of the quantized model to `writer`, which the first of several ranks has, going on after the layers that
     `journal` has."""
-    count = quantized_layers(model, run)
+    count, embeddings = quantized_layers(model, run), packed_embeddings(model, run, config, phases)
     if journal.layers < count:
-        quantize_layers(model, range(journal.layers, count), ids, run, config, writer, journal, phases)
+        quantize_layers(model, range(journal.layers, count), ids, run, config, embeddings, writer, journal, phases)
     run.ranks.part()
     with phases("pack"):
-        for tensors in untouched_tensors(model, count, shifts_head(model, run, config)) if run.ranks.is_first else ():
+        for tensors in untouched_tensors(model, count, finished_outside(model, run, config)) if run.ranks.is_first else ():
             writer.add(tensors)
+        if embeddings and run.ranks.is_first:
+            writer.add(embeddings.named(path_of(model.embedding_name)))
     model.checkpoint.check_unchanged()
 
 
-def quantize_layers(model, layers: range, ids: torch.Tensor, run: Run, config: quant.QuantConfig, writer, journal: Journal, phases: Phases):
-    """Quantize `layers` one after the other. A layer is written while the next is computed, which is read while this one is."""
+def quantize_layers(
+    model, layers: range, ids: torch.Tensor, run: Run, config: quant.QuantConfig, embeddings, writer, journal: Journal, phases: Phases
+) -> None:
+    """Quantize `layers` one after the other. A layer is written while the next is computed, which is read while this one is. embeddings:
+    what the quantized model begins with, if it is not what the original does."""
     kind, folder = run.ranks.from_first(lambda: (run.activations, str(writer.folder)))
     if (kind == "disk" or run.save_path) and not Path(folder).is_dir():
         raise InputError(f"{folder}, where rank 0 writes, is not there for rank {run.ranks.rank}: give a --save_path that all have")
     with phases("forward"):
         place = Place(kind, run.device, Path(folder), journal.generation, run.ranks)
-        stream = model.embed(ids[run.ranks.rows(len(ids))], journal.batch_size or run.batch_size, place, streams(config))
+        mine = ids[run.ranks.rows(len(ids))]
+        stream = model.embed(mine, journal.batch_size or run.batch_size, place, streams(config))
         reference = stream.twin() if config.shift > 0 else None
+        if embeddings and not journal.layers:
+            columns = model.config.get_text_config().hidden_size
+            model.embed_with(embeddings.dequantize(run.vocab_bits, columns, model.dtype), stream, mine)
     live = [stream.states] + ([reference.states] if reference else [])
     journal.restore(live)
     bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None if run.ranks.is_first else True}
@@ -111,8 +120,9 @@ def quantize_layers(model, layers: range, ids: torch.Tensor, run: Run, config: q
             start = time.perf_counter()
             packed, linears = quantize_layer(model, index, stream, reference, run, config, phases, saver)
             is_last, head = index == layers.stop - 1, {}
-            if is_last and shifts_head(model, run, config):
-                head = shifted_head(model, stream, reference, run, config, phases)
+            if is_last and finished_outside(model, run, config):
+                head, rows = finished_head(model, stream, reference, run, config, phases)
+                linears += rows
             ending = {"rows": linears, "seconds": dict(phases.seconds), "live": live, "is_last": is_last}
             entry = partial(journal.add, index + 1, **ending, batch_size=stream.batch_size)
             with phases("load"):  # what is read is read now: files may be gone when it is written
@@ -231,48 +241,6 @@ def share_statistics(what: str, total: Statistics, ranks: Ranks, phases: Phases)
     if not total.is_finite():
         raise InputError(f"{what} is not finite: try --dtype float32 or bfloat16")
     total.divide()
-
-
-def shifts_head(model, run: Run, config: quant.QuantConfig) -> bool:
-    """Does the head follow what the layers give now? Only one of its own can."""
-    return config.shift > 0 and config.shift_head and model.has_own_head and quantized_layers(model, run) == len(model.layers)
-
-
-def shifted_head(model, stream, reference, run: Run, config: quant.QuantConfig, phases: Phases) -> dict[str, torch.Tensor]:
-    """The head, by its name, moved so that it gives on what `stream` has become what it gave on `reference`; on the first rank.
-
-    Further than the layers' linears, the further the more tokens there are: no layer comes after it that would learn from how well it
-    fits the calibration text.
-    """
-    both, name = [stream, reference], model.head_name
-    total = modelutils.in_smaller_batches(model, both, head_statistics, model, stream, reference, run, phases)
-    share_statistics(f"the input of {name}", total, run.ranks, phases)
-    with phases("factorization"):
-        factor = common_factor(total.H, config, run.ranks)
-    if not run.ranks.is_first:
-        return {}
-    if factor is None:
-        warnings.warn(f"the Hessian of {name} cannot be factorized: it stays as it is", stacklevel=2)
-    with phases("load"):
-        head = model.checkpoint.get(name)
-    strength = total.tokens / (total.tokens + quant.HEAD_TOKENS * len(total.H))
-    for rows in quant.row_pieces(*head.shape) if factor else ():
-        with phases("target"):
-            head[rows] = quant.shifted(head[rows].to(model.device, torch.float32), total, factor, strength, rows).to(head)
-    return {name: head}
-
-
-def head_statistics(model, stream, reference, run: Run, phases: Phases) -> Statistics:
-    """One pass through what comes after the layers: sums over this rank's tokens of what the head reads."""
-    total = None
-    with phases("forward"):
-        for ours, theirs in model.head_inputs(stream, reference):
-            with phases("hessian"):
-                if total is None:
-                    weight = model.model.get_output_embeddings().weight
-                    total = Statistics([weight], True, False, hessian_device(weight.shape[1], run))
-                total.add(ours, theirs)
-    return total
 
 
 def streams(config: quant.QuantConfig) -> int:
@@ -436,14 +404,134 @@ def layer_names(model, index: int) -> list[str]:
     return [name for name in model.checkpoint.shapes if name.startswith(model.layer_prefix(index))]
 
 
-def untouched_tensors(model, first: int, but_head: bool) -> Iterator[dict[str, torch.Tensor]]:
-    """What is copied as it is: the layers from `first` on, then everything outside the layers (but_head: less what the last of them was
-    written with), one tensor at a time."""
+def untouched_tensors(model, first: int, finished: set[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """What is copied as it is: the layers from `first` on, then everything outside the layers but what is `finished`, one tensor at a
+    time."""
     for index in range(first, len(model.layers)):
         yield {name: model.checkpoint.get(name) for name in layer_names(model, index)}
     for name in model.checkpoint.shapes:
-        if not name.startswith(model.layers_name + ".") and not (but_head and name == model.head_name):
+        if not name.startswith(model.layers_name + ".") and name not in finished:
             yield {name: model.checkpoint.get(name)}
+
+
+# --- embeddings and head ---------------------------------------------------------------------------------------
+
+
+def path_of(weight: str) -> str:
+    """The module that has it."""
+    return weight.removesuffix(".weight")
+
+
+def vocabulary(model: modelutils.StreamedModel, run: Run) -> dict[str, int]:
+    """The bits of embeddings and head by their paths, of both in one by the embeddings'; nothing if they stay. Raises InputError."""
+    if run.vocab_bits == 16:
+        return {}
+    if quantized_layers(model, run) < len(model.layers):
+        raise InputError("--vocab_bits is for whole models, whose last layer the head reads: leave out --n_layers, or give it all layers")
+    network = model.model
+    if not (
+        isinstance(network.get_input_embeddings(), torch.nn.Embedding) and isinstance(network.get_output_embeddings(), torch.nn.Linear)
+    ):
+        raise InputError(f"{type(network).__name__} has other embeddings, or another head, than --vocab_bits can quantize: leave it out")
+    if not model.has_own_head and model.head_name in model.checkpoint:
+        raise InputError(f"the model has a {model.head_name} that its config.json calls the embeddings: say there that it is not")
+    names = (model.embedding_name, model.head_name) if model.has_own_head else (model.embedding_name,)
+    linears = {f"{model.layer_prefix(index)}{name}.weight" for index in range(len(model.layers)) for name in model.linears(index)}
+    if not {name for name, _ in network.named_parameters()} - linears - {*names, model.head_name}:
+        raise InputError(f"{type(network).__name__} has nothing but linears and embeddings: transformers needs one that is not quantized")
+    return {path_of(name): run.vocab_bits for name in names}
+
+
+def packed_embeddings(model, run: Run, config: quant.QuantConfig, phases: Phases) -> packing.PackedLinear | None:
+    """Embeddings rounded to the nearest of levels for which all columns count alike; None if they are not quantized, or are the head."""
+    if run.vocab_bits == 16 or not model.has_own_head:
+        return None
+    name, config = model.embedding_name, replace(config, bits=run.vocab_bits)
+    count, columns = model.checkpoint.shapes[name]
+    mine, packed = run.ranks.rows(count), []
+    for rows in quant.row_pieces(mine.stop - mine.start, columns):
+        with phases("load"):
+            W = model.checkpoint.get(name, slice(mine.start + rows.start, mine.start + rows.stop)).to(model.device).float()
+        grid, codes, _ = quantize_weights(W, None, config, phases)
+        packed.append(pack_linear(codes, grid, config, run.packing))
+    return run.ranks.gather_rows(packing.PackedLinear.joined(packed), count)
+
+
+def shifts_head(model, run: Run, config: quant.QuantConfig) -> bool:
+    """Does the head follow what the layers give now? Only one of its own can."""
+    return config.shift > 0 and config.shift_head and model.has_own_head and quantized_layers(model, run) == len(model.layers)
+
+
+def finished_outside(model, run: Run, config: quant.QuantConfig) -> set[str]:
+    """What the file does not have as it was, of embeddings and head."""
+    if run.vocab_bits < 16:
+        return {model.embedding_name, model.head_name}
+    return {model.head_name} if shifts_head(model, run, config) else set()
+
+
+def finished_head(model, stream, reference, run: Run, config: quant.QuantConfig, phases: Phases) -> tuple[dict[str, torch.Tensor], list]:
+    """The head, or the embeddings that it is, as the file will have it, on the first rank; and a row of the report if it is quantized.
+
+    One of its own is moved first so that it gives on what `stream` has become what it gave on `reference`; further than the layers'
+    linears, the further the more tokens there are: no layer comes after it that would learn from how well it fits the calibration text.
+    """
+    shifts, start = shifts_head(model, run, config), time.perf_counter()
+    both, name = [stream, reference] if shifts else [stream], model.head_name if model.has_own_head else model.embedding_name
+    total = modelutils.in_smaller_batches(model, both, head_statistics, model, both, run, phases)
+    share_statistics(f"the input of {name}", total, run.ranks, phases)
+    with phases("factorization"):
+        factor = common_factor(total.H, config, run.ranks)
+    if factor is None and run.ranks.is_first:
+        as_it_is = "is rounded to nearest" if run.vocab_bits < 16 else "stays as it is"
+        warnings.warn(f"the Hessian of {name} cannot be factorized: it {as_it_is}", stacklevel=2)
+    strength = total.tokens / (total.tokens + quant.HEAD_TOKENS * len(total.H))
+    if run.vocab_bits == 16:
+        return {name: moved_head(model, name, total, factor, strength, phases)} if run.ranks.is_first else {}, []
+    config = replace(config, bits=run.vocab_bits, shift=strength)
+    packed, loss = quantized_head(model, name, total, factor, run, config, phases)
+    row = {"linear": path_of(name), "layer": len(model.layers), "loss": None if factor is None else loss.sum().item()}
+    row |= {"seconds": time.perf_counter() - start, "bits": config.bits, "tokens": total.tokens}
+    return packed.named(path_of(name)), [row]
+
+
+def moved_head(model, name: str, total: Statistics, factor, strength: float, phases: Phases) -> torch.Tensor:
+    with phases("load"):
+        head = model.checkpoint.get(name)
+    for rows in quant.row_pieces(*head.shape) if factor else ():
+        with phases("target"):
+            head[rows] = quant.shifted(head[rows].to(model.device, torch.float32), total, factor, strength, rows).to(head)
+    return head
+
+
+def quantized_head(model, name: str, total: Statistics, factor, run: Run, config: quant.QuantConfig, phases: Phases):
+    """Packed, and the loss of each row; each rank has done its rows."""
+    count = model.checkpoint.shapes[name][0]
+    mine, packed, losses = run.ranks.rows(count), [], []
+    for piece in quant.row_pieces(mine.stop - mine.start, len(total.H)):
+        rows = slice(mine.start + piece.start, mine.start + piece.stop)
+        with phases("load"):
+            W = model.checkpoint.get(name, rows).to(model.device).float()
+        if factor:
+            with phases("target"):
+                W = quant.target(W, total, factor, config.shift, rows)
+        grid, codes, loss = quantize_weights(W, factor, config, phases)
+        packed.append(pack_linear(codes, grid, config, run.packing))
+        losses.append(loss.cpu())
+    return (run.ranks.gather_rows(mine, count) for mine in (packing.PackedLinear.joined(packed), torch.cat(losses)))
+
+
+def head_statistics(model, streams: list, run: Run, phases: Phases) -> Statistics:
+    """One pass through what comes after the layers: sums over this rank's tokens of what the head reads, in the quantized model and, if
+    it is one of the `streams`, in the unquantized one."""
+    total = None
+    with phases("forward"):
+        for inputs in model.head_inputs(*streams):
+            with phases("hessian"):
+                if total is None:
+                    weight = model.model.get_output_embeddings().weight
+                    total = Statistics([weight], len(streams) == 2, False, hessian_device(weight.shape[1], run))
+                total.add(inputs[0], inputs[1] if len(streams) == 2 else None)
+    return total
 
 
 # --- the linears of the model ----------------------------------------------------------------------------------
@@ -463,11 +551,11 @@ def quantized_layers(model, run: Run) -> int:
 
 
 def assigned_bits(model: modelutils.StreamedModel, run: Run, config: quant.QuantConfig) -> dict[str, int]:
-    """The bits of each linear in the layers to be quantized, by its full name; 16 if it is skipped."""
+    """The bits of each linear in the layers to be quantized, by its full name, 16 if it is skipped; and of embeddings and head."""
     names = [model.layer_prefix(index) + name for index in range(quantized_layers(model, run)) for name in model.linears(index)]
     modelutils.check_patterns(run.skip, names, "--skip")
     modelutils.check_patterns([pattern for pattern, _ in run.bits_for], names, "--bits_for")
-    bits = {name: bits_of(name, run, config.bits) for name in names}
+    bits = {name: bits_of(name, run, config.bits) for name in names} | vocabulary(model, run)
     if set(bits.values()) == {16}:
         raise InputError("--skip leaves nothing to quantize: give it fewer patterns")
     if config.kmeans_bins < (most := max(2**its for its in bits.values() if its < 16)):
@@ -477,7 +565,8 @@ def assigned_bits(model: modelutils.StreamedModel, run: Run, config: quant.Quant
 
 def check_example_rows(model: modelutils.StreamedModel, run: Run, bits: dict[str, int]) -> None:
     """Are the rows of --example_rows among those to be quantized? Raises InputError."""
-    quantized = [name for name, its in bits.items() if its < 16]
+    outside = vocabulary(model, run)
+    quantized = [name for name, its in bits.items() if its < 16 and name not in outside]
     for name, row in run.example_rows:
         if name not in quantized:
             raise modelutils.no_such_linear("--example_rows", name, quantized)

@@ -240,13 +240,13 @@ class StreamedModel:
 
     def _source(self, name: str) -> str:
         """The tensor of the checkpoint that parameter `name` is read from: a tied head reads the embeddings."""
-        tied = self.config.get_text_config().tie_word_embeddings and name == self.head_name and name not in self.checkpoint
+        tied = self.config.get_text_config().tie_word_embeddings and name == self.head_name and not self.checkpoint.holds(name)
         return self.embedding_name if tied else name
 
     @property
     def has_own_head(self) -> bool:
         """Is what gives the logits a linear that is not the embeddings?"""
-        own = self.head_name in self.checkpoint and not self.config.get_text_config().tie_word_embeddings
+        own = self.checkpoint.holds(self.head_name) and not self.config.get_text_config().tie_word_embeddings
         return own and isinstance(self.model.get_output_embeddings(), nn.Linear)
 
     def linears(self, index: int) -> dict[str, nn.Linear]:
@@ -382,11 +382,22 @@ class StreamedModel:
         stream.states.commit()
         return stream
 
+    @torch.no_grad()
+    def embed_with(self, table: torch.Tensor, stream: Stream, windows: torch.Tensor) -> None:
+        """Have `stream`, which `embed` made of `windows`, begin with another `table` of embeddings [V, D]."""
+        with self._outside_layers(table):
+            for rows in stream.spans():
+                stream.states.write(rows, self._record(windows[rows]))
+        stream.states.commit()
+
     @contextlib.contextmanager
-    def _outside_layers(self) -> Iterator[None]:
-        """For the block: what runs before the layers has its weights."""
+    def _outside_layers(self, table: torch.Tensor | None = None) -> Iterator[None]:
+        """For the block: what runs before the layers has its weights, the embeddings those of `table` if it is given."""
         names = [n for n in self.outside_names() if n != self.head_name]
-        self._fill(names)
+        self._fill([name for name in names if table is None or name != self.embedding_name])
+        if table is not None:
+            embedding = self.model.get_input_embeddings()
+            embedding._parameters["weight"] = nn.Parameter(table.to(self.device, self.dtype), requires_grad=False)
         try:
             yield
         finally:

@@ -88,14 +88,15 @@ class Layer:
 @dataclass(frozen=True)
 class Shapes:
     """layers: those to be quantized. outside: elements and stored bytes of each tensor outside the layers, by name; embedding and head
-    name two of them. shifts_head: is the latter moved as the layers' linears are? stored: bytes of the checkpoint. result: bytes of the
-    quantized model."""
+    name two of them. shifts_head: is the latter moved as the layers' linears are? vocabulary: embeddings and head to be quantized, both
+    as one where they are. stored: bytes of the checkpoint. result: bytes of the quantized model."""
 
     layers: tuple[Layer, ...]
     outside: dict[str, tuple[int, int]]
     embedding: str
     head: str
     shifts_head: bool
+    vocabulary: tuple[LayerGroup, ...]
     hidden: int
     attention: int  # heads times their size
     stored: int
@@ -166,7 +167,9 @@ def shapes_of(model, run, config, bits: dict[str, int], shifts_head: bool) -> Sh
     attention = heads * (getattr(text, "head_dim", None) or text.hidden_size // heads)
     result = result_bytes(model, run, config, bits)
     names = (model.embedding_name, model.head_name, shifts_head)
-    return Shapes(tuple(layers), outside, *names, text.hidden_size, attention, sizes.file_bytes(), result)
+    vocabulary = [(sizes.shapes[name], bits[path]) for name in names[:2] if (path := name.removesuffix(".weight")) in bits]
+    vocabulary = tuple(LayerGroup((O,), I, "", its) for (O, I), its in vocabulary)
+    return Shapes(tuple(layers), outside, *names, vocabulary, text.hidden_size, attention, sizes.file_bytes(), result)
 
 
 def _groups(model, index: int, linears: dict, bits: dict[str, int]) -> Iterator[LayerGroup]:
@@ -220,7 +223,7 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
     peaks = [_embedding(shapes, d), _outside(shapes)]
     for layer in shapes.layers:
         peaks += _layer_needs(layer, shapes, run, config, dtype, hardware)
-    peaks += _head_needs(shapes, run, d, on_gpu) if shapes.shifts_head else ()
+    peaks += _head_needs(shapes, run, config, dtype, hardware) if shapes.shifts_head or shapes.vocabulary else ()
     waiting = {"activations": (*_activations(live, run, d, shapes, on_gpu), 0)}
     peaks = [needs | waiting for needs in peaks]
     peaks += [_evaluation(shapes, run, live, d, on_gpu)] if run.eval else []
@@ -258,9 +261,10 @@ def _largest(peaks: list[dict], *sides: int) -> dict[str, float]:
 
 
 def _embedding(shapes: Shapes, d: int) -> dict:
-    """The table of embeddings on its way in: as stored, and in the run's dtype."""
+    """The table of embeddings on its way in: as stored, and in the run's dtype; and the quantized one, packed and rebuilt on the host."""
     elements, stored = shapes.outside.get(shapes.embedding, (0, 0))
-    return {"embeddings": (elements * d, stored if stored != elements * d else 0, 0)}
+    rebuilt = sum(elements * (d + group.bits / 8) for group in shapes.vocabulary[1:])
+    return {"embeddings": (elements * d, (stored if stored != elements * d else 0) + rebuilt, 0)}
 
 
 def _outside(shapes: Shapes) -> dict:
@@ -283,10 +287,11 @@ def _evaluation(shapes: Shapes, run, live: float, d: int, on_gpu: bool) -> dict:
     return needs | {"activations": (size, 0, 0) if where == "device" else (0, size, 0)}
 
 
-def _head_needs(shapes: Shapes, run, d: int, on_gpu: bool) -> Iterator[dict]:
+def _head_needs(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str) -> Iterator[dict]:
     """Moving the head: as it sees both streams' states of a batch, in 16 bits and as a difference in float32; as its rows are moved; as
-    it is written with the last layer, for which safetensors copies both."""
+    it is written with the last layer, for which safetensors copies both. Quantizing it as well, as a layer's linears."""
     elements, stored = head_of(shapes)
+    d = dtype.itemsize
     rows, I = elements // shapes.hidden, shapes.hidden
     last = sum(sum(group.rows) * group.columns * group.bits / 8 for group in shapes.layers[-1].groups)
     squares = FLOAT * statistics_size(rows, I, True, False)
@@ -296,6 +301,9 @@ def _head_needs(shapes: Shapes, run, d: int, on_gpu: bool) -> Iterator[dict]:
     yield {"head": (elements * d, stored if stored != elements * d else 0, 0), "Hessians": (squares, 0, 0), "states": (states, 0, 0)}
     yield {"head": (TARGET_COPIES * matrix, stored, 0), "Hessians": (squares + 3 * panel, 0, 0), "finished linears": (last, last, 0)}
     yield {"copied tensors": (0, 2 * (stored + last), 0)}
+    for group in shapes.vocabulary:
+        needs = _layer_needs(Layer(0, 0, (group,)), shapes, run, config, dtype, hardware)
+        yield from (moment for moment in needs if "forward pass" not in moment)
 
 
 def head_of(shapes: Shapes) -> tuple[int, int]:
@@ -488,7 +496,12 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
         phases["forward"].operations += (1 + shift) * max(passes, default=1) * attention
         moved = (1 + shift) * tokens * shapes.hidden * d * (len(parts) + 2)
         phases["forward"].link += moved if on_gpu and run.activations != "device" else 0
-    if shapes.shifts_head:
+    for group in shapes.vocabulary[-1:]:
+        phases["load"].link += FLOAT * sum(group.rows) * group.columns
+        _add_group(phases, sum(group.rows), group.columns, group, tokens, config if shapes.shifts_head else replace(config, shift=0.0))
+    for group in shapes.vocabulary[:-1]:  # embeddings, rounded to nearest
+        _add_grid(phases, sum(group.rows), group, config)
+    if shapes.shifts_head and not shapes.vocabulary:
         elements, stored = head_of(shapes)
         phases["load"].link += stored
         _add_statistics(phases, elements // shapes.hidden, shapes.hidden, False, tokens, config)
@@ -523,13 +536,9 @@ def tokens_of(source: str, seqlen: int) -> float:
 
 def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, tokens: float, config) -> None:
     """Operations of quantizing `O` x `I` weights that see `tokens` tokens (quant.py)."""
-    K, squares = 2**group.bits, I * I
+    squares = I * I
     _add_statistics(phases, O, I, group.residual, tokens, config)
-    if config.grid == "nonuniform":
-        phases["grid"].bytes += O * (8 * K * config.kmeans_bins**2 + 600 * I)  # its tables, sorting and Lloyd's iteration
-    elif config.grid == "affine":
-        groups = 1 if config.groupsize == -1 else I // config.groupsize
-        phases["grid"].bytes += O * groups * 190 * K * 100  # candidates, coarse to fine
+    _add_grid(phases, O, group, config)
     if not config.nearest:
         phases["solve"].operations += O * squares
         phases["solve"].bytes += 40 * O * I
@@ -541,6 +550,15 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
         phases["refine"].bytes += 60 * O * I * sweeps
         if config.grid != "nonuniform":
             phases["refine"].bytes += 20 * O * I * unknowns_of(group, config) * fits  # sums by group of each group's products
+
+
+def _add_grid(phases: dict[str, Phase], O: int, group: LayerGroup, config) -> None:
+    K, I = 2**group.bits, group.columns
+    if config.grid == "nonuniform":
+        phases["grid"].bytes += O * (8 * K * config.kmeans_bins**2 + 600 * I)  # its tables, sorting and Lloyd's iteration
+    elif config.grid == "affine":
+        groups = 1 if config.groupsize == -1 else I // config.groupsize
+        phases["grid"].bytes += O * groups * 190 * K * 100  # candidates, coarse to fine
 
 
 def _add_statistics(phases: dict[str, Phase], O: int, I: int, residual: bool, tokens: float, config) -> None:

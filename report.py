@@ -28,6 +28,7 @@ def settings_of(run: Run, config: quant.QuantConfig, bits: dict[str, int], ids: 
         "n_layers": run.n_layers,
         "packing": run.packing,
         "skip": run.skip,
+        "vocab_bits": run.vocab_bits,
         "bits_for": {name: its for name, its in bits.items() if its not in (config.bits, 16)},
         "calibration": run.dataset,
         "calibration_tokens": digest(ids.numpy().tobytes()),

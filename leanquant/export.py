@@ -5,7 +5,7 @@ by the layout's own decoder, and every weight is compared with the source. Layou
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -109,13 +109,15 @@ def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int
     network = build_model(read_config(base, False), torch.float16, False)
     split_experts(network)
     linears = {name: tuple(module.weight.shape) for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    embeddings = network.get_input_embeddings()
+    matrices = linears | {name: tuple(module.weight.shape) for name, module in network.named_modules() if module is embeddings}
     checkpoint.check_bits(None, "the model")
     quantized = checkpoint.quantized
-    if unknown := [name for name in quantized if name not in linears]:
+    if unknown := [name for name in quantized if name not in matrices]:
         raise InputError(f"the model has a quantized {unknown[0]}, which {base} lacks: is it the right base model?")
     if mixture := has_experts(network):
         check_expert_names(quantized, base)
-    sizes = {name: linears[name] for name in quantized}
+    sizes = {name: matrices[name] for name in quantized}
     for name, (rows, columns) in sizes.items():
         checkpoint.check_linear(name, rows, columns)
     bits = common(checkpoint.bits_of(name) for name in quantized)
@@ -123,7 +125,14 @@ def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int
     zeros = {zero for name in quantized if name + ZERO in checkpoint for zero in checkpoint.get(name + ZERO).unique().tolist()} or {0}
     symmetric = uniform is True and bits is not None and zeros == {2 ** (bits - 1)}
     skipped = [name for name in linears if name not in sizes]
-    return sizes, Model(bits, _groupsize(checkpoint, sizes), uniform, symmetric, min(zeros), quantized, skipped, mixture)
+    groupsize = _groupsize(checkpoint, sizes)
+    return sizes, Model(bits, groupsize, uniform, symmetric, min(zeros), quantized, skipped, mixture, has_vocabulary(network, quantized))
+
+
+def has_vocabulary(network: nn.Module, quantized: Iterable[str]) -> bool:
+    """Are embeddings or head among what is `quantized`?"""
+    outside = network.get_input_embeddings(), network.get_output_embeddings()
+    return any(network.get_submodule(name) in outside for name in quantized)
 
 
 def has_experts(network: nn.Module) -> bool:
@@ -159,11 +168,13 @@ def check_plan(name: str, network: nn.Module, base: Path, bits: dict[str, int], 
     if mixture:
         check_expert_names(list(sizes), base)
     lowest_zero = 2 ** (width - 1) if symmetric and width else 0
-    model = Model(width, groupsize, uniform, symmetric, lowest_zero, list(sizes), [], mixture)
+    model = Model(width, groupsize, uniform, symmetric, lowest_zero, list(sizes), [], mixture, has_vocabulary(network, sizes))
     check_fits(layout_of(name, torch.float16), sizes, model)
 
 
 def check_fits(layout: Layout, sizes: dict[str, tuple[int, int]], model: Model) -> None:
+    if model.vocabulary and layout.name != "dense":
+        raise InputError(f"{layout.name} has embeddings and head in 16 bits: quantize without --vocab_bits, or export as dense")
     layout.check(model)
     for name, (rows, columns) in sizes.items():
         layout.check_size(name, rows, columns, model.bits)
@@ -263,7 +274,7 @@ def card(checkpoint: Checkpoint, model: Model, name: str, folder: str, perplexit
     )
     groups = "whole rows" if model.groupsize == -1 else f"groups of {model.groupsize}"
     rows = {"method": f"{method}, {settings.get('grid', 'nonuniform' if not model.uniform else 'affine')} grid"}
-    rows |= {"bits": f"{model.bits}, {grid}, {groups}", "format": name, "base model": base}
+    rows |= {"bits": f"{model.bits or 'several widths'}, {grid}, {groups}", "format": name, "base model": base}
     named = ("exponent", "sensitivity", "percdamp", "act_order", "true_sequential", "shift", "residual", "refine")
     rows |= {key.replace("_", "-"): settings[key] for key in named if settings.get(key) is not None}
     if "calibration" in settings:

@@ -43,6 +43,7 @@ class Model:
     linears: list[str]
     skipped: list[str]
     mixture: bool = False  # of experts
+    vocabulary: bool = False  # embeddings or head are among them
 
 
 class Layout:

@@ -1,4 +1,5 @@
-"""The quantized linear layer: a module whose state is codes and levels, four ways to multiply with them, its place in a model.
+"""The quantized linear layer: a module whose state is codes and levels, four ways to multiply with them, its place in a model. And
+quantized embeddings.
 
 Legend: O out_features, I in_features, K = 2**bits levels, G groups.
 """
@@ -14,9 +15,9 @@ from torch import nn
 from . import kernels, lut_cpu, lut_gemm
 from .errors import InputError
 from .experts import split_experts
-from .packing import SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
+from .packing import PIECE_WEIGHTS, SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
 
-PIECE_WEIGHTS = 2**24  # weights rebuilt at a time while they stay packed
+STORED = ("weight_codes", "quant_grid", "scale", "zero")  # as the fields of a PackedLinear
 LOOKED_UP = (torch.float32, torch.float16, torch.bfloat16)  # inputs of products that a CPU's kernel sums in float32
 MIN_MAJOR = 7  # architecture of a GPU, for the fused kernels
 IN_PLACE = {f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")} | {"__setitem__"}
@@ -53,36 +54,81 @@ def _writes(func: Callable) -> bool:
     return func == torch.Tensor.data.__set__ or name in IN_PLACE or name.endswith("_") and not harmless
 
 
-class QuantizedLinear(nn.Linear):
+class Quantized(nn.Module):
+    """What quantized linears and embeddings have in common, in the place of a weight [O, I]: the stored tensors, as buffers under the
+    file's names: weight_codes and quant_grid, or scale and zero (packing.py)."""
+
+    def _store(self, packed: PackedLinear, bits: int, persistent: bool = True) -> None:
+        self._is_hf_initialized = True  # there is no weight for transformers to initialise
+        self.bits = bits
+        for name, tensor in zip(STORED, packed, strict=True):
+            self.register_buffer(name, tensor, persistent)
+
+    def fill(self, packed: PackedLinear) -> None:
+        """Take the stored tensors."""
+        self.weight_codes, self.quant_grid, self.scale, self.zero = packed
+
+    def packed(self) -> PackedLinear:
+        """The stored tensors."""
+        return PackedLinear(self.weight_codes, self.quant_grid, self.scale, self.zero)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight [O, I], rebuilt: for those who look at it."""
+        weight = self.packed().dequantize(self.bits, self.weight_shape[1], self._levels.dtype)
+        return weight if torch.compiler.is_compiling() else weight.as_subclass(RebuiltWeight)
+
+    @weight.setter
+    def weight(self, _) -> None:
+        raise InputError(READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        if name == "weight":
+            raise InputError(READ_ONLY)
+        super().register_parameter(name, param)
+
+    @property
+    def _levels(self) -> torch.Tensor:
+        return self.scale if self.quant_grid is None else self.quant_grid
+
+    def _apply(self, fn, recurse=True):
+        """Levels and scales move with the model, but `model.half()` and the like do not round them again."""
+        kept = ("quant_grid", "scale", "levels")
+        stored = {name: self._buffers[name] for name in kept if self._buffers.get(name) is not None}
+        super()._apply(fn, recurse)
+        for name, tensor in stored.items():
+            self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
+        return self
+
+
+class QuantizedLinear(Quantized, nn.Linear):
     """y = x W^T + bias with W = levels[codes], for x [..., I]. A Linear to libraries that put adapters beside linears.
 
-    State, under the file's names: weight_codes and quant_grid, or scale and zero (packing.py), and bias. `prepare` chooses
-    what the products read: "packed" rebuilds the weight piece by piece, in every forward pass, and needs nothing besides;
-    "looked_up" needs nothing besides either, but a kernel for this CPU; "tiles" is the layout of the fused CUDA kernels and takes the place
-    of the codes; "dense" keeps the rebuilt weight too. The state that is saved is the same in all of them.
+    State: that of `Quantized`, and bias; of a head that is the embeddings the bias alone. `prepare` chooses what the products
+    read: "packed" rebuilds the weight piece by piece, in every forward pass, and needs nothing besides; "looked_up" needs nothing
+    besides either, but a kernel for this CPU; "tiles" is the layout of the fused CUDA kernels and takes the place of the codes;
+    "dense" keeps the rebuilt weight too. The state that is saved is the same in all of them.
     """
 
-    def __init__(self, packed: PackedLinear, bits: int, in_features: int, bias: torch.Tensor | None):
+    def __init__(self, packed: PackedLinear, bits: int, in_features: int, bias: torch.Tensor | None, persistent: bool = True):
         nn.Module.__init__(self)  # not Linear's: there is no weight to make
-        self._is_hf_initialized = True  # nor for transformers to initialise
-        self.bits, self.in_features, self.out_features = bits, in_features, packed.codes.shape[0]
+        self.in_features, self.out_features = in_features, packed.codes.shape[0]
         self.packed_bytes = packed.codes.shape[1]  # of a row: tells the layout of the stored codes
-        for name, tensor in zip(("weight_codes", "quant_grid", "scale", "zero"), packed, strict=True):
-            self.register_buffer(name, tensor)
+        self._store(packed, bits, persistent)
         self.tiles = self.levels = self.dense = None
         self.form, self.tiles_dtype = "packed", None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def on_meta(cls, shapes: PackedLinear, bits: int, linear: nn.Linear) -> "QuantizedLinear":
+    def on_meta(cls, shapes: PackedLinear, bits: int, linear: nn.Linear, persistent: bool = True) -> "QuantizedLinear":
         """A stand-in for `linear` that has only shapes: `shapes` holds meta tensors, the bias stays on meta too."""
-        return cls(shapes, bits, linear.in_features, linear.bias)
+        return cls(shapes, bits, linear.in_features, linear.bias, persistent)
 
     # --- state ---
 
-    def fill(self, packed: PackedLinear) -> None:
-        """Take the stored tensors."""
-        self.weight_codes, self.quant_grid, self.scale, self.zero = packed
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.out_features, self.in_features
 
     def packed(self) -> PackedLinear:
         """The stored tensors, from whatever form they are in."""
@@ -127,43 +173,15 @@ class QuantizedLinear(nn.Linear):
             self.register_buffer(name, tensor, persistent=False)
 
     @property
-    def weight(self) -> torch.Tensor:
-        """The weight [O, I], rebuilt: for those who look at a linear's weight."""
-        weight = self.packed().dequantize(self.bits, self.in_features, self._levels.dtype)
-        return weight if torch.compiler.is_compiling() else weight.as_subclass(RebuiltWeight)
-
-    @weight.setter
-    def weight(self, _) -> None:
-        raise InputError(READ_ONLY)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        if name == "weight":
-            raise InputError(READ_ONLY)
-        super().register_parameter(name, param)
-
-    @property
-    def _levels(self) -> torch.Tensor:
-        return self.scale if self.quant_grid is None else self.quant_grid
-
-    @property
     def _row_wise(self) -> bool:
         return self.quant_grid is not None or self.scale.shape[1] == 1
 
     def can_be_tiled(self, dtype: torch.dtype) -> bool:
         return dtype in lut_gemm.NAMES and (self._row_wise or self.in_features % (16 * self.scale.shape[1]) == 0)
 
-    def _apply(self, fn, recurse=True):
-        """Levels and scales move with the model, but `model.half()` and the like do not round them again."""
-        kept = ("quant_grid", "scale", "levels")
-        stored = {name: self._buffers[name] for name in kept if self._buffers.get(name) is not None}
-        super()._apply(fn, recurse)
-        for name, tensor in stored.items():
-            self._buffers[name] = fn(tensor.view(torch.uint8)).view(tensor.dtype)
-        return self
-
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.tiles is not None:
+        if self.tiles is not None and "weight_codes" not in self._non_persistent_buffers_set:
             destination[prefix + "weight_codes"] = self.packed().codes
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
@@ -215,22 +233,106 @@ class QuantizedLinear(nn.Linear):
         return f"{sizes}, bias={self.bias is not None}, form={self.form}"
 
 
+class QuantizedEmbedding(Quantized, nn.Embedding):
+    """Rows of W = levels[codes] for ids [...], rebuilt as they are looked up, in the dtype of the model: [..., D].
+
+    Made in the place of embeddings, of whose class `kind` it stays: some scale what they have looked up.
+    """
+
+    @classmethod
+    def take_place_of(cls, embedding: nn.Embedding, packed: PackedLinear, bits: int) -> None:
+        """Make of `embedding` a quantized one. packed: its stored tensors, or their shapes on the meta device."""
+        dtype = embedding.weight.dtype
+        embedding.kind, embedding.__class__ = type(embedding), cls
+        del embedding._parameters["weight"]
+        embedding._store(packed, bits)
+        embedding.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)  # it is cast with the model
+
+    @property
+    def weight_shape(self) -> tuple[int, int]:
+        return self.num_embeddings, self.embedding_dim
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        rows = PackedLinear(*(None if tensor is None else tensor[ids.flatten()] for tensor in self.packed()))
+        found = rows.dequantize(self.bits, self.embedding_dim, self.like.dtype)
+        if self.kind is nn.Embedding:
+            return found.view(*ids.shape, -1)
+        positions = torch.arange(ids.numel(), device=ids.device)
+        return self.kind.forward(self._as_kind(found, padding_idx=None), positions.view(ids.shape))
+
+    def _as_kind(self, weight: torch.Tensor, **changes) -> nn.Embedding:
+        """The embeddings that these were, with another `weight`."""
+        other = self.kind.__new__(self.kind)
+        other.__dict__ = self.__dict__ | {"_parameters": {"weight": weight}} | changes
+        return other
+
+    def initialize_buffers(self, model: nn.Module) -> None:
+        """Have transformers, which knows the class that these were, give its buffers their values, of which files have none."""
+        if self.kind is not nn.Embedding:
+            rows = 1 + (self.padding_idx or 0)
+            model._init_weights(self._as_kind(nn.Parameter(torch.zeros(rows, self.embedding_dim)), _is_hf_initialized=False))
+
+    def restore(self, dtype: torch.dtype) -> None:
+        """Make of it what it was, with rebuilt weights."""
+        weight = self.packed().dequantize(self.bits, self.embedding_dim, dtype)
+        for name in (*STORED, "like"):
+            del self._buffers[name]
+        self.__class__ = self.kind
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+
 # --- in a model ------------------------------------------------------------------------------------------------
 
 
-def replace_linears(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Put a QuantizedLinear, still without values, in the place of each quantized linear of the file, checked against it.
+def replace_modules(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Put a QuantizedLinear, still without values, in the place of each quantized linear of the file, checked against it, and make
+    embeddings quantized ones if they are there; a head that is the embeddings too.
 
     Fused experts are split for it.
     """
     split_experts(model)
     modules = dict(model.named_modules())
     for name in checkpoint.quantized:
-        linear = modules.get(name)
-        if not isinstance(linear, nn.Linear):
+        module = modules.get(name)
+        if module is not None and module is model.get_input_embeddings() and isinstance(module, nn.Embedding):
+            checkpoint.check_linear(name, module.num_embeddings, module.embedding_dim)
+            QuantizedEmbedding.take_place_of(module, checkpoint.packed_shapes(name), checkpoint.bits_of(name))
+            _tie_head(model, name, checkpoint)
+        elif isinstance(module, nn.Linear):
+            checkpoint.check_linear(name, module.out_features, module.in_features)
+            model.set_submodule(name, QuantizedLinear.on_meta(checkpoint.packed_shapes(name), checkpoint.bits_of(name), module))
+        else:
             raise InputError(f"the file has a quantized {name}, which the base model lacks: is it the right base model?")
-        checkpoint.check_linear(name, linear.out_features, linear.in_features)
-        model.set_submodule(name, QuantizedLinear.on_meta(checkpoint.packed_shapes(name), checkpoint.bits_of(name), linear))
+
+
+def _tie_head(model: nn.Module, embeddings: str, checkpoint: Checkpoint) -> None:
+    """Have the head multiply with the codes of the `embeddings` where the model ties them and the file has no head of its own.
+    transformers, which ties weights, finds none to tie from then on."""
+    head, name = model.get_output_embeddings(), head_name(model)
+    if not model.config.get_text_config().tie_word_embeddings or name is None or checkpoint.holds(f"{name}.weight"):
+        return
+    shapes, bits = checkpoint.packed_shapes(embeddings), checkpoint.bits_of(embeddings)
+    model.set_submodule(name, QuantizedLinear.on_meta(shapes, bits, head, persistent=False))
+    model._tied_weights_keys, model.all_tied_weights_keys = None, {}
+
+
+def share_codes(model: nn.Module, device=None) -> None:
+    """Give a head that is the embeddings their codes, once they have them, on `device`, unset its own: where both lie on one they share
+    the very tensors."""
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    if embeddings.weight_codes.is_meta:
+        raise InputError("quantized embeddings that are the head too cannot stay on the disk: give a device_map that keeps them in memory")
+    head.fill(embeddings.packed().to(head.weight_codes.device if device is None else device))
+
+
+def head_name(model: nn.Module) -> str | None:
+    """Module path of what gives the logits."""
+    return next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+
+
+def is_tied(head: nn.Module | None) -> bool:
+    """Is it a head that has the embeddings' codes?"""
+    return isinstance(head, QuantizedLinear) and "weight_codes" in head._non_persistent_buffers_set
 
 
 def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -241,7 +343,7 @@ def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     quantized = {f"{name}{suffix}" for name in checkpoint.quantized for suffix in SUFFIXES}
     wanted = {name: t.shape for name, t in model.state_dict(keep_vars=True).items() if name not in quantized}
     tied = model.config.get_text_config().tie_word_embeddings
-    head = next((f"{name}.weight" for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    head = f"{head_name(model)}.weight"
     for name, shape in wanted.items():
         if name not in checkpoint:
             if not (tied and name == head):
@@ -260,11 +362,11 @@ def check_values(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raise InputError, with its name, for a tensor of the `model` that was loaded from `checkpoint` that no writer of this format
     writes. What is offloaded is read from the files."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            if module._levels.is_meta:
-                checkpoint.packed(name, module.out_features, module.in_features)
-            else:
-                module.packed().check_values(name, module.bits, module.in_features)
+        if isinstance(module, Quantized):
+            if is_tied(module):
+                continue  # the embeddings' values
+            packed = checkpoint.packed(name, *module.weight_shape) if module._levels.is_meta else module.packed()
+            packed.check_values(name, module.bits, module.weight_shape[1])
             continue
         for leaf, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor is None or not tensor.is_floating_point() or leaf in module._non_persistent_buffers_set:

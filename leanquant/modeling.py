@@ -19,7 +19,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
 from .errors import InputError, first_line
 from .foreign import open_checkpoint
-from .linear import QuantizedLinear, check_names, prepare_linears, replace_linears
+from .linear import (
+    Quantized,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    check_names,
+    head_name,
+    is_tied,
+    prepare_linears,
+    replace_modules,
+    share_codes,
+)
 from .packing import SAYS_QUANTIZED, Checkpoint
 from .plugin import mark_quantized
 
@@ -71,12 +81,14 @@ class LeanQuantModelForCausalLM:
         on_cpu = _on_cpu(single, device_map)
         dtype = parse_dtype(dtype or torch_dtype) or (torch.float32 if on_cpu else checkpoint.stored_dtype)
         model = build_model(config, dtype, trust_remote_code, attn_implementation)
-        replace_linears(model, checkpoint)
+        replace_modules(model, checkpoint)
         check_names(model, checkpoint)
         if dequantize == "always":
             _reserve_dense(model, dtype)
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
+        if is_tied(model.get_output_embeddings()):
+            share_codes(model, _device_of(head_name(model), devices))
         if not has_own_head(model):
             model.tie_weights()
         prepare_linears(model, dtype, dequantize)
@@ -149,14 +161,14 @@ def check_counts(config, checkpoint: Checkpoint) -> None:
 
 
 def has_own_head(model: nn.Module) -> bool:
-    """Did the file hold a head other than the embeddings, though the config calls them tied? The model is told so."""
+    """Did the file hold a head other than the embeddings, though the config calls them tied? The model is told so. (To quantized embeddings
+    nothing is tied that transformers knows of.)"""
     head, embeddings, config = model.get_output_embeddings(), model.get_input_embeddings(), model.config.get_text_config()
-    if not config.tie_word_embeddings or head is None or head is embeddings:
+    if not config.tie_word_embeddings or head is None or head is embeddings or is_tied(head):
         return False
-    if not isinstance(head, QuantizedLinear) and (
-        head.weight.is_meta or torch.equal(head.weight, embeddings.weight.to(head.weight.device))
-    ):
-        return False
+    if not isinstance(head, QuantizedLinear) and not isinstance(embeddings, QuantizedEmbedding):
+        if head.weight.is_meta or torch.equal(head.weight, embeddings.weight.to(head.weight.device)):
+            return False
     config.tie_word_embeddings = model.config.tie_word_embeddings = False
     return True
 
@@ -259,13 +271,13 @@ def _device_of(name: str, devices: dict):
 def _fill(model: nn.Module, checkpoint: Checkpoint, devices: dict, dtype: torch.dtype) -> None:
     """Give every parameter, persistent buffer and packed linear its tensors from the file."""
     for name, module in model.named_modules():
-        if isinstance(module, QuantizedLinear):
-            module.fill(checkpoint.packed(name, module.out_features, module.in_features).to(_device_of(name, devices)))
+        if isinstance(module, Quantized) and not is_tied(module):
+            module.fill(checkpoint.packed(name, *module.weight_shape).to(_device_of(name, devices)))
         read = lambda leaf, tensor: checkpoint.weight(f"{name}.{leaf}", tuple(tensor.shape), dtype, _device_of(name, devices))  # noqa: E731, B023
         for leaf, parameter in list(module.named_parameters(recurse=False)):
             if f"{name}.{leaf}" in checkpoint:  # else it is a tied head, which gets the embeddings
                 setattr(module, leaf, nn.Parameter(read(leaf, parameter), requires_grad=False))
-        plain_buffers = [] if isinstance(module, QuantizedLinear) else list(module.named_buffers(recurse=False))
+        plain_buffers = [] if isinstance(module, Quantized) else list(module.named_buffers(recurse=False))
         for leaf, buffer in plain_buffers:
             if leaf not in module._non_persistent_buffers_set and f"{name}.{leaf}" in checkpoint:
                 setattr(module, leaf, read(leaf, buffer))

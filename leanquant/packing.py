@@ -16,7 +16,7 @@ import re
 import shutil
 import struct
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from .errors import InputError
 
 FORMAT_VERSION = 1
 SUFFIXES = CODES, GRID, SCALE, ZERO = ".weight_codes", ".quant_grid", ".scale", ".zero"
+PIECE_WEIGHTS = 2**24  # rebuilt at a time
 # The order in which safetensors writes dtypes; within one, tensors are in the order of their names.
 DTYPE_ORDER = "U64 I64 F64 F32 U32 I32 BF16 F16 U16 I16 F8_E4M3 F8_E5M2 I8 U8 BOOL".split()
 TORCH_DTYPES = {
@@ -134,6 +135,11 @@ class PackedLinear(NamedTuple):
     def groups(self) -> int:
         return self.scale.shape[1] if self.grid is None else 1
 
+    @classmethod
+    def joined(cls, parts: Sequence["PackedLinear"]) -> "PackedLinear":
+        """One for matrices stacked by rows."""
+        return cls(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True)))
+
     def to(self, device) -> "PackedLinear":
         return PackedLinear(*(None if t is None else t.to(device) for t in self))
 
@@ -165,7 +171,16 @@ class PackedLinear(NamedTuple):
         return affine_levels(self.scale, self.zero, bits)
 
     def dequantize(self, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [O, columns] in `dtype`: levels[codes]."""
+        """The weight [O, columns] in `dtype`: levels[codes]. By pieces of rows, as indices take eight bytes a weight."""
+        step = max(1, PIECE_WEIGHTS // columns)
+        if len(self.codes) <= step:
+            return self._rebuilt(bits, columns, dtype)
+        weight = torch.empty(len(self.codes), columns, dtype=dtype, device=self.codes.device)
+        for part, rows in zip(self.split(step), weight.split(step), strict=True):
+            rows.copy_(part._rebuilt(bits, columns, dtype))
+        return weight
+
+    def _rebuilt(self, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         levels = self.levels(bits).to(dtype)
         codes = unpack_codes(self.codes, bits, columns).long()
         O, G, _ = levels.shape
@@ -320,13 +335,17 @@ class Checkpoint:
     def is_quantized(self, linear: str) -> bool:
         return linear + CODES in self
 
+    def holds(self, weight: str) -> bool:
+        """Is `weight` there, plain or quantized?"""
+        return weight in self or weight.endswith(".weight") and self.is_quantized(weight.removesuffix(".weight"))
+
     def is_filler(self, name: str) -> bool:
         """Is `name` a tensor that its writer adds, and no model needs? Ours adds none."""
         return False
 
     @property
     def quantized(self) -> list[str]:
-        """Module paths of the quantized linears."""
+        """Module paths of the quantized linears, and of embeddings."""
         return [name.removesuffix(CODES) for name in self.shapes if name.endswith(CODES)]
 
     def bits_of(self, linear: str) -> int:

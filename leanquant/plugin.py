@@ -11,7 +11,7 @@ from torch import nn
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .linear import QuantizedLinear, check_names, check_values, prepare_linears, replace_linears
+from .linear import QuantizedEmbedding, QuantizedLinear, check_names, check_values, is_tied, prepare_linears, replace_modules, share_codes
 from .packing import Checkpoint
 
 METHOD = "leanquant"
@@ -50,12 +50,16 @@ class LeanQuantizer(HfQuantizer):
         self._checkpoint = checkpoint
         checkpoint.check_bits(None, checkpoint_files[0])
         checkpoint.check_plain_dtypes()
-        replace_linears(model, checkpoint)
+        replace_modules(model, checkpoint)
         check_names(model, checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs) -> nn.Module:
         check_values(model, self._checkpoint)
         del self._checkpoint
+        if isinstance(embeddings := model.get_input_embeddings(), QuantizedEmbedding):
+            embeddings.initialize_buffers(model)
+        if is_tied(model.get_output_embeddings()):
+            share_codes(model)
         prepare_linears(model, model.dtype, "auto")
         return model
 
@@ -67,8 +71,11 @@ class LeanQuantizer(HfQuantizer):
         return model.state_dict(), {METHOD: json.dumps(self.quantization_config.settings, sort_keys=True)}
 
     def _dequantize(self, model: nn.Module, dtype=None) -> nn.Module:
-        """Plain linears in the place of quantized ones, in `dtype` or the model's."""
+        """Plain linears in the place of quantized ones, in `dtype` or the model's, and plain embeddings."""
         dtype = dtype if isinstance(dtype, torch.dtype) else model.dtype
+        was_tied, embeddings = is_tied(model.get_output_embeddings()), model.get_input_embeddings()
+        if isinstance(embeddings, QuantizedEmbedding):
+            embeddings.restore(dtype)
         for name, module in list(model.named_modules()):
             if isinstance(module, QuantizedLinear):
                 with torch.device("meta"):
@@ -76,6 +83,10 @@ class LeanQuantizer(HfQuantizer):
                 weight = module.packed().dequantize(module.bits, module.in_features, dtype)
                 linear.weight, linear.bias = nn.Parameter(weight, requires_grad=False), module.bias
                 model.set_submodule(name, linear)
+        if was_tied:
+            del model._tied_weights_keys  # the class's are right again
+            model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=False)
+            model.tie_weights()
         return model
 
 

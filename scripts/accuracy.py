@@ -51,6 +51,7 @@ METHODS = {
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
 TUNED, BOTH, SHARED = "best, tuned", "best, rotated, tuned", "best, bits shared out, tuned"
+VOCABULARY = "best, 4-bit vocabulary, tuned"
 TUNED_TIMES = 2  # on so many times the windows it is quantized with, drawn with another seed
 BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys([*ROTATED, BOTH], WORK / "model-rotated")  # with a head of their own
 AVERAGES = (3.5, 3, 2.5, 2.25)  # bits a weight, shared out by an estimate on 32 windows with a seed of its own
@@ -102,7 +103,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    methods = [*list(METHODS)[1:], *BASES, TUNED]
+    methods = [*list(METHODS)[1:], *BASES, TUNED, VOCABULARY]
     add("--methods", nargs="+", choices=methods, default=methods)
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -292,7 +293,7 @@ def measure(cell: Cell) -> dict:
         result["phase_seconds"] = contents["phase_seconds"]
         result["megabytes"] = round(file.stat().st_size / 1e6, 2)
     torch.set_float32_matmul_precision("medium")
-    if cell.method in (TUNED, BOTH, SHARED):
+    if cell.method in (TUNED, BOTH, SHARED, VOCABULARY):
         result["untuned"] = {text: evaluate(base, file, f"{text} {cell.part}", False)[0] for text in ("wiki", "news")}
         result["tuning_cpu_seconds"] = tune_file(base, file, cell)
     for text in ("wiki", "news"):
@@ -329,6 +330,8 @@ def commit() -> str | None:
 def flags(cell: Cell) -> list[str]:
     group = GRIDS[cell.grid][2:]
     method = ROTATED.get(cell.method, cell.method)
+    if method == VOCABULARY:
+        return [*GRIDS[cell.grid], "--vocab_bits", "4"]
     own = ["--bits_for", *shares(cell.grid, cell.bits).read_text().split()] if method == SHARED else METHODS.get(method, [])
     return [*own, *group] if method in ("rtn", "gptq") else [*GRIDS[cell.grid], *own]
 

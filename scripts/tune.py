@@ -39,7 +39,7 @@ from journal import differences, files_of  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
 from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
-from leanquant.linear import QuantizedLinear  # noqa: E402
+from leanquant.linear import QuantizedLinear, is_tied  # noqa: E402
 from leanquant.packing import (  # noqa: E402
     GRID,
     SCALE,
@@ -69,6 +69,7 @@ KEPT_BACK = 8  # windows on which the result is compared with what it was made f
 BETAS, EPSILON = (0.9, 0.95), 1e-12  # Adam's; gradients are as small as the loss's share of one level
 WARM_UP, LAST_RATE = 0.05, 0.05  # the share of the steps in which the rate rises, and what of it is left at the end of a half cosine
 TOKENS = 16  # whose logits are compared at a time: so few stay in a CPU's cache, which is three times as fast
+MOST_ERROR = 0.7  # of quantized embeddings, as a share of their norm: at 2 bits a third; those of other models differ by more than 1
 PART_BYTES = 2**30  # of the result, written at a time
 KEPT_EVERY = 120  # seconds, after which what is learned is kept for the case of a kill
 
@@ -311,11 +312,17 @@ def write_tuned(
 
 
 def check_base(checkpoint: Checkpoint, original: StreamedModel) -> None:
-    """Raise InputError unless the quantized model has the original's embeddings, as llama.py leaves them: another model of the same shape
-    would teach it something else."""
+    """Raise InputError unless the quantized model has the original's embeddings, as llama.py leaves them or nearly so: another model of
+    the same shape would teach it something else."""
     name = original.embedding_name
-    theirs, ours = original.checkpoint.get(name), checkpoint.get(name) if name in checkpoint else None
-    if ours is None or ours.shape != theirs.shape or not torch.equal(ours, theirs.to(ours.dtype)):
+    theirs = original.checkpoint.get(name)
+    if checkpoint.is_quantized(name.removesuffix(".weight")):
+        theirs = theirs.float()
+        alike = (checkpoint.weight(name, tuple(theirs.shape), torch.float32) - theirs).norm() < MOST_ERROR * theirs.norm()
+    else:
+        ours = checkpoint.get(name) if name in checkpoint else theirs[:0]
+        alike = ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.dtype))
+    if not alike:
         raise InputError(f"{name} is not that of {original.folder}: give the model that was quantized")
 
 
@@ -331,11 +338,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def trainable(folder: Path, quantized: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict[str, TunedLinear]]:
-    """The quantized model with linears that learn, and these by their paths. Each of its layers keeps nothing but its input for the way
-    back. Loaded on the host, where codes stay as they are stored."""
+    """The quantized model with linears that learn, and these by their paths; a head that is the embeddings stays with them. Each of its
+    layers keeps nothing but its input for the way back. Loaded on the host, where codes stay as they are stored."""
     model = LeanQuantModelForCausalLM.from_pretrained(folder, quantized, torch_dtype=dtype, device="cpu", dequantize="never")
     linears = {}
-    for name in [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]:
+    if is_tied(head := model.get_output_embeddings()):
+        head.prepare("dense", dtype)
+    for name in [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear) and not is_tied(module)]:
         linears[name] = TunedLinear(model.get_submodule(name), device)
         model.set_submodule(name, linears[name])
     for layer in find_layers(model)[1]:

@@ -18,7 +18,7 @@ import llama
 import modelutils
 from conftest import SIZES
 from leanquant import InputError, LeanQuantModelForCausalLM, lut_cpu, modeling
-from leanquant.linear import QuantizedLinear, free_host_bytes, replace_linears
+from leanquant.linear import QuantizedLinear, free_host_bytes, replace_modules
 from leanquant.packing import Checkpoint
 
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -224,7 +224,7 @@ def unfilled(tiny_model, text_file, tmp_path):
     folder = tiny_model(num_hidden_layers=6, vocab_size=300)
     checkpoint = Checkpoint.open(quantized_file(folder, text_file, tmp_path / "q.safetensors", "--wbits", "4", "--grid", "affine"))
     model = modeling.build_model(modeling.read_config(folder, False), torch.float16, False)
-    replace_linears(model, checkpoint)
+    replace_modules(model, checkpoint)
     layer, whole = (sum(t.numel() * t.element_size() for t in part.state_dict().values()) for part in (model.model.layers[0], model))
     return model, layer, whole
 

@@ -1,0 +1,290 @@
+"""--vocab_bits: embeddings and head as codes, apart or as one; written, read by every loader, run, tuned, exported, refused."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import allocate
+import datautils
+import eval_quantized
+import llama
+import tune
+from conftest import SIZES, write_model
+from leanquant import InputError, LeanQuantModelForCausalLM
+from leanquant import __main__ as cli
+from leanquant.export import export
+from leanquant.foreign import open_checkpoint
+from leanquant.linear import QuantizedEmbedding, QuantizedLinear
+from leanquant.packing import Checkpoint
+from modelutils import StreamedModel
+from test_cli import GRIDS, SEQUENTIAL, decode_codes, decode_weight, quantize, whole_model
+from test_families import FAMILIES
+from test_head import head_inputs
+
+EMBEDDINGS, HEAD = "model.embed_tokens", "lm_head"
+IDS = torch.arange(20).view(2, -1) + 5
+KINDS = {
+    "non-uniform": ["--wbits", 3, *GRIDS["nonuniform"]],
+    "affine in groups": ["--wbits", 2, "--grid", "affine", "--groupsize", 16],
+    "GPTQ": ["--wbits", 4, *GRIDS["minmax"]],
+    "nearest": ["--wbits", 4, *GRIDS["rtn"]],
+}
+
+
+def rebuilt(file, name: str, bits: int, columns: int = 64) -> torch.Tensor:
+    """The matrix from the file, by the format's description."""
+    tensors = load_file(file)
+    codes = decode_codes(tensors[f"{name}.weight_codes"].numpy(), bits, columns)
+    return decode_weight(tensors, name, torch.from_numpy(codes).long())
+
+
+@torch.no_grad()
+def logits(model, ids=IDS) -> torch.Tensor:
+    return model(ids).logits.float()
+
+
+@pytest.fixture(scope="module", params=[(tied, kind) for tied in (True, False) for kind in KINDS], ids=str)
+def made(request, tiny_model, text_file, tmp_path_factory):
+    """(base, file, tied)"""
+    tied, kind = request.param
+    file = tmp_path_factory.mktemp("made") / "q.safetensors"
+    quantize(base := tiny_model(tied=tied), text_file, *KINDS[kind], *SEQUENTIAL, "--vocab_bits", 4, "--save_path", file)
+    return base, file, tied
+
+
+def test_the_file_has_both_as_codes_and_one_where_they_are_one(made):
+    base, file, tied = made
+    checkpoint, original = Checkpoint.open(file), load_file(base / "model.safetensors")
+    outside = {name for name in checkpoint.quantized if "layers" not in name}
+    assert outside == ({EMBEDDINGS} if tied else {EMBEDDINGS, HEAD}) and checkpoint.settings["vocab_bits"] == 4
+    for name in outside:
+        W = original[f"{name}.weight"].float()
+        assert f"{name}.weight" not in checkpoint and checkpoint.bits_of(name) == 4
+        assert 0 < (rebuilt(file, name, 4) - W).norm() < 0.25 * W.norm()
+
+
+def test_all_loaders_give_what_the_rebuilt_matrices_give(made):
+    base, file, tied = made
+    found = LeanQuantModelForCausalLM.from_pretrained(base, file)
+    assert isinstance(found.get_input_embeddings(), QuantizedEmbedding) and isinstance(found.lm_head, QuantizedLinear)
+    shared = found.lm_head.weight_codes.data_ptr() == found.get_input_embeddings().weight_codes.data_ptr()
+    assert shared == tied
+    plain = LeanQuantModelForCausalLM.from_pretrained(base, file).dequantize()
+    torch.testing.assert_close(logits(found), logits(plain), rtol=1e-4, atol=1e-4)
+    assert torch.equal(plain.get_input_embeddings().weight, rebuilt(file, EMBEDDINGS, 4))
+    assert torch.equal(plain.lm_head.weight, rebuilt(file, EMBEDDINGS if tied else HEAD, 4))
+    assert (plain.lm_head.weight is plain.get_input_embeddings().weight) == tied
+    streamed = StreamedModel(base, Checkpoint.open(file), torch.float32, torch.device("cpu"))
+    hidden = eval_quantized.last_hidden(streamed, IDS, 2, "").hidden
+    with streamed.head() as head:
+        torch.testing.assert_close(head(hidden).float(), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_embeddings_of_their_own_are_rounded_to_the_nearest_level(made):
+    base, file, tied = made
+    if not tied:
+        W, levels = (
+            load_file(base / "model.safetensors")[f"{EMBEDDINGS}.weight"],
+            Checkpoint.open(file).packed(EMBEDDINGS, 300, 64).levels(4),
+        )
+        distances = (W.view(300, levels.shape[1], -1, 1) - levels.unsqueeze(2)).abs().amin(3).view(300, 64)
+        torch.testing.assert_close((rebuilt(file, EMBEDDINGS, 4) - W).abs(), distances, rtol=0, atol=1e-6)
+
+
+def test_layers_are_quantized_on_what_quantized_embeddings_give(tiny_model, text_file, tmp_path):
+    """Without a shifted target: as those of a model that has had such embeddings all along."""
+    options = [*KINDS["non-uniform"], *SEQUENTIAL, "--shift", 0]
+    quantize(tiny_model(), text_file, *options, "--vocab_bits", 4, "--save_path", tmp_path / "q.safetensors")
+    other = tmp_path / "other"
+    model = whole_model(tiny_model())
+    model.model.embed_tokens.weight.data.copy_(rebuilt(tmp_path / "q.safetensors", EMBEDDINGS, 4))
+    model.save_pretrained(other)
+    AutoTokenizer.from_pretrained(tiny_model()).save_pretrained(other)
+    quantize(other, text_file, *options, "--save_path", tmp_path / "other.safetensors")
+    found, expected = load_file(tmp_path / "q.safetensors"), load_file(tmp_path / "other.safetensors")
+    names = [name for name in found if "layers" in name]
+    assert len(names) == 32 and all(torch.equal(found[name], expected[name]) for name in names)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_does_on_calibration_text_what_it_did_better_than_by_rounding(tiny_model, text_file, tmp_path, tied):
+    base, file = tiny_model(tied=tied), tmp_path / "q.safetensors"
+    quantize(base, text_file, *KINDS["non-uniform"], *SEQUENTIAL, "--vocab_bits", 3, "--save_path", file)
+    quantize(base, text_file, *KINDS["nearest"], "--vocab_bits", 3, "--save_path", tmp_path / "nearest.safetensors")
+    name = EMBEDDINGS if tied else HEAD
+    ids = datautils.calibration_windows(str(text_file), AutoTokenizer.from_pretrained(base), 16, 32, 0)
+    theirs, W = head_inputs(whole_model(base), ids), load_file(base / "model.safetensors")[f"{name}.weight"].double()
+    ours = head_inputs(LeanQuantModelForCausalLM.from_pretrained(base, file), ids)
+    x = ours if tied else theirs  # one of its own is moved as well, towards what the original gives
+    error = lambda matrix: (ours @ matrix.double().T - x @ W.T).square().sum()  # noqa: E731
+    assert error(rebuilt(file, name, 3)) < 0.6 * error(rebuilt(tmp_path / "nearest.safetensors", name, 3))
+
+
+@pytest.mark.parametrize("loader", [AutoModelForCausalLM, LeanQuantModelForCausalLM])
+@pytest.mark.parametrize("form", ["packed", "tiles", "dense"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_folder_is_read_and_saved_as_it_is(tiny_model, text_file, tmp_path, tied, loader, form):
+    folder = tmp_path / "folder"
+    quantize(tiny_model(tied=tied), text_file, *KINDS["affine in groups"], "--vocab_bits", 3, "--save_path", folder)
+    model = loader.from_pretrained(folder, dtype=torch.float32)
+    expected = logits(model)
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            module.prepare(form, torch.float32 if form == "dense" else torch.float16)
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+    model.save_pretrained(tmp_path / "again")
+    first, second = Checkpoint.open(folder), Checkpoint.open(tmp_path / "again")
+    assert first.settings == second.settings and set(first.shapes) == set(second.shapes)
+    for name in first.quantized:
+        for suffix in (".weight_codes", ".scale", ".zero"):
+            assert torch.equal(first.get(name + suffix), second.get(name + suffix))
+    for again in (AutoModelForCausalLM, LeanQuantModelForCausalLM):
+        torch.testing.assert_close(logits(again.from_pretrained(tmp_path / "again", dtype=torch.float32)), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_models_can_be_cast_and_generate(tiny_model, text_file, tmp_path, tied):
+    base, file = tiny_model(tied=tied), tmp_path / "q.safetensors"
+    quantize(base, text_file, *KINDS["non-uniform"], "--vocab_bits", 4, "--save_path", file)
+    model = LeanQuantModelForCausalLM.from_pretrained(base, file)
+    expected = model.generate(IDS, max_new_tokens=8, do_sample=False)
+    plain = LeanQuantModelForCausalLM.from_pretrained(base, file, dequantize="always").dequantize()
+    assert torch.equal(plain.generate(IDS, max_new_tokens=8, do_sample=False), expected)
+    levels = model.get_input_embeddings().quant_grid.clone()
+    model.to(torch.bfloat16)
+    assert model.get_input_embeddings()(IDS).dtype == torch.bfloat16 and torch.equal(model.get_input_embeddings().quant_grid, levels)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0.1, atol=0.2)
+    with pytest.raises(InputError, match="cannot be written to"):
+        model.get_input_embeddings().weight = torch.zeros(1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(tmp_path, text_file, capsys, family):
+    """Also those that scale what they look up, and heads with a bias."""
+    config, arguments, _ = FAMILIES[family]
+    base = write_model(getattr(transformers, config)(**(SIZES | arguments)), tmp_path / "model", "float16")
+    command = [base, text_file, *KINDS["non-uniform"], "--vocab_bits", 4, "--save_path", tmp_path / "folder"]
+    if family == "OLMo":  # which has no norms' gains
+        assert llama.main([str(word) for word in (*command, "--nsamples", 2, "--seqlen", 32, "--eval", "none")]) == 2
+        assert "has nothing but linears and embeddings" in capsys.readouterr().err
+        return
+    quantize(*command)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
+    assert isinstance(found.get_input_embeddings(), QuantizedEmbedding)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32).dequantize()
+    torch.testing.assert_close(logits(found), logits(plain), rtol=1e-4, atol=1e-4)
+    streamed = StreamedModel(base, Checkpoint.open(tmp_path / "folder"), torch.float32, torch.device("cpu"))
+    hidden = eval_quantized.last_hidden(streamed, IDS, 2, "").hidden
+    with streamed.head() as head:
+        torch.testing.assert_close(head(hidden).float(), logits(plain), rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_knows_and_the_report_has_a_row(tiny_model, text_file, tmp_path):
+    base = tiny_model(vocab_size=4000)
+    for bits in (4, 16):
+        options = ["--vocab_bits", bits, "--save_path", tmp_path / f"{bits}.safetensors", "--report", tmp_path / f"{bits}.json"]
+        quantize(base, text_file, *KINDS["non-uniform"], *options)
+    reports = [json.loads((tmp_path / f"{bits}.json").read_text()) for bits in (4, 16)]
+    smaller, larger = (report["plan"]["written"] for report in reports)
+    files = [(tmp_path / f"{bits}.safetensors").stat().st_size for bits in (4, 16)]
+    assert larger - smaller == pytest.approx(2 * (files[1] - files[0]), rel=0.05) and files[1] > 3 * files[0]  # parts, and the result
+    rows = [[row for row in report["linears"] if row["layer"] == 2] for report in reports]
+    assert [row["linear"] for row in rows[0]] == [HEAD] and rows[1] == []
+    assert rows[0][0]["bits"] == 4 and rows[0][0]["tokens"] == 512 and rows[0][0]["loss"] > 0
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tiny_model, text_file, tmp_path, monkeypatch):
+    options = [*KINDS["non-uniform"], *SEQUENTIAL, "--vocab_bits", 4, "--save_path"]
+    quantize(tiny_model(), text_file, *options, tmp_path / "whole.safetensors")
+    finished_head = llama.finished_head
+    monkeypatch.setattr(llama, "finished_head", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        quantize(tiny_model(), text_file, *options, tmp_path / "stopped.safetensors")
+    monkeypatch.setattr(llama, "finished_head", finished_head)
+    quantize(tiny_model(), text_file, *options, tmp_path / "stopped.safetensors")
+    assert (tmp_path / "stopped.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_tuning_keeps_the_codes_and_learns_a_heads_levels(tiny_model, text_file, tmp_path, tied):
+    base, file, out = tiny_model(tied=tied), tmp_path / "q.safetensors", tmp_path / "tuned.safetensors"
+    quantize(base, text_file, *KINDS["non-uniform"], *SEQUENTIAL, "--vocab_bits", 3, "--save_path", file)
+    command = [base, file, text_file, "--out", out, "--nsamples", 16, "--seqlen", 32, "--dtype", "float32"]
+    assert tune.main([str(word) for word in command]) == 0
+    before, after = load_file(file), load_file(out)
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before if n.endswith(("codes", "weight")))
+    assert torch.equal(before[f"{EMBEDDINGS}.quant_grid"], after[f"{EMBEDDINGS}.quant_grid"])
+    assert tied or not torch.equal(before[f"{HEAD}.quant_grid"], after[f"{HEAD}.quant_grid"])
+    other = write_model(transformers.LlamaConfig(tie_word_embeddings=tied, **SIZES | {"hidden_act": "gelu"}), tmp_path / "other")
+    tensors = load_file(other / "model.safetensors")
+    save_file({name: -tensor for name, tensor in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
+    command[0], command[4] = other, tmp_path / "no.safetensors"
+    assert tune.main([str(word) for word in command]) == 2
+
+
+def test_it_is_exported_as_plain_weights_alone(tiny_model, text_file, tmp_path, capsys):
+    base, file = tiny_model(tied=True), tmp_path / "q.safetensors"
+    options = ["--wbits", 4, "--grid", "affine", "--groupsize", 32, "--vocab_bits", 4, "--save_path", file]
+    quantize(base, text_file, *options)
+    export(open_checkpoint(file), base, "dense", tmp_path / "dense")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    expected = logits(LeanQuantModelForCausalLM.from_pretrained(base, file, dtype=torch.float32))
+    torch.testing.assert_close(logits(model), expected, rtol=0.05, atol=0.05)
+    with pytest.raises(InputError, match="gptq has embeddings and head in 16 bits: quantize without --vocab_bits, or export as dense"):
+        export(open_checkpoint(file), base, "gptq", tmp_path / "gptq")
+    arguments = [base, text_file, *options[:-1], tmp_path / "b.safetensors", "--nsamples", 2, "--seqlen", 32, "--export", "gptq"]
+    assert llama.main([str(word) for word in arguments]) == 2
+    assert "gptq has embeddings and head in 16 bits" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_sentence(tiny_model, text_file, tmp_path, capsys):
+    for options, message in (
+        (["--wbits", 3, "--vocab_bits", 8], "--vocab_bits is 8: give 2, 3 or 4, or 16"),
+        (["--wbits", 16, "--vocab_bits", 4], "--vocab_bits are for quantizing: give --wbits 2, 3 or 4"),
+        (["--wbits", 3, "--vocab_bits", 4, "--n_layers", 1], "leave out --n_layers"),
+        (["--wbits", 3, "--grid", "affine", "--groupsize", 7, "--vocab_bits", 4], "--groupsize 7 does not divide"),
+        (["--wbits", 3, "--vocab_bits", 4, "--report", tmp_path / "r.json", "--example_rows", "lm_head=0"], "matches no linear"),
+    ):
+        arguments = [tiny_model(), text_file, "--nsamples", 2, "--seqlen", 32, "--eval", "none", *options]
+        assert llama.main([str(word) for word in arguments]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+
+
+def test_files_that_lie_about_embeddings_are_refused(tiny_model, text_file, tmp_path, capsys):
+    base, file, bad = tiny_model(), tmp_path / "q.safetensors", tmp_path / "bad.safetensors"
+    quantize(base, text_file, *KINDS["non-uniform"], "--vocab_bits", 4, "--save_path", file)
+    tensors, settings = load_file(file), {"leanquant": json.dumps(Checkpoint.open(file).settings)}
+    grid, codes = f"{EMBEDDINGS}.quant_grid", f"{EMBEDDINGS}.weight_codes"
+    nan = tensors[grid].clone()
+    nan[7, 3] = float("nan")
+    for change, message in (
+        ({grid: nan}, f"{grid} holds NaN"),
+        ({codes: tensors[codes][:-1].clone()}, f"{codes} is"),
+        ({codes: tensors[codes][:, :-1].clone()}, f"{codes}: codes of 31 bytes"),
+        ({grid: tensors[grid][:, :8].clone()}, "the metadata says 4 bits"),
+        ({grid: None}, "must have"),
+        ({f"{EMBEDDINGS}.weight": torch.zeros(300, 64)}, "which the base model lacks"),
+        ({f"{HEAD}.weight_codes": None, f"{HEAD}.quant_grid": None}, "the file has no tensor lm_head.weight"),
+    ):
+        changed = {name: tensor for name, tensor in (tensors | change).items() if tensor is not None}
+        save_file(changed, bad, metadata=settings)
+        with pytest.raises(InputError, match=message):
+            LeanQuantModelForCausalLM.from_pretrained(base, bad)
+    assert cli.main(["info", str(file)]) == 0
+    assert "embeddings and head" in capsys.readouterr().out
+
+
+def test_bits_shared_out_go_with_it(tiny_model, text_file, tmp_path):
+    base, bits = tiny_model(), tmp_path / "bits.txt"
+    command = [base, text_file, "--bits", 2.75, "--out", bits, "--nsamples", 4, "--seqlen", 32, "--dtype", "float32"]
+    assert allocate.main([str(word) for word in command]) == 0
+    options = ["--wbits", 2, *GRIDS["nonuniform"], "--bits_for", *bits.read_text().split(), "--vocab_bits", 3]
+    quantize(base, text_file, *options, "--save_path", tmp_path / "q.safetensors")
+    checkpoint = Checkpoint.open(tmp_path / "q.safetensors")
+    assert {checkpoint.bits_of(name) for name in (EMBEDDINGS, HEAD)} == {3} and checkpoint.settings["bits_for"][HEAD] == 3
