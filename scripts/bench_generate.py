@@ -2,8 +2,9 @@
 
     python scripts/bench_generate.py [--tokens 32] [--repeats 7] [--out docs/results/generate-cpu.json]
 
-The model as it is loaded by itself (codes looked up), the same in 16 bits, rebuilt, and packed as torch alone does it. All are in one
-process and take turns, so that what else the machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens
+The model as it is loaded by itself (codes looked up), the same in 16 bits, rebuilt, and packed as torch alone does it; looked up with
+embeddings and head of 4 bits too, random ones, which take as long as any. All are in one process and take turns, so that what else the
+machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens
 with a 4096 x 4096 weight of free levels, of which there are several in turn, 100 MB and more of each kind. Needs
 demo/nonuniform-4bit.safetensors, which scripts/quickstart.sh makes.
 """
@@ -22,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: E402
 
-from bench_inference import random_packed, seconds  # noqa: E402
+from bench_inference import quantize_vocabulary, random_packed, seconds  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
 from leanquant.linear import QuantizedLinear  # noqa: E402
 from leanquant.lut_cpu import can_multiply, packed_linear  # noqa: E402
@@ -64,6 +65,9 @@ def bench_models(args: argparse.Namespace) -> dict:
     for linear in models[f"{bits} bits, packed, by torch"].modules():
         if isinstance(linear, QuantizedLinear):
             linear.release()
+    for name in (f"{bits} bits, looked up", f"{bits} bits, looked up, float16"):
+        models[f"{name}, 4-bit vocabulary"] = LeanQuantModelForCausalLM.from_pretrained(BASE, QUANTIZED, **ours[name])
+        quantize_vocabulary(models[f"{name}, 4-bit vocabulary"], 4, "looked_up")
     ids, text = AutoTokenizer.from_pretrained(BASE)(PROMPT, return_tensors="pt"), torch.randint(1000, (1, READ))
     generating, reading = ({name: [] for name in models} for _ in range(2))
     for repeat in range(args.repeats + 1):

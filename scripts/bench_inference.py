@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from bench_quantize import LLAMA_3_8B, machine, milliseconds_by_events, ready, save  # noqa: E402
 from leanquant import kernels, lut_gemm  # noqa: E402
 from leanquant.decoding import with_cuda_graphs  # noqa: E402
-from leanquant.linear import QuantizedLinear  # noqa: E402
+from leanquant.linear import QuantizedEmbedding, QuantizedLinear  # noqa: E402
 from leanquant.packing import PackedLinear, packed_width, unpack_codes  # noqa: E402
 
 SHAPES = {  # out x in features
@@ -248,7 +248,8 @@ def bench_host(all_bits: list[int], device: torch.device, O: int, I: int, calls:
 
 
 def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
-    """Tokens a second of an 8B-shaped model at batch 1, fp16 and each width, one decoding step in a CUDA graph."""
+    """Tokens a second of an 8B-shaped model at batch 1, fp16 and each width, without and with embeddings and head of 4 bits; one decoding
+    step in a CUDA graph."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes = LLAMA_3_8B | {"num_hidden_layers": 32, "vocab_size": 128256}
@@ -256,7 +257,7 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
         sizes |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
         sizes["vocab_size"] = 100
     rows = []
-    for bits in (16, *args.bits):
+    for bits, vocab_bits in ((16, 16), *itertools.product(args.bits, (16, 4))):
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float16).eval()
@@ -264,10 +265,13 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
             for name, linear in list(model.model.named_modules()):
                 if isinstance(linear, nn.Linear):
                     model.model.set_submodule(name, quantized_like(linear, bits, device))
+        if vocab_bits < 16:
+            quantize_vocabulary(model, vocab_bits, "tiles")
         graph, eager = (1e3 / step_milliseconds(model, device, captured) for captured in (True, False))
         found = {"tokens_per_second": graph, "eager_tokens_per_second": eager} | generated(model)
-        rows.append({"bits": bits, **found})
-        print(f"{name_of(bits)}: {', '.join(f'{name} {value:.1f}' for name, value in found.items())}", flush=True)
+        rows.append({"bits": bits, "vocab_bits": vocab_bits, **found})
+        outside = "" if vocab_bits == 16 else f", embeddings and head too in {vocab_bits}"
+        print(f"{name_of(bits)}{outside}: {', '.join(f'{name} {value:.1f}' for name, value in found.items())}", flush=True)
         del model
     return rows
 
@@ -277,6 +281,14 @@ def quantized_like(linear: nn.Linear, bits: int, device: torch.device) -> Quanti
     quantized = QuantizedLinear(packed, bits, linear.in_features, None)
     quantized.prepare("tiles", torch.float16)
     return quantized
+
+
+def quantize_vocabulary(model: nn.Module, bits: int, form: str) -> None:
+    """Give `model` random embeddings that are the head too."""
+    packed = random_packed(*model.lm_head.weight.shape, bits, model.device)
+    QuantizedEmbedding.take_place_of(model.get_input_embeddings(), packed, bits)
+    model.lm_head = QuantizedLinear(packed, bits, model.lm_head.in_features, None)
+    model.lm_head.prepare(form, model.dtype)
 
 
 def name_of(bits: int) -> str:

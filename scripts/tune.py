@@ -338,15 +338,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def trainable(folder: Path, quantized: str, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, dict[str, TunedLinear]]:
-    """The quantized model with linears that learn, and these by their paths; a head that is the embeddings stays with them. Each of its
-    layers keeps nothing but its input for the way back. Loaded on the host, where codes stay as they are stored."""
+    """The quantized model with linears that learn, and these by the paths that the file has them under; embeddings learn with a head that
+    they are. Each layer keeps nothing but its input for the way back. Loaded on the host, where codes stay as they are stored."""
     model = LeanQuantModelForCausalLM.from_pretrained(folder, quantized, torch_dtype=dtype, device="cpu", dequantize="never")
     linears = {}
-    if is_tied(head := model.get_output_embeddings()):
-        head.prepare("dense", dtype)
-    for name in [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear) and not is_tied(module)]:
-        linears[name] = TunedLinear(model.get_submodule(name), device)
-        model.set_submodule(name, linears[name])
+    embeddings = model.get_input_embeddings()
+    for name, module in list(model.named_modules()):
+        if isinstance(module, QuantizedLinear):
+            model.set_submodule(name, tuned := TunedLinear(module, device))
+            if is_tied(module):
+                embeddings.packed = lambda tuned=tuned: tuned.with_stored(tuned.stored())
+                name = next(name for name, other in model.named_modules() if other is embeddings)
+            linears[name] = tuned
     for layer in find_layers(model)[1]:
         layer.forward = forgetful(layer.forward)
     return model.to(device), linears

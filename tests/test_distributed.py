@@ -247,6 +247,20 @@ def assert_nearly_the_same(path: Path, report: Path, other: tuple[Path, dict]) -
         assert losses[0] == pytest.approx(losses[1], rel=0.03), layer
 
 
+def test_ranks_share_the_rows_of_embeddings_and_head(launch, command, alone, tmp_path):
+    """Embeddings, rounded to nearest, do not depend on the order of sums."""
+    path, report = tmp_path / "q.safetensors", tmp_path / "r.json"
+    assert launch(3, command(path, "--report", report, "--vocab_bits", "4"))[0] == {}
+    files = [packing.Checkpoint.open(file) for file in (path, alone("--vocab_bits", "4")[0])]
+    for name in ("model.embed_tokens", "lm_head"):
+        codes, levels = ([file.get(name + suffix) for file in files] for suffix in (packing.CODES, packing.GRID))
+        assert codes[0].shape == codes[1].shape and levels[0].shape == levels[1].shape
+        if name == "model.embed_tokens":
+            assert torch.equal(*codes) and torch.equal(*levels)
+    losses = [row["loss"] for run in (json.loads(report.read_text()), alone("--vocab_bits", "4")[1]) for row in run["linears"][-1:]]
+    assert losses[0] == pytest.approx(losses[1], rel=0.03)
+
+
 @pytest.mark.parametrize("place", ["host", "disk"])
 def test_as_many_ranks_write_the_same_bytes_wherever_activations_wait(launch, command, two, tmp_path, place):
     assert launch(2, command(tmp_path / "q.safetensors", "--activations", place))[0] == {}
