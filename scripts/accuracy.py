@@ -6,7 +6,8 @@ Protocol: 32 x 512 calibration tokens from the first 75 % of the articles' chara
 --percdamp 0.1, forward passes in bfloat16, perplexity and KL(fp16 || quantized) on windows of 512: 16 384 tokens of the
 other articles (wiki) and of another kind of text (news). "best, tuned" measures the best recipe's file, and again after
 it was tuned on further windows; "best, bits shared out, tuned" does so with bits that scripts/allocate.py has shared out
-(--share). --choose measures on other parts of both texts, on which the recipe's settings are chosen.
+(--share), "best, 4-bit vocabulary, tuned" with embeddings in 4 bits, which are the head. --choose measures on other parts
+of both texts, on which the recipe's settings are chosen.
 What is done is kept in docs/results/accuracy.json and not run again; docs/accuracy-tables.md and docs/accuracy.png are made
 from it.
 """
@@ -390,10 +391,9 @@ def log_probabilities(logits, hidden):
 
 
 def as_markdown(done: dict) -> str:
-    tables = (
-        table(done)
-        for table in (main_tables, piece_table, head_table, tuning_table, shared_table, rotation_table, size_table, choice_table)
-    )
+    of_pieces = main_tables, piece_table, head_table
+    of_models = tuning_table, shared_table, vocabulary_table, rotation_table
+    tables = (table(done) for table in (*of_pieces, *of_models, size_table, choice_table))
     return "\n\n".join(filter(None, tables)) + "\n"
 
 
@@ -499,15 +499,26 @@ def before_and_after(done: dict, said: str, method: str, before: str, after: str
 
 
 def shared_table(done: dict) -> str:
-    """What sharing bits out gives, tuned too; and how large the files are."""
+    """What sharing bits out gives."""
     said = "The best recipe with bits shared out (scripts/allocate.py), and the same file tuned as above."
+    return beside_tuned(done, said, SHARED, "as many bits everywhere")
+
+
+def vocabulary_table(done: dict) -> str:
+    """What embeddings in 4 bits, which are the head, cost and save."""
+    said = "The best recipe with embeddings and head in 4 bits (--vocab_bits), and the same file tuned as above."
+    return beside_tuned(done, said, VOCABULARY, "embeddings and head in 16 bits")
+
+
+def beside_tuned(done: dict, said: str, method: str, otherwise: str) -> str:
+    """`before_and_after` tuning of `method`, and how that compares with the best recipe, of which `otherwise` is true."""
     lines = [
-        "How large those files are, and their KL less that of as many bits everywhere, %, with the same seed.\n",
+        f"How large those files are, and how much higher their KL is than with {otherwise}, %, with the same seed.\n",
         "| grid | bits | MB | wiki | tuned | news | tuned | seeds |",
         "|" + 8 * "---|",
     ]
-    for grid, bits in itertools.product(GRIDS, sorted(AVERAGES, reverse=True)):
-        found = rows_of(done, method=SHARED, grid=grid, bits=bits)
+    for grid, bits in itertools.product(GRIDS, sorted({row["bits"] for row in done.values()}, reverse=True)):
+        found = rows_of(done, method=method, grid=grid, bits=bits)
         alike = {row["seed"]: row for row in rows_of(done, method=TUNED, grid=grid, bits=bits, nsamples=32)}
         pairs = [(alike[row["seed"]], row) for row in found if row["seed"] in alike]
         changes = [
@@ -518,7 +529,7 @@ def shared_table(done: dict) -> str:
         if found:
             size = mean(row["megabytes"] for row in found)
             lines.append(f"| {grid} | {bits:g} | {size:.1f} | {' | '.join(changes)} | {len(pairs) or ''} |")
-    table = before_and_after(done, said, SHARED, "untuned", "tuned")
+    table = before_and_after(done, said, method, "untuned", "tuned")
     return "\n\n".join([table, "\n".join(lines)]) if table else ""
 
 
