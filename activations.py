@@ -40,6 +40,7 @@ def open_file(path: Path):
 def save(live: list["Activations"], folder: Path, saved: int, layers: int, ranks: Ranks) -> int:
     """Make the streams `live`, which have passed `layers` layers, a generation that a killed run can go on with. Returns which;
     generation `saved` is left alone. Each rank writes its sequences, the first one the stamp when all have done so."""
+    assert len({stream.generation for stream in live if stream.on_disk}) < 2, "streams have passed differently often"
     generation, size = live[0].generation if live[0].on_disk else 1 - saved, sum(stream.file_bytes for stream in live)
     with open_file(live_file(folder, generation)) as file:
         if ranks.is_first and os.fstat(file.fileno()).st_size > size:

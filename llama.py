@@ -110,8 +110,10 @@ def quantize_layers(
         stream = model.embed(mine, journal.batch_size or run.batch_size, place, streams(config))
         reference = stream.twin() if config.shift > 0 else None
         if embeddings and not journal.layers:
-            columns = model.config.get_text_config().hidden_size
+            columns = model.checkpoint.shapes[model.embedding_name][1]
             model.embed_with(embeddings.dequantize(run.vocab_bits, columns, model.dtype), stream, mine)
+            if reference:  # once more as well: activations in files are read and written in turn, those of both streams together
+                model.embed_with(None, reference, mine)
     live = [stream.states] + ([reference.states] if reference else [])
     journal.restore(live)
     bar = {"desc": "quantizing", "unit": "layer", "ncols": 80, "disable": None if run.ranks.is_first else True}
@@ -129,8 +131,10 @@ def quantize_layers(
                 rest = head | rest_of_layer(model, index, packed) if writer else {}
                 model.checkpoint.check_unchanged()  # before any of it counts as finished
             saver.finish(save_layer, {model.layer_prefix(index) + name: linear for name, linear in packed.items()}, rest, writer, entry)
-            loss, seconds = sum(row["loss"] or 0 for row in linears), time.perf_counter() - start
+            loss, seconds = sum(row["loss"] or 0 for row in linears if row["layer"] is not None), time.perf_counter() - start
             tqdm.write(f"layer {index + 1}/{layers.stop}  loss {loss:.4g}  {seconds:.1f} s  peak {peak_memory(run.device)}")
+            for row in linears[-1:] if linears and linears[-1]["layer"] is None else ():
+                tqdm.write(f"{row['linear']}  loss {row['loss'] or math.nan:.4g}  {row['seconds']:.1f} s of these")
         with phases("save"):
             saver.wait()
 
@@ -433,13 +437,21 @@ def vocabulary(model: modelutils.StreamedModel, run: Run) -> dict[str, int]:
         isinstance(network.get_input_embeddings(), torch.nn.Embedding) and isinstance(network.get_output_embeddings(), torch.nn.Linear)
     ):
         raise InputError(f"{type(network).__name__} has other embeddings, or another head, than --vocab_bits can quantize: leave it out")
-    if not model.has_own_head and model.head_name in model.checkpoint:
-        raise InputError(f"the model has a {model.head_name} that its config.json calls the embeddings: say there that it is not")
+    if not model.has_own_head and model.head_name in model.checkpoint and not same_tensors(model, model.head_name, model.embedding_name):
+        raise InputError(
+            f"the model has a {model.head_name} of its own and a config.json that ties it: set tie_word_embeddings to false there"
+        )
     names = (model.embedding_name, model.head_name) if model.has_own_head else (model.embedding_name,)
     linears = {f"{model.layer_prefix(index)}{name}.weight" for index in range(len(model.layers)) for name in model.linears(index)}
     if not {name for name, _ in network.named_parameters()} - linears - {*names, model.head_name}:
         raise InputError(f"{type(network).__name__} has nothing but linears and embeddings: transformers needs one that is not quantized")
     return {path_of(name): run.vocab_bits for name in names}
+
+
+def same_tensors(model, one: str, other: str) -> bool:
+    shape = model.checkpoint.shapes[one]
+    pieces = quant.row_pieces(*shape) if shape == model.checkpoint.shapes[other] else ()
+    return bool(pieces) and all(torch.equal(model.checkpoint.get(one, rows), model.checkpoint.get(other, rows)) for rows in pieces)
 
 
 def packed_embeddings(model, run: Run, config: quant.QuantConfig, phases: Phases) -> packing.PackedLinear | None:
@@ -489,7 +501,7 @@ def finished_head(model, stream, reference, run: Run, config: quant.QuantConfig,
         return {name: moved_head(model, name, total, factor, strength, phases)} if run.ranks.is_first else {}, []
     config = replace(config, bits=run.vocab_bits, shift=strength)
     packed, loss = quantized_head(model, name, total, factor, run, config, phases)
-    row = {"linear": path_of(name), "layer": len(model.layers), "loss": None if factor is None else loss.sum().item()}
+    row = {"linear": path_of(name), "layer": None, "loss": None if factor is None else loss.sum().item()}
     row |= {"seconds": time.perf_counter() - start, "bits": config.bits, "tokens": total.tokens}
     return packed.named(path_of(name)), [row]
 
@@ -565,8 +577,7 @@ def assigned_bits(model: modelutils.StreamedModel, run: Run, config: quant.Quant
 
 def check_example_rows(model: modelutils.StreamedModel, run: Run, bits: dict[str, int]) -> None:
     """Are the rows of --example_rows among those to be quantized? Raises InputError."""
-    outside = vocabulary(model, run)
-    quantized = [name for name, its in bits.items() if its < 16 and name not in outside]
+    quantized = [name for name, its in bits.items() if its < 16 and name.startswith(f"{model.layers_name}.")]
     for name, row in run.example_rows:
         if name not in quantized:
             raise modelutils.no_such_linear("--example_rows", name, quantized)

@@ -383,8 +383,8 @@ class StreamedModel:
         return stream
 
     @torch.no_grad()
-    def embed_with(self, table: torch.Tensor, stream: Stream, windows: torch.Tensor) -> None:
-        """Have `stream`, which `embed` made of `windows`, begin with another `table` of embeddings [V, D]."""
+    def embed_with(self, table: torch.Tensor | None, stream: Stream, windows: torch.Tensor) -> None:
+        """Have `stream`, which `embed` made of `windows`, begin again, with another `table` of embeddings [V, D] if it is given."""
         with self._outside_layers(table):
             for rows in stream.spans():
                 stream.states.write(rows, self._record(windows[rows]))

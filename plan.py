@@ -225,6 +225,7 @@ def make(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str, base: f
         peaks += _layer_needs(layer, shapes, run, config, dtype, hardware)
     peaks += _head_needs(shapes, run, config, dtype, hardware) if shapes.shifts_head or shapes.vocabulary else ()
     waiting = {"activations": (*_activations(live, run, d, shapes, on_gpu), 0)}
+    waiting["packed embeddings"] = (0, sum(map(_packed_bytes, shapes.vocabulary[:-1])), 0)
     peaks = [needs | waiting for needs in peaks]
     peaks += [_evaluation(shapes, run, live, d, on_gpu)] if run.eval else []
     device, other = _largest(peaks, 0), _largest(peaks, 2)
@@ -261,9 +262,9 @@ def _largest(peaks: list[dict], *sides: int) -> dict[str, float]:
 
 
 def _embedding(shapes: Shapes, d: int) -> dict:
-    """The table of embeddings on its way in: as stored, and in the run's dtype; and the quantized one, packed and rebuilt on the host."""
+    """The table of embeddings on its way in: as stored, and in the run's dtype; and a quantized one, rebuilt on the host."""
     elements, stored = shapes.outside.get(shapes.embedding, (0, 0))
-    rebuilt = sum(elements * (d + group.bits / 8) for group in shapes.vocabulary[1:])
+    rebuilt = elements * d if len(shapes.vocabulary) == 2 else 0
     return {"embeddings": (elements * d, (stored if stored != elements * d else 0) + rebuilt, 0)}
 
 
@@ -289,21 +290,32 @@ def _evaluation(shapes: Shapes, run, live: float, d: int, on_gpu: bool) -> dict:
 
 def _head_needs(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str) -> Iterator[dict]:
     """Moving the head: as it sees both streams' states of a batch, in 16 bits and as a difference in float32; as its rows are moved; as
-    it is written with the last layer, for which safetensors copies both. Quantizing it as well, as a layer's linears."""
+    it is written with the last layer, for which safetensors copies both. Or quantizing it, as a layer's linears, a piece at a time."""
     elements, stored = head_of(shapes)
     d = dtype.itemsize
     rows, I = elements // shapes.hidden, shapes.hidden
-    last = sum(sum(group.rows) * group.columns * group.bits / 8 for group in shapes.layers[-1].groups)
+    last = sum(map(_packed_bytes, shapes.layers[-1].groups))
     squares = FLOAT * statistics_size(rows, I, True, False)
     states = run.batch_size * run.seqlen * I * (8 * d + 3 * FLOAT)
     matrix = FLOAT * quant.row_pieces(rows, I)[0].stop * I
     panel = 2 * FLOAT * PANEL * I
     yield {"head": (elements * d, stored if stored != elements * d else 0, 0), "Hessians": (squares, 0, 0), "states": (states, 0, 0)}
-    yield {"head": (TARGET_COPIES * matrix, stored, 0), "Hessians": (squares + 3 * panel, 0, 0), "finished linears": (last, last, 0)}
-    yield {"copied tensors": (0, 2 * (stored + last), 0)}
-    for group in shapes.vocabulary:
-        needs = _layer_needs(Layer(0, 0, (group,)), shapes, run, config, dtype, hardware)
-        yield from (moment for moment in needs if "forward pass" not in moment)
+    if not shapes.vocabulary:
+        yield {"head": (TARGET_COPIES * matrix, stored, 0), "Hessians": (squares + 3 * panel, 0, 0), "finished linears": (last, last, 0)}
+        yield {"copied tensors": (0, 2 * (stored + last), 0)}
+        return
+    group, finished = shapes.vocabulary[-1], last + _packed_bytes(shapes.vocabulary[-1])
+    piece = Layer(0, 0, (group._replace(rows=(quant.row_pieces(rows, I)[0].stop,)),))
+    config = config if shapes.shifts_head else replace(config, shift=0.0)
+    for needs in _layer_needs(piece, shapes, run, config, dtype, hardware):
+        if "forward pass" not in needs:
+            yield needs | {"packed head": (0, finished, 0)}
+    yield {"copied tensors": (0, 2 * finished, 0)}
+
+
+def _packed_bytes(group: LayerGroup) -> float:
+    """Of codes."""
+    return sum(group.rows) * group.columns * group.bits / 8
 
 
 def head_of(shapes: Shapes) -> tuple[int, int]:
@@ -333,7 +345,7 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
     d, on_gpu, shift = dtype.itemsize, hardware != "cpu", config.shift > 0
     where = "cuda" if on_gpu else "cpu"
     replaced = packed = 0
-    all_packed = sum(sum(group.rows) * group.columns * group.bits / 8 for group in layer.groups if group.bits < 16)
+    all_packed = sum(_packed_bytes(group) for group in layer.groups if group.bits < 16)
     for stage in _parts(layer, run, config):
         stage = [group for group in stage if group.bits < 16]
         all_statistics = [_statistics(group, config) for group in stage]
@@ -362,7 +374,7 @@ def _layer_needs(layer: Layer, shapes: Shapes, run, config, dtype: torch.dtype, 
                 there = held + (matrix if side and moment == "target" else 0)  # rows of S
                 yield weights | {moment: (copies * matrix + more + panel, 0, 0)} | _placed("Hessians", there, side)
             replaced += sum(group.rows) * group.columns
-            packed += sum(group.rows) * group.columns * group.bits / 8
+            packed += _packed_bytes(group)
     weights = {"layer": (layer.parameters * d + replaced * d * shift, 0, 0), "finished linears": (0, packed, 0)}
     yield weights | {"forward pass": (_forward_bytes(layer, shapes, run, dtype, on_gpu), 0, 0)}
 

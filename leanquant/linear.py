@@ -62,7 +62,7 @@ class Quantized(nn.Module):
         self._is_hf_initialized = True  # there is no weight for transformers to initialise
         self.bits = bits
         for name, tensor in zip(STORED, packed, strict=True):
-            self.register_buffer(name, tensor, persistent)
+            self.register_buffer(name, tensor, persistent or tensor is None)  # libraries expect no empty ones among the others
 
     def fill(self, packed: PackedLinear) -> None:
         """Take the stored tensors."""
@@ -110,19 +110,20 @@ class QuantizedLinear(Quantized, nn.Linear):
     "dense" keeps the rebuilt weight too. The state that is saved is the same in all of them.
     """
 
-    def __init__(self, packed: PackedLinear, bits: int, in_features: int, bias: torch.Tensor | None, persistent: bool = True):
+    def __init__(self, packed: PackedLinear, bits: int, in_features: int, bias: torch.Tensor | None, embeddings=None):
         nn.Module.__init__(self)  # not Linear's: there is no weight to make
+        self.__dict__["embeddings"] = embeddings  # of a head that is those: to be found, not to be a part of it
         self.in_features, self.out_features = in_features, packed.codes.shape[0]
         self.packed_bytes = packed.codes.shape[1]  # of a row: tells the layout of the stored codes
-        self._store(packed, bits, persistent)
+        self._store(packed, bits, persistent=embeddings is None)
         self.tiles = self.levels = self.dense = None
         self.form, self.tiles_dtype = "packed", None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
 
     @classmethod
-    def on_meta(cls, shapes: PackedLinear, bits: int, linear: nn.Linear, persistent: bool = True) -> "QuantizedLinear":
+    def on_meta(cls, shapes: PackedLinear, bits: int, linear: nn.Linear, embeddings=None) -> "QuantizedLinear":
         """A stand-in for `linear` that has only shapes: `shapes` holds meta tensors, the bias stays on meta too."""
-        return cls(shapes, bits, linear.in_features, linear.bias, persistent)
+        return cls(shapes, bits, linear.in_features, linear.bias, embeddings)
 
     # --- state ---
 
@@ -181,12 +182,14 @@ class QuantizedLinear(Quantized, nn.Linear):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.tiles is not None and "weight_codes" not in self._non_persistent_buffers_set:
+        if self.tiles is not None and self.embeddings is None:
             destination[prefix + "weight_codes"] = self.packed().codes
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         form, dtype = self.form, (self.tiles_dtype or torch.float32) if self.dense is None else self.dense.dtype
         self.release()
+        if self.embeddings is not None:  # which have been loaded
+            self.fill(self.embeddings.packed().to(self.weight_codes.device))
         super()._load_from_state_dict(state_dict, prefix, *args)
         if form != "packed":
             self.prepare(form, dtype)
@@ -253,24 +256,24 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = PackedLinear(*(None if tensor is None else tensor[ids.flatten()] for tensor in self.packed()))
+        rows = PackedLinear(*(None if tensor is None else tensor.index_select(0, ids.flatten()) for tensor in self.packed()))
         found = rows.dequantize(self.bits, self.embedding_dim, self.like.dtype)
         if self.kind is nn.Embedding:
-            return found.view(*ids.shape, -1)
+            return found.view(*ids.shape, self.embedding_dim)
         positions = torch.arange(ids.numel(), device=ids.device)
-        return self.kind.forward(self._as_kind(found, padding_idx=None), positions.view(ids.shape))
+        return self.kind.forward(self._as_kind(found), positions.view(ids.shape))
 
-    def _as_kind(self, weight: torch.Tensor, **changes) -> nn.Embedding:
+    def _as_kind(self, weight: torch.Tensor) -> nn.Embedding:
         """The embeddings that these were, with another `weight`."""
         other = self.kind.__new__(self.kind)
-        other.__dict__ = self.__dict__ | {"_parameters": {"weight": weight}} | changes
+        other.__dict__ = self.__dict__ | {"_parameters": {"weight": weight}, "padding_idx": None, "_is_hf_initialized": False}
         return other
 
     def initialize_buffers(self, model: nn.Module) -> None:
         """Have transformers, which knows the class that these were, give its buffers their values, of which files have none."""
         if self.kind is not nn.Embedding:
-            rows = 1 + (self.padding_idx or 0)
-            model._init_weights(self._as_kind(nn.Parameter(torch.zeros(rows, self.embedding_dim)), _is_hf_initialized=False))
+            with torch.random.fork_rng(devices=[]):
+                model._init_weights(self._as_kind(nn.Parameter(torch.zeros(1, self.embedding_dim))))
 
     def restore(self, dtype: torch.dtype) -> None:
         """Make of it what it was, with rebuilt weights."""
@@ -312,17 +315,17 @@ def _tie_head(model: nn.Module, embeddings: str, checkpoint: Checkpoint) -> None
     if not model.config.get_text_config().tie_word_embeddings or name is None or checkpoint.holds(f"{name}.weight"):
         return
     shapes, bits = checkpoint.packed_shapes(embeddings), checkpoint.bits_of(embeddings)
-    model.set_submodule(name, QuantizedLinear.on_meta(shapes, bits, head, persistent=False))
+    model.set_submodule(name, QuantizedLinear.on_meta(shapes, bits, head, model.get_input_embeddings()))
     model._tied_weights_keys, model.all_tied_weights_keys = None, {}
 
 
-def share_codes(model: nn.Module, device=None) -> None:
+def share_codes(head: QuantizedLinear, device=None) -> None:
     """Give a head that is the embeddings their codes, once they have them, on `device`, unset its own: where both lie on one they share
     the very tensors."""
-    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
-    if embeddings.weight_codes.is_meta:
-        raise InputError("quantized embeddings that are the head too cannot stay on the disk: give a device_map that keeps them in memory")
-    head.fill(embeddings.packed().to(head.weight_codes.device if device is None else device))
+    if head.embeddings.weight_codes.is_meta:
+        what = "give a device_map that keeps them on a device, and no offload_buffers"
+        raise InputError(f"quantized embeddings that are the head too must be there when the model is loaded: {what}")
+    head.fill(head.embeddings.packed().to(head.weight_codes.device if device is None else device))
 
 
 def head_name(model: nn.Module) -> str | None:
@@ -332,7 +335,7 @@ def head_name(model: nn.Module) -> str | None:
 
 def is_tied(head: nn.Module | None) -> bool:
     """Is it a head that has the embeddings' codes?"""
-    return isinstance(head, QuantizedLinear) and "weight_codes" in head._non_persistent_buffers_set
+    return isinstance(head, QuantizedLinear) and head.embeddings is not None
 
 
 def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:

@@ -87,8 +87,8 @@ class LeanQuantModelForCausalLM:
             _reserve_dense(model, dtype)
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
-        if is_tied(model.get_output_embeddings()):
-            share_codes(model, _device_of(head_name(model), devices))
+        if is_tied(head := model.get_output_embeddings()):
+            share_codes(head, _device_of(head_name(model), devices))
         if not has_own_head(model):
             model.tie_weights()
         prepare_linears(model, dtype, dequantize)

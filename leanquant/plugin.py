@@ -58,8 +58,8 @@ class LeanQuantizer(HfQuantizer):
         del self._checkpoint
         if isinstance(embeddings := model.get_input_embeddings(), QuantizedEmbedding):
             embeddings.initialize_buffers(model)
-        if is_tied(model.get_output_embeddings()):
-            share_codes(model)
+        if is_tied(head := model.get_output_embeddings()):
+            share_codes(head)
         prepare_linears(model, model.dtype, "auto")
         return model
 

@@ -154,10 +154,15 @@ def add_legend(figure, size: float = 9) -> None:
     figure.legend(handles.values(), labels, loc="outside lower center", ncols=columns, fontsize=size)
 
 
+def linears_of_layers(report: dict) -> list[dict]:
+    """All but a head, whose loss is of another kind."""
+    return [row for row in report["linears"] if row["layer"] is not None]
+
+
 def losses_by_layer(report: dict) -> dict[int, float]:
     """Number of each layer, from 1 -> the sum of its linears' losses."""
     losses: dict[int, float] = {}
-    for row in report["linears"]:
+    for row in linears_of_layers(report):
         losses[row["layer"] + 1] = losses.get(row["layer"] + 1, 0.0) + (row["loss"] or 0)
     return losses
 
@@ -170,7 +175,7 @@ def linear_name(row: dict) -> str:
 def losses_by_linear(report: dict) -> dict[str, dict[int, float]]:
     """Name of each linear -> number of each layer, from 1 -> its loss, of experts the sum; without losses that no logarithm has."""
     losses: dict[str, dict[int, float]] = {}
-    for row in report["linears"]:
+    for row in linears_of_layers(report):
         if row["loss"] and math.isfinite(row["loss"]):
             layers = losses.setdefault(linear_name(row), {})
             layers[row["layer"] + 1] = layers.get(row["layer"] + 1, 0.0) + row["loss"]

@@ -69,7 +69,8 @@ KEPT_BACK = 8  # windows on which the result is compared with what it was made f
 BETAS, EPSILON = (0.9, 0.95), 1e-12  # Adam's; gradients are as small as the loss's share of one level
 WARM_UP, LAST_RATE = 0.05, 0.05  # the share of the steps in which the rate rises, and what of it is left at the end of a half cosine
 TOKENS = 16  # whose logits are compared at a time: so few stay in a CPU's cache, which is three times as fast
-MOST_ERROR = 0.7  # of quantized embeddings, as a share of their norm: at 2 bits a third; those of other models differ by more than 1
+SAMPLE, LEAST_COSINE = 4096, 0.3  # rows of quantized embeddings that are compared with the original's; another model's are at about 0
+PIECE_WEIGHTS = 2**24  # rebuilt at a time
 PART_BYTES = 2**30  # of the result, written at a time
 KEPT_EVERY = 120  # seconds, after which what is learned is kept for the case of a kill
 
@@ -172,14 +173,26 @@ class Rebuilt(torch.autograd.Function):
     def forward(ctx, levels: torch.Tensor, packed: torch.Tensor, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         ctx.save_for_backward(packed)
         ctx.sizes = levels.shape, bits, columns
-        codes = unpack_codes(packed, bits, columns).view(*levels.shape[:2], -1)
-        return levels.to(dtype).gather(2, codes.long()).view(-1, columns)
+        weight = levels.new_empty(len(levels), columns, dtype=dtype)
+        for rows in pieces(weight):
+            codes = unpack_codes(packed[rows], bits, columns).view(-1, levels.shape[1], columns // levels.shape[1])
+            weight[rows] = levels[rows].to(dtype).gather(2, codes.long()).view(-1, columns)
+        return weight
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
-        shape, bits, columns = ctx.sizes
-        codes = unpack_codes(ctx.saved_tensors[0], bits, columns).view(*shape[:2], -1)
-        return sum_by_code(gradient.view(codes.shape), codes, shape[2]), None, None, None, None
+        (O, G, K), bits, columns = ctx.sizes
+        found = []
+        for rows in pieces(gradient):
+            codes = unpack_codes(ctx.saved_tensors[0][rows], bits, columns).view(-1, G, columns // G)
+            found.append(sum_by_code(gradient[rows].view(codes.shape), codes, K))
+        return torch.cat(found), None, None, None, None
+
+
+def pieces(matrix: torch.Tensor) -> list[slice]:
+    """Rows that are taken at once, as indices take eight bytes a weight."""
+    step = max(1, PIECE_WEIGHTS // matrix.shape[1])
+    return [slice(start, start + step) for start in range(0, len(matrix), step)]
 
 
 def sum_by_code(values: torch.Tensor, codes: torch.Tensor, K: int) -> torch.Tensor:
@@ -314,11 +327,13 @@ def write_tuned(
 def check_base(checkpoint: Checkpoint, original: StreamedModel) -> None:
     """Raise InputError unless the quantized model has the original's embeddings, as llama.py leaves them or nearly so: another model of
     the same shape would teach it something else."""
-    name = original.embedding_name
+    name, path = original.embedding_name, original.embedding_name.removesuffix(".weight")
     theirs = original.checkpoint.get(name)
-    if checkpoint.is_quantized(name.removesuffix(".weight")):
-        theirs = theirs.float()
-        alike = (checkpoint.weight(name, tuple(theirs.shape), torch.float32) - theirs).norm() < MOST_ERROR * theirs.norm()
+    if checkpoint.is_quantized(path):
+        packed, step = checkpoint.packed(path, *theirs.shape), -(-len(theirs) // SAMPLE)
+        ours = PackedLinear(*(None if tensor is None else tensor[::step] for tensor in packed))
+        ours = ours.dequantize(checkpoint.bits_of(path), theirs.shape[1], torch.float32).flatten()
+        alike = torch.cosine_similarity(ours, theirs[::step].float().flatten(), 0) > LEAST_COSINE
     else:
         ours = checkpoint.get(name) if name in checkpoint else theirs[:0]
         alike = ours.shape == theirs.shape and torch.equal(ours, theirs.to(ours.dtype))

@@ -27,6 +27,7 @@ KINDS = {
     "non-uniform, 4 bits": ["--wbits", "4", "--exponent", "4"],
     "non-uniform, 3 bits, nibbles": ["--wbits", "3", "--exponent", "4", "--packing", "nibble"],
     "affine, 2 bits, groups": ["--wbits", "2", "--grid", "minmax", "--groupsize", "32"],
+    "embeddings and head too": ["--wbits", "3", "--exponent", "4", "--vocab_bits", "2"],
 }
 
 
@@ -79,7 +80,7 @@ def with_value(value):
     return change
 
 
-NU, NIBBLES, AFFINE = KINDS
+NU, NIBBLES, AFFINE, _ = KINDS
 DAMAGE = {
     "levels with NaN": (NU, setter(Q + ".quant_grid", with_value(float("nan"))), "up_proj.quant_grid holds NaN"),
     "scales with infinity": (AFFINE, setter(Q + ".scale", with_value(float("inf"))), "up_proj.scale holds NaN or infinity"),

@@ -1,10 +1,13 @@
 """--vocab_bits: embeddings and head as codes, apart or as one; written, read by every loader, run, tuned, exported, refused."""
 
+import copy
 import json
+import shutil
 
 import pytest
 import torch
 import transformers
+from accelerate import cpu_offload
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -84,15 +87,13 @@ def test_all_loaders_give_what_the_rebuilt_matrices_give(made):
         torch.testing.assert_close(head(hidden).float(), logits(plain), rtol=1e-4, atol=1e-4)
 
 
-def test_embeddings_of_their_own_are_rounded_to_the_nearest_level(made):
-    base, file, tied = made
-    if not tied:
-        W, levels = (
-            load_file(base / "model.safetensors")[f"{EMBEDDINGS}.weight"],
-            Checkpoint.open(file).packed(EMBEDDINGS, 300, 64).levels(4),
-        )
-        distances = (W.view(300, levels.shape[1], -1, 1) - levels.unsqueeze(2)).abs().amin(3).view(300, 64)
-        torch.testing.assert_close((rebuilt(file, EMBEDDINGS, 4) - W).abs(), distances, rtol=0, atol=1e-6)
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_of_their_own_are_rounded_to_the_nearest_level(tiny_model, text_file, tmp_path, kind):
+    base, file = tiny_model(), tmp_path / "q.safetensors"
+    quantize(base, text_file, *KINDS[kind], "--vocab_bits", 4, "--save_path", file)
+    W, levels = load_file(base / "model.safetensors")[f"{EMBEDDINGS}.weight"], Checkpoint.open(file).packed(EMBEDDINGS, 300, 64).levels(4)
+    distances = (W.view(300, levels.shape[1], -1, 1) - levels.unsqueeze(2)).abs().amin(3).view(300, 64)
+    torch.testing.assert_close((rebuilt(file, EMBEDDINGS, 4) - W).abs(), distances, rtol=0, atol=1e-6)
 
 
 def test_layers_are_quantized_on_what_quantized_embeddings_give(tiny_model, text_file, tmp_path):
@@ -192,20 +193,27 @@ def test_the_plan_knows_and_the_report_has_a_row(tiny_model, text_file, tmp_path
     smaller, larger = (report["plan"]["written"] for report in reports)
     files = [(tmp_path / f"{bits}.safetensors").stat().st_size for bits in (4, 16)]
     assert larger - smaller == pytest.approx(2 * (files[1] - files[0]), rel=0.05) and files[1] > 3 * files[0]  # parts, and the result
-    rows = [[row for row in report["linears"] if row["layer"] == 2] for report in reports]
+    rows = [[row for row in report["linears"] if row["layer"] is None] for report in reports]
     assert [row["linear"] for row in rows[0]] == [HEAD] and rows[1] == []
     assert rows[0][0]["bits"] == 4 and rows[0][0]["tokens"] == 512 and rows[0][0]["loss"] > 0
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tiny_model, text_file, tmp_path, monkeypatch):
-    options = [*KINDS["non-uniform"], *SEQUENTIAL, "--vocab_bits", 4, "--save_path"]
-    quantize(tiny_model(), text_file, *options, tmp_path / "whole.safetensors")
-    finished_head = llama.finished_head
-    monkeypatch.setattr(llama, "finished_head", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        quantize(tiny_model(), text_file, *options, tmp_path / "stopped.safetensors")
-    monkeypatch.setattr(llama, "finished_head", finished_head)
-    quantize(tiny_model(), text_file, *options, tmp_path / "stopped.safetensors")
+@pytest.mark.parametrize("place", ["host", "disk"])
+@pytest.mark.parametrize("moment", ["layer 2", "layer 3", "head"])
+def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tiny_model, text_file, tmp_path, monkeypatch, moment, place):
+    options = [*KINDS["non-uniform"], *SEQUENTIAL, "--vocab_bits", 4, "--activations", place, "--save_path"]
+    base, real = tiny_model(num_hidden_layers=3), {name: getattr(llama, name) for name in ("quantize_layer", "finished_head")}
+    quantize(base, text_file, *options, tmp_path / "whole.safetensors")
+
+    def quantize_layer(model, index, *rest):
+        return 1 / 0 if moment == f"layer {index + 1}" else real["quantize_layer"](model, index, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llama, "quantize_layer", quantize_layer)
+        patch.setattr(llama, "finished_head", lambda *rest: 1 / 0 if moment == "head" else real["finished_head"](*rest))
+        with pytest.raises(ZeroDivisionError):
+            quantize(base, text_file, *options, tmp_path / "stopped.safetensors")
+    quantize(base, text_file, *options, tmp_path / "stopped.safetensors")
     assert (tmp_path / "stopped.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
@@ -278,6 +286,50 @@ def test_files_that_lie_about_embeddings_are_refused(tiny_model, text_file, tmp_
             LeanQuantModelForCausalLM.from_pretrained(base, bad)
     assert cli.main(["info", str(file)]) == 0
     assert "embeddings and head" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_it_can_be_offloaded_and_loaded_into(tiny_model, text_file, tmp_path, tied):
+    base, folder = tiny_model(tied=tied), tmp_path / "folder"
+    quantize(base, text_file, *KINDS["non-uniform"], "--vocab_bits", 4, "--save_path", folder)
+    expected = logits(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32))
+    for options in ({}, {"offload_buffers": True}):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        cpu_offload(model, **options)
+        torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(copy.deepcopy(model)), expected, rtol=1e-4, atol=1e-4)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for form in ("packed", "tiles"):
+        model.lm_head.prepare(form, torch.float16)
+        for name in (name for name in state if name.endswith("quant_grid") and "layers" not in name):
+            state[name] *= 2
+        model.load_state_dict(state)
+        assert torch.equal(model.lm_head.packed().grid, state[f"{EMBEDDINGS if tied else HEAD}.quant_grid"])
+        assert model.lm_head.form == form
+
+
+def test_odd_tokens(tiny_model, text_file, tmp_path):
+    quantize(tiny_model(), text_file, *KINDS["non-uniform"], "--vocab_bits", 4, "--save_path", tmp_path / "folder")
+    embeddings = AutoModelForCausalLM.from_pretrained(tmp_path / "folder").get_input_embeddings()
+    assert embeddings(torch.zeros(2, 0, dtype=torch.long)).shape == (2, 0, 64)
+    for token in (-1, 300):
+        with pytest.raises((IndexError, RuntimeError)):
+            embeddings(torch.tensor([token]))
+
+
+def test_a_head_that_is_stored_beside_the_embeddings_it_is(tiny_model, text_file, tmp_path, capsys):
+    """As older libraries store it: the same tensor twice. Another tensor there is another head, which config.json must not deny."""
+    shutil.copytree(tiny_model(tied=True), tmp_path / "twice")
+    tensors = load_file(tmp_path / "twice" / "model.safetensors")
+    for factor in (1, 2):
+        head = {f"{HEAD}.weight": factor * tensors[f"{EMBEDDINGS}.weight"]}
+        save_file(tensors | head, tmp_path / "twice" / "model.safetensors", metadata={"format": "pt"})
+        arguments = [tmp_path / "twice", text_file, *KINDS["non-uniform"], "--vocab_bits", 4, "--nsamples", 2, "--seqlen", 32]
+        arguments += ["--eval", "none", "--save_path", tmp_path / f"{factor}.safetensors"]
+        assert llama.main([str(word) for word in arguments]) == (0 if factor == 1 else 2)
+    assert {name for name in Checkpoint.open(tmp_path / "1.safetensors").shapes if HEAD in name} == set()
+    assert "set tie_word_embeddings to false there" in capsys.readouterr().err
 
 
 def test_bits_shared_out_go_with_it(tiny_model, text_file, tmp_path):
