@@ -74,7 +74,7 @@ class Cell(NamedTuple):
 
     @property
     def key(self) -> str:
-        return " | ".join(map(str, self))
+        return " | ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in self)
 
 
 def matrix(args: argparse.Namespace) -> list[Cell]:
