@@ -19,12 +19,14 @@ import tune
 from conftest import SIZES, write_model
 from leanquant import InputError, LeanQuantModelForCausalLM
 from leanquant import __main__ as cli
+from leanquant.decoding import with_cuda_graphs
 from leanquant.export import export
 from leanquant.foreign import open_checkpoint
 from leanquant.linear import QuantizedEmbedding, QuantizedLinear
 from leanquant.packing import Checkpoint
 from modelutils import StreamedModel
 from test_cli import GRIDS, SEQUENTIAL, decode_codes, decode_weight, quantize, whole_model
+from test_decoding import Graph, continued, emulated, recording  # noqa: F401
 from test_families import FAMILIES
 from test_head import head_inputs
 
@@ -307,6 +309,33 @@ def test_it_can_be_offloaded_and_loaded_into(tiny_model, text_file, tmp_path, ti
         model.load_state_dict(state)
         assert torch.equal(model.lm_head.packed().grid, state[f"{EMBEDDINGS if tied else HEAD}.quant_grid"])
         assert model.lm_head.form == form
+
+
+@pytest.mark.parametrize("family", ["Llama 3", "Gemma"])
+def test_it_is_decoded_by_graphs(tmp_path, text_file, emulated, family):  # noqa: F811
+    """No step waits for the GPU, and each can be replayed for other tokens."""
+    config, arguments, _ = FAMILIES[family]
+    base = write_model(getattr(transformers, config)(**(SIZES | arguments)), tmp_path / "model", "float16")
+    quantize(base, text_file, *KINDS["non-uniform"], "--vocab_bits", 4, "--save_path", tmp_path / "folder")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
+    expected, generate = continued(model.generate, do_sample=False), recording(model)
+    assert torch.equal(continued(generate, do_sample=False), expected)
+    assert Graph.replays == 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", KINDS)
+def test_on_a_gpu(tiny_model, text_file, tmp_path, tied, kind):
+    base, file = tiny_model(tied=tied), tmp_path / "q.safetensors"
+    quantize(base, text_file, *KINDS[kind], "--vocab_bits", 4, "--save_path", file)
+    expected = logits(LeanQuantModelForCausalLM.from_pretrained(base, file, device="cpu"))
+    model = LeanQuantModelForCausalLM.from_pretrained(base, file, device="cuda", dtype=torch.float16)
+    assert model.lm_head.weight_codes is None and model.get_input_embeddings().weight_codes.is_cuda  # tiles, and codes
+    torch.testing.assert_close(logits(model, IDS.cuda()).cpu(), expected, rtol=0.05, atol=0.05)
+    how = {"max_new_tokens": 16, "do_sample": False, "attention_mask": torch.ones(1, 10).cuda().long()}
+    assert torch.equal(with_cuda_graphs(model)(IDS[:1].cuda(), **how), model.generate(IDS[:1].cuda(), **how))
 
 
 def test_odd_tokens(tiny_model, text_file, tmp_path):
