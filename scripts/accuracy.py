@@ -6,8 +6,8 @@ Protocol: 32 x 512 calibration tokens from the first 75 % of the articles' chara
 --percdamp 0.1, forward passes in bfloat16, perplexity and KL(fp16 || quantized) on windows of 512: 16 384 tokens of the
 other articles (wiki) and of another kind of text (news). "best, tuned" measures the best recipe's file, and again after
 it was tuned on further windows; "best, bits shared out, tuned" does so with bits that scripts/allocate.py has shared out
-(--share), "best, 4-bit vocabulary, tuned" with embeddings in 4 bits, which are the head. --choose measures on other parts
-of both texts, on which the recipe's settings are chosen.
+(--share), "best, 4-bit vocabulary, tuned" with embeddings in 4 bits, which are the head, and one with both. --choose measures on
+other parts of both texts, on which the recipe's settings are chosen.
 What is done is kept in docs/results/accuracy.json and not run again; docs/accuracy-tables.md and docs/accuracy.png are made
 from it.
 """
@@ -52,7 +52,7 @@ METHODS = {
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
 TUNED, BOTH, SHARED = "best, tuned", "best, rotated, tuned", "best, bits shared out, tuned"
-VOCABULARY = "best, 4-bit vocabulary, tuned"
+VOCABULARY, SMALLEST = "best, 4-bit vocabulary, tuned", "best, bits shared out, 4-bit vocabulary, tuned"
 TUNED_TIMES = 2  # on so many times the windows it is quantized with, drawn with another seed
 BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys([*ROTATED, BOTH], WORK / "model-rotated")  # with a head of their own
 AVERAGES = (3.5, 3, 2.5, 2.25)  # bits a weight, shared out by an estimate on 32 windows with a seed of its own
@@ -92,8 +92,8 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
             if method == BOTH and grid != "row":
                 continue  # others gain little from a rotation
             cells.append(Cell(method, grid, bits, seed))
-        if args.share:
-            cells += [Cell(SHARED, grid, average, seed) for seed, average in itertools.product(args.seeds, args.share)]
+        sharing = (SHARED, SMALLEST) if grid == "nonuniform" else (SHARED,)
+        cells += [Cell(method, grid, bits, seed) for method, seed, bits in itertools.product(sharing, args.seeds, args.share)]
     for nsamples, method, bits in itertools.product(args.sizes, SIZED, args.bits):
         if "nonuniform" in args.grids and method in args.methods:
             cells.append(Cell(method, "nonuniform", bits, 0, nsamples))
@@ -132,7 +132,7 @@ def main() -> None:
             cells = [Cell("fp16", "row", 16, part="choose")]
             cells += [Cell("best", grid, bits, seed, 32, "choose", extra) for extra, grid, seed, bits in trials]
         wanted = [cell for cell in cells if not is_measured(cell, done) or lacks_reference(cell)]
-        for grid in {cell.grid for cell in wanted if cell.method == SHARED}:
+        for grid in {cell.grid for cell in wanted if cell.method in (SHARED, SMALLEST)}:
             share_out(grid, args.share)
         complete = run_all(wanted, done, args.lanes)
     write_text(DOCS / "accuracy-tables.md", as_markdown(done))
@@ -294,7 +294,7 @@ def measure(cell: Cell) -> dict:
         result["phase_seconds"] = contents["phase_seconds"]
         result["megabytes"] = round(file.stat().st_size / 1e6, 2)
     torch.set_float32_matmul_precision("medium")
-    if cell.method in (TUNED, BOTH, SHARED, VOCABULARY):
+    if cell.method in (TUNED, BOTH, SHARED, VOCABULARY, SMALLEST):
         result["untuned"] = {text: evaluate(base, file, f"{text} {cell.part}", False)[0] for text in ("wiki", "news")}
         result["tuning_cpu_seconds"] = tune_file(base, file, cell)
     for text in ("wiki", "news"):
@@ -331,9 +331,11 @@ def commit() -> str | None:
 def flags(cell: Cell) -> list[str]:
     group = GRIDS[cell.grid][2:]
     method = ROTATED.get(cell.method, cell.method)
-    if method == VOCABULARY:
-        return [*GRIDS[cell.grid], "--vocab_bits", "4"]
-    own = ["--bits_for", *shares(cell.grid, cell.bits).read_text().split()] if method == SHARED else METHODS.get(method, [])
+    own = METHODS.get(method, [])
+    if method in (SHARED, SMALLEST):
+        own = ["--bits_for", *shares(cell.grid, cell.bits).read_text().split()]
+    if method in (VOCABULARY, SMALLEST):
+        own = [*own, "--vocab_bits", "4"]
     return [*own, *group] if method in ("rtn", "gptq") else [*GRIDS[cell.grid], *own]
 
 
@@ -505,9 +507,11 @@ def shared_table(done: dict) -> str:
 
 
 def vocabulary_table(done: dict) -> str:
-    """What embeddings in 4 bits, which are the head, cost and save."""
-    said = "The best recipe with embeddings and head in 4 bits (--vocab_bits), and the same file tuned as above."
-    return beside_tuned(done, said, VOCABULARY, "embeddings and head in 16 bits")
+    """What embeddings in 4 bits, which are the head, cost and save; with bits shared out, too."""
+    said = "The best recipe with embeddings and head in 4 bits (--vocab_bits){}, and the same file tuned as above."
+    beside = beside_tuned(done, said.format(""), VOCABULARY, "embeddings and head in 16 bits")
+    otherwise = "as many bits everywhere, but embeddings and head in 16"
+    return "\n\n".join(filter(None, [beside, beside_tuned(done, said.format(" and bits shared out"), SMALLEST, otherwise)]))
 
 
 def beside_tuned(done: dict, said: str, method: str, otherwise: str) -> str:
