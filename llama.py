@@ -458,15 +458,7 @@ def packed_embeddings(model, run: Run, config: quant.QuantConfig, phases: Phases
     """Embeddings rounded to the nearest of levels for which all columns count alike; None if they are not quantized, or are the head."""
     if run.vocab_bits == 16 or not model.has_own_head:
         return None
-    name, config = model.embedding_name, replace(config, bits=run.vocab_bits)
-    count, columns = model.checkpoint.shapes[name]
-    mine, packed = run.ranks.rows(count), []
-    for rows in quant.row_pieces(mine.stop - mine.start, columns):
-        with phases("load"):
-            W = model.checkpoint.get(name, slice(mine.start + rows.start, mine.start + rows.stop)).to(model.device).float()
-        grid, codes, _ = quantize_weights(W, None, config, phases)
-        packed.append(pack_linear(codes, grid, config, run.packing))
-    return run.ranks.gather_rows(packing.PackedLinear.joined(packed), count)
+    return quantized_rows(model, model.embedding_name, None, None, 0.0, run, config, phases)[0]
 
 
 def shifts_head(model, run: Run, config: quant.QuantConfig) -> bool:
@@ -499,10 +491,9 @@ def finished_head(model, stream, reference, run: Run, config: quant.QuantConfig,
     strength = total.tokens / (total.tokens + quant.HEAD_TOKENS * len(total.H))
     if run.vocab_bits == 16:
         return {name: moved_head(model, name, total, factor, strength, phases)} if run.ranks.is_first else {}, []
-    config = replace(config, bits=run.vocab_bits, shift=strength)
-    packed, loss = quantized_head(model, name, total, factor, run, config, phases)
+    packed, loss = quantized_rows(model, name, total, factor, strength, run, config, phases)
     row = {"linear": path_of(name), "layer": None, "loss": None if factor is None else loss.sum().item()}
-    row |= {"seconds": time.perf_counter() - start, "bits": config.bits, "tokens": total.tokens}
+    row |= {"seconds": time.perf_counter() - start, "bits": run.vocab_bits, "tokens": total.tokens}
     return packed.named(path_of(name)), [row]
 
 
@@ -515,21 +506,24 @@ def moved_head(model, name: str, total: Statistics, factor, strength: float, pha
     return head
 
 
-def quantized_head(model, name: str, total: Statistics, factor, run: Run, config: quant.QuantConfig, phases: Phases):
-    """Packed, and the loss of each row; each rank has done its rows."""
-    count = model.checkpoint.shapes[name][0]
+def quantized_rows(
+    model, name: str, total: Statistics | None, factor, strength: float, run: Run, config: quant.QuantConfig, phases: Phases
+):
+    """Matrix `name` to --vocab_bits, packed, and the loss of each row; each rank has done its rows. Without a factor to nearest."""
+    config = replace(config, bits=run.vocab_bits)
+    count, columns = model.checkpoint.shapes[name]
     mine, packed, losses = run.ranks.rows(count), [], []
-    for piece in quant.row_pieces(mine.stop - mine.start, len(total.H)):
+    for piece in quant.row_pieces(mine.stop - mine.start, columns):
         rows = slice(mine.start + piece.start, mine.start + piece.stop)
         with phases("load"):
             W = model.checkpoint.get(name, rows).to(model.device).float()
         if factor:
             with phases("target"):
-                W = quant.target(W, total, factor, config.shift, rows)
+                W = quant.target(W, total, factor, strength, rows)
         grid, codes, loss = quantize_weights(W, factor, config, phases)
         packed.append(pack_linear(codes, grid, config, run.packing))
         losses.append(loss.cpu())
-    return (run.ranks.gather_rows(mine, count) for mine in (packing.PackedLinear.joined(packed), torch.cat(losses)))
+    return [run.ranks.gather_rows(mine, count) for mine in (packing.PackedLinear.joined(packed), torch.cat(losses))]
 
 
 def head_statistics(model, streams: list, run: Run, phases: Phases) -> Statistics:

@@ -30,6 +30,7 @@ from activations import Activations, Place, helper_thread, mapped
 from leanquant.errors import InputError, first_line
 from leanquant.experts import Experts, first_token_to_all, on_routing, routers, split_experts, use_model_names
 from leanquant.foreign import METHODS, json_of
+from leanquant.linear import path_in
 from leanquant.modeling import where_to_look
 from leanquant.packing import Checkpoint
 
@@ -214,8 +215,8 @@ class StreamedModel:
         self._bare = dict(self.model.named_parameters(remove_duplicate=False))  # without values, to be put back in their place
         use_model_names(checkpoint, self.model)
         self.layers_name, self.layers = find_layers(self.model)
-        self.embedding_name = _weight_name(self.model, self.model.get_input_embeddings())
-        self.head_name = _weight_name(self.model, self.model.get_output_embeddings())
+        self.embedding_name = f"{path_in(self.model, self.model.get_input_embeddings())}.weight"
+        self.head_name = f"{path_in(self.model, self.model.get_output_embeddings())}.weight"
         if device.type == "cpu" and dtype.itemsize == 2 and not cpu_units(dtype):
             for module in self.model.modules():
                 if type(module) is nn.Linear:
@@ -790,10 +791,6 @@ def read_config(folder: Path):
             raise InputError(f"{folder} is already quantized ({method}): give the original, unquantized model")
         del config.quantization_config
     return config
-
-
-def _weight_name(model: nn.Module, owner: nn.Module) -> str:
-    return next(f"{name}.weight" for name, module in model.named_modules() if module is owner)
 
 
 def find_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -17,6 +17,7 @@ from .errors import InputError
 from .experts import Experts, split_experts
 from .foreign import open_checkpoint
 from .layouts import LAYOUTS, Layout, Linear, Model, Stored, weight_of
+from .linear import path_in
 from .modeling import build_model, read_config
 from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, unpack_codes, write_synced
 
@@ -110,7 +111,7 @@ def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int
     split_experts(network)
     linears = {name: tuple(module.weight.shape) for name, module in network.named_modules() if isinstance(module, nn.Linear)}
     embeddings = network.get_input_embeddings()
-    matrices = linears | {name: tuple(module.weight.shape) for name, module in network.named_modules() if module is embeddings}
+    matrices = linears | {path_in(network, embeddings): tuple(embeddings.weight.shape)}
     checkpoint.check_bits(None, "the model")
     quantized = checkpoint.quantized
     if unknown := [name for name in quantized if name not in matrices]:

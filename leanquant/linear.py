@@ -311,7 +311,7 @@ def replace_modules(model: nn.Module, checkpoint: Checkpoint) -> None:
 def _tie_head(model: nn.Module, embeddings: str, checkpoint: Checkpoint) -> None:
     """Have the head multiply with the codes of the `embeddings` where the model ties them and the file has no head of its own.
     transformers, which ties weights, finds none to tie from then on."""
-    head, name = model.get_output_embeddings(), head_name(model)
+    name = path_in(model, head := model.get_output_embeddings())
     if not model.config.get_text_config().tie_word_embeddings or name is None or checkpoint.holds(f"{name}.weight"):
         return
     shapes, bits = checkpoint.packed_shapes(embeddings), checkpoint.bits_of(embeddings)
@@ -328,9 +328,9 @@ def share_codes(head: QuantizedLinear, device=None) -> None:
     head.fill(head.embeddings.packed().to(head.weight_codes.device if device is None else device))
 
 
-def head_name(model: nn.Module) -> str | None:
-    """Module path of what gives the logits."""
-    return next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+def path_in(model: nn.Module, wanted: nn.Module | None) -> str | None:
+    """The path of the module `wanted`, None if there is none."""
+    return next((name for name, module in model.named_modules() if module is wanted), None)
 
 
 def is_tied(head: nn.Module | None) -> bool:
@@ -346,7 +346,7 @@ def check_names(model: nn.Module, checkpoint: Checkpoint) -> None:
     quantized = {f"{name}{suffix}" for name in checkpoint.quantized for suffix in SUFFIXES}
     wanted = {name: t.shape for name, t in model.state_dict(keep_vars=True).items() if name not in quantized}
     tied = model.config.get_text_config().tie_word_embeddings
-    head = f"{head_name(model)}.weight"
+    head = f"{path_in(model, model.get_output_embeddings())}.weight"
     for name, shape in wanted.items():
         if name not in checkpoint:
             if not (tied and name == head):

@@ -24,8 +24,8 @@ from .linear import (
     QuantizedEmbedding,
     QuantizedLinear,
     check_names,
-    head_name,
     is_tied,
+    path_in,
     prepare_linears,
     replace_modules,
     share_codes,
@@ -88,7 +88,7 @@ class LeanQuantModelForCausalLM:
         devices = _device_map(model, single, device_map, max_memory, on_cpu)
         _fill(model, checkpoint, devices, dtype)
         if is_tied(head := model.get_output_embeddings()):
-            share_codes(head, _device_of(head_name(model), devices))
+            share_codes(head, _device_of(path_in(model, head), devices))
         if not has_own_head(model):
             model.tie_weights()
         prepare_linears(model, dtype, dequantize)

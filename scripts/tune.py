@@ -39,9 +39,10 @@ from journal import differences, files_of  # noqa: E402
 from leanquant import LeanQuantModelForCausalLM  # noqa: E402
 from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
-from leanquant.linear import QuantizedLinear, is_tied  # noqa: E402
+from leanquant.linear import QuantizedLinear, is_tied, path_in  # noqa: E402
 from leanquant.packing import (  # noqa: E402
     GRID,
+    PIECE_WEIGHTS,
     SCALE,
     TUNING,
     Checkpoint,
@@ -70,7 +71,6 @@ BETAS, EPSILON = (0.9, 0.95), 1e-12  # Adam's; gradients are as small as the los
 WARM_UP, LAST_RATE = 0.05, 0.05  # the share of the steps in which the rate rises, and what of it is left at the end of a half cosine
 TOKENS = 16  # whose logits are compared at a time: so few stay in a CPU's cache, which is three times as fast
 SAMPLE, LEAST_COSINE = 4096, 0.3  # rows of quantized embeddings that are compared with the original's; another model's are at about 0
-PIECE_WEIGHTS = 2**24  # rebuilt at a time
 PART_BYTES = 2**30  # of the result, written at a time
 KEPT_EVERY = 120  # seconds, after which what is learned is kept for the case of a kill
 
@@ -363,7 +363,7 @@ def trainable(folder: Path, quantized: str, device: torch.device, dtype: torch.d
             model.set_submodule(name, tuned := TunedLinear(module, device))
             if is_tied(module):
                 embeddings.packed = lambda tuned=tuned: tuned.with_stored(tuned.stored())
-                name = next(name for name, other in model.named_modules() if other is embeddings)
+                name = path_in(model, embeddings)
             linears[name] = tuned
     for layer in find_layers(model)[1]:
         layer.forward = forgetful(layer.forward)
