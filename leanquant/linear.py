@@ -58,7 +58,7 @@ class Quantized(nn.Module):
     """What quantized linears and embeddings have in common, in the place of a weight [O, I]: the stored tensors, as buffers under the
     file's names: weight_codes and quant_grid, or scale and zero (packing.py)."""
 
-    def _store(self, packed: PackedLinear, bits: int, persistent: bool = True) -> None:
+    def store(self, packed: PackedLinear, bits: int, persistent: bool = True) -> None:
         self._is_hf_initialized = True  # there is no weight for transformers to initialise
         self.bits = bits
         for name, tensor in zip(STORED, packed, strict=True):
@@ -115,7 +115,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         self.__dict__["embeddings"] = embeddings  # of a head that is those: to be found, not to be a part of it
         self.in_features, self.out_features = in_features, packed.codes.shape[0]
         self.packed_bytes = packed.codes.shape[1]  # of a row: tells the layout of the stored codes
-        self._store(packed, bits, persistent=embeddings is None)
+        self.store(packed, bits, persistent=embeddings is None)
         self.tiles = self.levels = self.dense = None
         self.form, self.tiles_dtype = "packed", None
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -248,7 +248,7 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         dtype = embedding.weight.dtype
         embedding.kind, embedding.__class__ = type(embedding), cls
         del embedding._parameters["weight"]
-        embedding._store(packed, bits)
+        embedding.store(packed, bits)
         embedding.register_buffer("like", torch.empty(0, dtype=dtype, device="cpu"), persistent=False)  # it is cast with the model
 
     @property
@@ -256,8 +256,7 @@ class QuantizedEmbedding(Quantized, nn.Embedding):
         return self.num_embeddings, self.embedding_dim
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        rows = PackedLinear(*(None if tensor is None else tensor.index_select(0, ids.flatten()) for tensor in self.packed()))
-        found = rows.dequantize(self.bits, self.embedding_dim, self.like.dtype)
+        found = self.packed().rows(ids.flatten()).dequantize(self.bits, self.embedding_dim, self.like.dtype)
         if self.kind is nn.Embedding:
             return found.view(*ids.shape, self.embedding_dim)
         positions = torch.arange(ids.numel(), device=ids.device)

@@ -143,6 +143,10 @@ class PackedLinear(NamedTuple):
     def to(self, device) -> "PackedLinear":
         return PackedLinear(*(None if t is None else t.to(device) for t in self))
 
+    def rows(self, numbers: torch.Tensor) -> "PackedLinear":
+        """The rows of these numbers, in their order."""
+        return PackedLinear(*(None if t is None else t.index_select(0, numbers) for t in self))
+
     def split(self, rows: int) -> Iterator["PackedLinear"]:
         """The same, by pieces of so many rows."""
         for start in range(0, len(self.codes), rows):

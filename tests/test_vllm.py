@@ -1,0 +1,125 @@
+"""Folders of ours in vLLM, by the plug-in, against transformers with the same folder. scripts/vllm.sh runs this in an environment with vLLM."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from conftest import SIZES, write_model
+from leanquant import InputError
+from leanquant.packing import PackedLinear, affine_levels, pack_codes
+
+os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+vllm = pytest.importorskip("vllm")
+from leanquant.vllm_plugin import LeanQuantVllmConfig  # noqa: E402
+
+PROMPTS = [{"prompt_token_ids": [(start + 7 * i) % 290 + 5 for i in range(20)]} for start in (1, 40)]
+ANSWER = 6
+LAYERS = "model.layers.{}."
+
+
+def pack(weight: torch.Tensor, bits: int, groups: int = 0, layout: str = "dense") -> PackedLinear:
+    """`weight` to the nearest of levels: free ones, which are not equally spaced, or with `groups` scales a row."""
+    rows = weight.view(len(weight), max(1, groups), -1)
+    reach = rows.abs().amax(2)
+    if groups:
+        scale, zero = (2 * reach / (2**bits - 1)).half(), torch.full(reach.shape, 2 ** (bits - 1), dtype=torch.uint8)
+        levels = affine_levels(scale, zero, bits)
+        stored = (None, scale, zero)
+    else:
+        steps = torch.linspace(-1, 1, 2**bits)
+        grid = (reach * (steps.abs() ** 1.3 * steps.sign())).half()
+        levels, stored = grid.float().unsqueeze(1), (grid, None, None)
+    codes = (rows.unsqueeze(3) - levels.unsqueeze(2)).abs().argmin(3).flatten(1).to(torch.uint8)
+    return PackedLinear(pack_codes(codes, bits, layout), *stored)
+
+
+def quantized(base: Path, out: Path, how: dict) -> Path:
+    """`base` as a folder of ours: each matrix whose name ends with a key of `how`, the first one, is packed with what stands there, or
+    stays plain if that is None."""
+    shutil.copytree(base, out)
+    tensors, bits_for = load_file(out / "model.safetensors"), {}
+    for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
+        path = name.removesuffix(".weight")
+        if options := next((options for end, options in how.items() if path.endswith(end)), None):
+            tensors |= pack(tensors.pop(name).float(), *options).named(path)
+            bits_for[path] = options[0]
+    settings = {"method": "leanquant", "bits": 3, "bits_for": bits_for}
+    save_file(tensors, out / "model.safetensors", {"leanquant": json.dumps(settings)})
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "leanquant", **settings}}))
+    return out
+
+
+def engine(folder: Path, **options):
+    return vllm.LLM(str(folder), **({"dtype": "float32", "max_model_len": 64, "enforce_eager": True, "seed": 0} | options))
+
+
+def answers(llm) -> list[tuple[list[int], torch.Tensor]]:
+    """For each prompt the tokens that were written, and the log probabilities of the prompt's own."""
+    params = vllm.SamplingParams(temperature=0, max_tokens=ANSWER, prompt_logprobs=0, ignore_eos=True)
+    found = []
+    for prompt, output in zip(PROMPTS, llm.generate(PROMPTS, params, use_tqdm=False), strict=True):
+        told = zip(prompt["prompt_token_ids"][1:], output.prompt_logprobs[1:], strict=True)
+        found.append((list(output.outputs[0].token_ids), torch.tensor([place[token].logprob for token, place in told])))
+    return found
+
+
+@torch.no_grad()
+def expected(folder: Path) -> list[tuple[list[int], torch.Tensor]]:
+    model, found = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), []
+    for prompt in PROMPTS:
+        ids = torch.tensor([prompt["prompt_token_ids"]])
+        written = model.generate(ids, max_new_tokens=ANSWER, min_new_tokens=ANSWER, do_sample=False, eos_token_id=None, pad_token_id=0)
+        told = model(ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).flatten()
+        found.append((written[0, ids.shape[1] :].tolist(), told))
+    return found
+
+
+def check(folder: Path, **options) -> None:
+    for (tokens, told), (wanted, wanted_told) in zip(answers(engine(folder, **options)), expected(folder), strict=True):
+        torch.testing.assert_close(told, wanted_told, rtol=1e-3, atol=2e-3)
+        assert tokens == wanted
+
+
+def tiny(tiny_model, **sizes) -> Path:
+    """With heads of a size that vLLM's attention takes."""
+    return tiny_model(**{"head_dim": 32, "hidden_size": 128} | sizes)
+
+
+CASES = {
+    "free levels": (False, {"proj": (3,)}),
+    "nibbles": (False, {"proj": (2, 0, "nibble")}),
+    "a scale a row": (False, {"proj": (4, 1)}),
+    "groups": (False, {"proj": (3, 4)}),
+    "bits differ, one layer is plain": (
+        False,
+        {"0.mlp.gate_proj": None, "0.mlp.up_proj": None, "q_proj": (2,), "v_proj": (4,), "down_proj": (3,), "proj": (3,)},
+    ),
+    "scales of bits that differ": (False, {"q_proj": (2, 4), "proj": (3, 4)}),
+    "embeddings that are the head": (True, {"proj": (3,), "embed_tokens": (4,)}),
+    "embeddings and a head": (False, {"proj": (2,), "embed_tokens": (4, 2), "lm_head": (3,)}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_vllm_says_what_transformers_says(tiny_model, tmp_path, case):
+    tied, how = CASES[case]
+    check(quantized(tiny(tiny_model, tied=tied), tmp_path / "folder", how))
+
+
+def test_biases_and_the_compiler(tmp_path):
+    config = Qwen2Config(**(SIZES | {"hidden_size": 128}))
+    check(quantized(write_model(config, tmp_path / "base"), tmp_path / "folder", {"proj": (4,)}), enforce_eager=False)
+
+
+@pytest.mark.parametrize("how", [(3,), (4, 8)], ids=["free levels", "groups"])
+def test_two_ranks_share_a_model(tiny_model, tmp_path, monkeypatch, how):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
+    folder = quantized(tiny(tiny_model, tied=True), tmp_path / "folder", {"proj": how, "embed_tokens": (4,)})
+    check(folder, tensor_parallel_size=2)
