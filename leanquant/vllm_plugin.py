@@ -40,7 +40,8 @@ class LeanQuantVllmConfig(QuantizationConfig):
     def __init__(self) -> None:
         super().__init__()
         self.checkpoint: Checkpoint | None = None
-        self.embeddings = ""  # their path, once vLLM has made them
+        self.quantized_embeddings = ""  # their path, if they are
+        self.embeddings = ""  # once vLLM has made them
 
     def get_name(self) -> str:
         return METHOD
@@ -64,6 +65,7 @@ class LeanQuantVllmConfig(QuantizationConfig):
         folder = model_name if Path(model_name).is_dir() else snapshot_download(model_name, revision=revision, allow_patterns=FILES)
         self.checkpoint = open_checkpoint(folder)
         self.checkpoint.check_bits(None, folder)
+        self.quantized_embeddings = _embeddings_of(self.checkpoint)
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> "LeanQuantMethod | UnquantizedLinearMethod | None":
         if isinstance(layer, RoutedExperts):
@@ -84,18 +86,20 @@ class LeanQuantVllmConfig(QuantizationConfig):
         if isinstance(layer, ParallelLMHead):
             return [prefix if self.checkpoint.holds(f"{prefix}.weight") else self.embeddings]  # to which vLLM will tie it
         if isinstance(layer, VocabParallelEmbedding):
-            self.embeddings = prefix or self._embeddings()
+            self.embeddings = prefix or self.quantized_embeddings  # some models of vLLM leave them nameless
             return [self.embeddings]
-        if (path := self._embeddings()) and not self.embeddings and get_pp_group().is_first_rank:
-            raise InputError(f"{path} is quantized, which vLLM's model of this kind cannot take: {ELSEWHERE}")
+        if self.quantized_embeddings and not self.embeddings and get_pp_group().is_first_rank:
+            raise InputError(f"{self.quantized_embeddings} is quantized, which vLLM's model of this kind cannot take: {ELSEWHERE}")
         parent, _, leaf = prefix.rpartition(".")
         return [f"{parent}.{part}" for part in self.packed_modules_mapping.get(leaf, [leaf])]
 
-    def _embeddings(self) -> str:
-        """The path of quantized embeddings, which are beside the layers, where a head is not; for vLLM often leaves them nameless."""
-        beside = {path.rpartition(".")[0] for path in (re.split(r"\.\d+\.", name)[0] for name in self.checkpoint.shapes)}
-        outside = [path for path in self.checkpoint.quantized if not re.search(r"\.\d+\.", path)]
-        return next((path for path in outside if path.rpartition(".")[0] in beside - {""}), "")
+
+def _embeddings_of(checkpoint: Checkpoint) -> str:
+    """The path of quantized embeddings, "" if there are none: they are beside the layers, where a head is not."""
+    number = re.compile(r"\.\d+\.")
+    beside = {path.rpartition(".")[0] for path in (number.split(name)[0] for name in checkpoint.shapes if number.search(name))}
+    outside = [path for path in checkpoint.quantized if not number.search(path)]
+    return next((path for path in outside if path.rpartition(".")[0] in beside - {""}), "")
 
 
 def _rows_of(layer: nn.Module) -> int:
@@ -141,19 +145,26 @@ class LeanQuantMethod(LinearMethodBase):
         rows, columns, ranks = sum(output_partition_sizes), input_size_per_partition, input_size // input_size_per_partition
         self._check_shapes(layer, input_size)
         self.shared = shared = self._shared(input_size)
-        if columns * shared.bits % 8 and ranks > 1 or shared.groups > 1 and shared.groups % ranks:
+        code_bits = 4 if shared.layout == "nibble" else shared.bits
+        if ranks > 1 and (columns * code_bits % 8 or shared.groups > 1 and shared.groups % ranks):
             raise InputError(f"{self.parts[0]} has {input_size} columns, whose codes or groups {ranks} ranks cannot divide: take fewer")
-        self.columns, self.dtype, codes_bits = columns, params_dtype, 4 if shared.layout == "nibble" else shared.bits
+        self.columns, self.dtype, width = columns, params_dtype, packed_width(input_size, code_bits)
+
+        def alike(name: str, loaded: torch.Tensor) -> torch.Tensor:
+            """A stored tensor of one part, as `shared` has it."""
+            if name == "weight_codes" and loaded.shape[1] != width:
+                return pack_codes(unpack_codes(loaded, loaded.shape[1] * 8 // input_size, input_size), 4, "nibble")
+            return nn.functional.pad(loaded, (0, 2**shared.bits - loaded.shape[1])) if name == "quant_grid" else loaded
 
         def add(name: str, width: int, dtype: torch.dtype, is_divided: bool) -> None:
             tensor = nn.Parameter(torch.zeros(rows, width, dtype=dtype), requires_grad=False)
             tensor.output_dim = 0
             if is_divided:
                 tensor.input_dim = 1
-            tensor.weight_loader = lambda param, loaded, *shard: weight_loader(param, self._alike(name, loaded, input_size), *shard)
+            tensor.weight_loader = lambda param, loaded, *shard: weight_loader(param, alike(name, loaded), *shard)
             layer.register_parameter(name, tensor)
 
-        add("weight_codes", packed_width(columns, codes_bits), torch.uint8, True)
+        add("weight_codes", packed_width(columns, code_bits), torch.uint8, True)
         if shared.grid is not None:
             add("quant_grid", 2**shared.bits, shared.grid, False)
             return
@@ -179,14 +190,6 @@ class LeanQuantMethod(LinearMethodBase):
             raise InputError(f"{' and '.join(self.parts)} have grids of different kinds, and vLLM multiplies with them as one: {ELSEWHERE}")
         (groups, grid), is_one = kinds.pop(), len(set(bits)) == len(widths) == 1
         return Shared(max(bits), layout_of(widths.pop(), bits[0], columns) if is_one else "nibble", grid, groups)
-
-    def _alike(self, name: str, loaded: torch.Tensor, columns: int) -> torch.Tensor:
-        """A stored tensor of one part, as `shared` has it."""
-        if name == "weight_codes" and loaded.shape[1] != packed_width(columns, 4 if self.shared.layout == "nibble" else self.shared.bits):
-            return pack_codes(unpack_codes(loaded, loaded.shape[1] * 8 // columns, columns), 4, "nibble")
-        if name == "quant_grid":
-            return nn.functional.pad(loaded, (0, 2**self.shared.bits - loaded.shape[1]))
-        return loaded
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         packed = PackedLinear(*(getattr(layer, name).data if hasattr(layer, name) else None for name in STORED))

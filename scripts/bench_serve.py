@@ -1,8 +1,9 @@
 """`python -m leanquant serve` on this machine: tokens a second of 1, 4 and 8 clients, and the wait for an answer in a long conversation.
 
-    python scripts/bench_serve.py [--path QUANTIZED --base MODEL] [--tokens 64] [--repeats 3] [--out docs/results/serve-cpu.json]
+    python scripts/bench_serve.py [--path QUANTIZED --base MODEL] [--vllm PYTHON] [--tokens 64] [--repeats 3] [--out FILE]
 
-Two servers, one that answers requests one after the other and one that answers several at once, take turns; medians. By itself with
+Servers take turns, one that answers requests one after the other and one that answers several at once; medians. With the path of a
+Python that has vLLM also vLLM, with the quantized model, which must be a folder then, and with the original. By itself with
 demo/nonuniform-4bit.safetensors, which scripts/quickstart.sh makes.
 """
 
@@ -23,6 +24,8 @@ from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYS = {"one after the other": [], "several at once": ["--continuous_batching"]}
+VLLM, ORIGINAL = "vLLM", "vLLM, original"
+VLLM_FLAGS = ["--dtype", "bfloat16", "--max-model-len", "2048", "--kv-cache-memory-bytes", "1G"]
 CLIENTS = (1, 4, 8)
 STARTS_WITHIN = 300  # seconds; answers, too
 STORY = "The keeper of the lighthouse wrote down what he saw each night, and each night it was the sea. "
@@ -34,13 +37,15 @@ def main() -> None:
     add = parser.add_argument
     add("--path", default=str(ROOT / "demo" / "nonuniform-4bit.safetensors"))
     add("--base", default=str(ROOT / "demo" / "SmolLM2-135M-Instruct"))
+    add("--vllm", help="a Python that has vLLM, such as .venv/vllm/bin/python, which scripts/vllm.sh makes")
     add("--tokens", type=int, default=64, help="of each answer (default: %(default)s)")
     add("--repeats", type=int, default=3)
     add("--out", type=Path, default=ROOT / "docs" / "results" / "serve-cpu.json")
     args = parser.parse_args()
-    speeds, waits = ({way: {} for way in WAYS} for _ in range(2))
+    ways = [*WAYS, VLLM, ORIGINAL] if args.vllm else list(WAYS)
+    speeds, waits = ({way: {} for way in ways} for _ in range(2))
     with contextlib.ExitStack() as stack:
-        servers = {way: stack.enter_context(serving(args, flags)) for way, flags in WAYS.items()}
+        servers = {way: stack.enter_context(serving(args, way)) for way in ways}
         for address in servers.values():
             complete(address, "Hello", 2)  # what is made late
         for repeat in range(args.repeats):
@@ -59,17 +64,21 @@ def main() -> None:
 
 
 @contextlib.contextmanager
-def serving(args: argparse.Namespace, flags: list[str]) -> Iterator[str]:
+def serving(args: argparse.Namespace, way: str) -> Iterator[str]:
     """The address of a server that ends with the block."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "leanquant", "serve", args.path, "--base", args.base, "--port", str(port), *flags]
+    if way in WAYS:
+        command = [sys.executable, "-m", "leanquant", "serve", args.path, "--base", args.base, "--port", str(port), *WAYS[way]]
+    else:
+        model = args.base if way == ORIGINAL else args.path
+        command = [args.vllm, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port), *VLLM_FLAGS]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             wait_for(address := f"http://localhost:{port}", process)
             yield address
         finally:
-            process.kill()
+            process.terminate()  # vLLM ends its own processes
 
 
 def wait_for(address: str, process: subprocess.Popen) -> None:

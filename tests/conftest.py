@@ -4,6 +4,7 @@ Nothing is downloaded: models are random (fixed seed, logits that differ clearly
 token a byte and a BOS in front. And random layers: weights, correlated inputs, Hessians, what is lost under them.
 """
 
+import importlib.util
 import random
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTr
 
 from quant import dequantize
 
+collect_ignore = [] if importlib.util.find_spec("vllm") else ["test_vllm.py"]  # scripts/vllm.sh runs it
 VOCABULARY = 300
 CONFIGS = {"llama": LlamaConfig, "mistral": MistralConfig}
 SIZES = {
