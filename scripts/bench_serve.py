@@ -32,7 +32,7 @@ STORY = "The keeper of the lighthouse wrote down what he saw each night, and eac
 TOLD = 40  # times that the story is told before the question
 
 
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--path", default=str(ROOT / "demo" / "nonuniform-4bit.safetensors"))
@@ -41,7 +41,11 @@ def main() -> None:
     add("--tokens", type=int, default=64, help="of each answer (default: %(default)s)")
     add("--repeats", type=int, default=3)
     add("--out", type=Path, default=ROOT / "docs" / "results" / "serve-cpu.json")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse(None)
     ways = [*WAYS, VLLM, ORIGINAL] if args.vllm else list(WAYS)
     speeds, waits = ({way: {} for way in ways} for _ in range(2))
     with contextlib.ExitStack() as stack:

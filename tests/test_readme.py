@@ -11,6 +11,7 @@ import allocate
 import bench_inference
 import bench_quantize
 import bench_scale
+import bench_serve
 import eval_quantized
 import export
 import flags
@@ -98,6 +99,7 @@ def test_options_that_are_named_exist(capsys):
         export.parse,
         bench_quantize.parse,
         bench_inference.parse,
+        bench_serve.parse,
         reproduce.parse,
         mt_bench.parse,
         plot.parse,
