@@ -18,7 +18,6 @@ import vllm  # noqa: E402
 
 PROMPTS = [{"prompt_token_ids": [(start + 7 * i) % 290 + 5 for i in range(20)]} for start in (1, 40)]
 ANSWER = 6
-LAYERS = "model.layers.{}."
 
 
 def pack(weight: torch.Tensor, bits: int, groups: int = 0, layout: str = "dense") -> PackedLinear:
@@ -140,7 +139,7 @@ def damage(folder: Path, name: str, change) -> None:
     save_file(tensors, file, {"leanquant": json.dumps(settings)})
 
 
-Q = LAYERS.format(1) + "self_attn.q_proj"
+Q = "model.layers.1.self_attn.q_proj"
 DAMAGES = {
     "NaN": ("quant_grid", lambda t: t.index_fill(0, torch.tensor([3]), float("nan")), "holds NaN"),
     "rows": ("weight_codes", lambda t: t[:-1].contiguous(), "rows"),
