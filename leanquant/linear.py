@@ -197,39 +197,43 @@ class QuantizedLinear(Quantized, nn.Linear):
     # --- products ---
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + bias, with another bias than this linear's own: for who keeps it elsewhere."""
         if self.form == "dense":
             dense = self._buffers["dense"]  # not by its name, and cast only if it must be: as quick as nn.Linear
-            return nn.functional.linear(x, dense if dense.dtype == x.dtype else dense.to(x.dtype), self.bias)
+            return nn.functional.linear(x, dense if dense.dtype == x.dtype else dense.to(x.dtype), bias)
         if self.form == "tiles" and x.dtype in lut_gemm.NAMES:
             if x.dtype != self.tiles_dtype:
                 self.prepare("tiles", x.dtype)  # once: the model was cast
             state = self._buffers  # not by their names either
             levels = state.get("levels")
             scale, zero = (state["scale"], state["zero"]) if levels is None else (None, None)
-            return lut_gemm.lut_linear(x, state["tiles"], levels, scale, zero, self.bias, self.bits, self.out_features)
+            return lut_gemm.lut_linear(x, state["tiles"], levels, scale, zero, bias, self.bits, self.out_features)
         if self.form == "looked_up":
-            return self._looked_up(x)
-        return self._by_pieces(x)
+            return self._looked_up(x, bias)
+        return self._by_pieces(x, bias)
 
-    def _looked_up(self, x: torch.Tensor) -> torch.Tensor:
+    def _looked_up(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """On the CPU. Once all of it has moved to a GPU (it is not only there for this call), it takes a form for there."""
         state = self._buffers  # as above
         codes = state["weight_codes"]
         if codes.is_cpu and x.is_cpu and x.shape[-1] == self.in_features and x.dtype in LOOKED_UP:
-            y = lut_cpu.packed_linear(x, codes, state["quant_grid"], state["scale"], state["zero"], self.bits)
-            return y if self.bias is None else y + self.bias
+            return lut_cpu.packed_linear(x, codes, state["quant_grid"], state["scale"], state["zero"], bias, self.bits)
         if codes.is_cuda and not hasattr(self, "_hf_hook"):
             is_tiled = self.can_be_tiled(x.dtype) and _has_kernels(self, x.dtype)
             self.prepare("tiles" if is_tiled else "dense", x.dtype)
-            return self(x)
-        return self._by_pieces(x)
+            return self.product(x, bias)
+        return self._by_pieces(x, bias)
 
-    def _by_pieces(self, x: torch.Tensor) -> torch.Tensor:
-        packed, rows = self.packed(), max(1, PIECE_WEIGHTS // self.in_features)
-        weights = (part.dequantize(self.bits, self.in_features, x.dtype) for part in packed.split(rows))
-        products = [nn.functional.linear(x, weight) for weight in weights]
-        y = products[0] if len(products) == 1 else torch.cat(products, -1)
-        return y if self.bias is None else y + self.bias
+    def _by_pieces(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        rows = max(1, PIECE_WEIGHTS // self.in_features)
+        parts = list(self.packed().split(rows))
+        biases = [None] * len(parts) if bias is None else bias.split(rows)
+        weights = (part.dequantize(self.bits, self.in_features, x.dtype) for part in parts)
+        products = [nn.functional.linear(x, weight, its) for weight, its in zip(weights, biases, strict=True)]
+        return products[0] if len(products) == 1 else torch.cat(products, -1)
 
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"

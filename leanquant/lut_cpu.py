@@ -61,18 +61,18 @@ def _lanes(dtype: torch.dtype, groups: int, I: int) -> int | None:
     return None
 
 
-def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bits: int) -> torch.Tensor:
-    """x [..., I] W^T [..., O] for the weight of a `PackedLinear` that `can_multiply` says yes to: in the dtype of x, summed in float32.
+def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bias, bits: int) -> torch.Tensor:
+    """x [..., I] W^T + bias [O] for the weight of a `PackedLinear` that `can_multiply` says yes to: in the dtype of x, summed in float32.
 
     An operator of torch either way. The one with a gradient is a layer of Python more, which a product with one token feels.
     """
     watched = torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack()
     if torch.is_grad_enabled() or watched:  # what is traced may be given a gradient later
-        return torch.ops.leanquant.packed_linear(x, codes, grid, scale, zero, bits)
-    return torch.ops.leanquant.packed_product(x, codes, grid, scale, zero, bits)
+        return torch.ops.leanquant.packed_linear(x, codes, grid, scale, zero, bias, bits)
+    return torch.ops.leanquant.packed_product(x, codes, grid, scale, zero, bias, bits)
 
 
-def _product(x, codes, grid, scale, zero, bits):
+def _product(x, codes, grid, scale, zero, bias, bits):
     packed, O, I = PackedLinear(*(None if t is None else t.contiguous() for t in (codes, grid, scale, zero))), codes.shape[0], x.shape[-1]
     lanes, levels = _lanes(packed.stored_levels.dtype, packed.groups, I), 2**bits if grid is None else grid.shape[1]
     if lanes is None or bits not in (4, 3, 2) or levels != 2**bits:
@@ -92,32 +92,33 @@ def _product(x, codes, grid, scale, zero, bits):
             its = W[: piece.codes.shape[0]]
             library.lut_rebuild(code_bits, _weight(piece, bits, I), its.data_ptr(), threads)
             torch.mm(x32.view(N, I), its.T, out=out)
-    return y.to(x.dtype)
+    return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
-def _shape_of_product(x, codes, grid, scale, zero, bits):
+def _shape_of_product(x, codes, grid, scale, zero, bias, bits):
     return x.new_empty(*x.shape[:-1], codes.shape[0])
 
 
 for _name in ("packed_linear", "packed_product"):
-    torch.library.define(f"leanquant::{_name}", "(Tensor x, Tensor codes, Tensor? grid, Tensor? scale, Tensor? zero, int bits) -> Tensor")
+    _arguments = "Tensor x, Tensor codes, Tensor? grid, Tensor? scale, Tensor? zero, Tensor? bias, int bits"
+    torch.library.define(f"leanquant::{_name}", f"({_arguments}) -> Tensor")
     torch.library.impl(f"leanquant::{_name}", "CPU", _product)
     torch.library.register_fake(f"leanquant::{_name}", _shape_of_product)
 
 
 def _keep_for_backward(ctx, inputs, output) -> None:
-    x, *stored, bits = inputs
+    x, *stored, _, bits = inputs
     ctx.save_for_backward(*stored)
     ctx.bits, ctx.columns = bits, x.shape[-1]
 
 
 def _backward(ctx, grad: torch.Tensor):
-    """Of x alone, so that adapters can be trained on top, by pieces of rows."""
+    """Of x, so that adapters can be trained on top, by pieces of rows, and of the bias."""
     packed = PackedLinear(*ctx.saved_tensors)
     back, rows = 0, max(1, PIECE_WEIGHTS // ctx.columns)
     for piece, its in zip(packed.split(rows), grad.split(rows, -1), strict=True):
         back = back + its @ piece.dequantize(ctx.bits, ctx.columns, grad.dtype)
-    return back, *(None,) * 5
+    return back, *(None,) * 4, grad.sum_to_size(grad.shape[-1]) if ctx.needs_input_grad[5] else None, None
 
 
 torch.library.register_autograd("leanquant::packed_linear", _backward, setup_context=_keep_for_backward)

@@ -104,7 +104,8 @@ def lut_linear(x: torch.Tensor, codes: torch.Tensor, levels, scale, zero, bias, 
     On a GPU kernels ahead in the stream may still be at work while the weight is read: none that the host did not wait for may write it.
     A plain tensor without a gradient does not go through the operator, which costs more time on the host than the rest.
     """
-    plain = type(x) is torch.Tensor and not (x.requires_grad and torch.is_grad_enabled()) and not torch.compiler.is_compiling()
+    is_learned = torch.is_grad_enabled() and (x.requires_grad or bias is not None and bias.requires_grad)
+    plain = type(x) is torch.Tensor and not is_learned and not torch.compiler.is_compiling()
     multiply = _lut_linear if plain and not x.is_meta else torch.ops.leanquant.lut_linear
     return multiply(x, codes, levels, scale, zero, bias, bits, rows)
 
@@ -148,8 +149,9 @@ def _keep_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: torch.Tensor):
-    """Of x alone, so that adapters can be trained on top: codes and levels are fixed."""
-    return torch.ops.leanquant.lut_linear_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.columns), *(None,) * 7
+    """Of x and the bias, so that adapters can be trained on top: codes and levels are fixed."""
+    back = torch.ops.leanquant.lut_linear_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.columns)
+    return back, *(None,) * 4, grad.sum_to_size(grad.shape[-1]) if ctx.needs_input_grad[5] else None, None, None
 
 
 torch.library.register_autograd("leanquant::lut_linear", _backward, setup_context=_keep_for_backward)

@@ -205,8 +205,7 @@ class LeanQuantMethod(LinearMethodBase):
             prepare_linears(layer.linear, self.dtype, "auto")
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        y = layer.linear(x)
-        return y if bias is None else y + bias
+        return layer.linear.product(x, bias)  # added here, torch.compile would merge it with what follows, and write beyond q and k
 
     def embedding(self, layer: nn.Module, input_: torch.Tensor) -> torch.Tensor:
         found = layer.stored.packed().rows(input_.flatten()).dequantize(self.shared.bits, self.columns, self.dtype)

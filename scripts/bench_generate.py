@@ -98,7 +98,7 @@ def bench_products(repeats: int, size: int = 4096, copies: int = 24) -> list[dic
             times["float32"].append(seconds(lambda: nn.functional.linear(x, weight)))  # noqa: B023
             for bits, copies_of_it in packed.items():
                 codes = copies_of_it[repeat % copies]
-                times[bits].append(seconds(lambda: packed_linear(x, *codes, bits)))  # noqa: B023
+                times[bits].append(seconds(lambda: packed_linear(x, *codes, None, bits)))  # noqa: B023
         ms = {name: 1e3 * median(values[copies:]) for name, values in times.items()}
         for bits in packed:
             rows.append({"rows": size, "columns": size, "bits": bits, "tokens": tokens, "ms": ms[bits], "float32_ms": ms["float32"]})

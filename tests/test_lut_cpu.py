@@ -43,7 +43,7 @@ def lanes(request, monkeypatch):
 def assert_right(packed: PackedLinear, bits: int, x: torch.Tensor) -> None:
     """As float32 sums are: against float64, of what is stored."""
     W = packed.dequantize(bits, x.shape[-1], torch.float64)
-    y, exact = packed_linear(x, *packed, bits), x.double() @ W.T
+    y, exact = packed_linear(x, *packed, None, bits), x.double() @ W.T
     assert y.dtype == x.dtype and y.shape == exact.shape
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[x.dtype]
     assert (y.double() - exact).norm() <= tolerance * exact.norm()
@@ -77,7 +77,7 @@ def test_types(lanes, G, dtype):
     for wanted in (torch.float32, torch.float16, torch.bfloat16):
         for shape in ((300,), (2, 3, 300), (1, 30, 300)):
             assert_right(packed, 3, draw(*shape, dtype=wanted))
-    assert packed_linear(draw(0, 300), *packed, 3).shape == (0, 20)
+    assert packed_linear(draw(0, 300), *packed, None, 3).shape == (0, 20)
 
 
 @needs_kernel
@@ -129,7 +129,7 @@ def test_groups_that_are_no_whole_registers_are_left_to_torch():
 @pytest.mark.parametrize("I, bits, levels", [(0, 4, 16), (64, 5, 32), (64, 8, 256), (64, 4, 8)])
 def test_products_that_no_kernel_knows_are_refused(I, bits, levels):
     with pytest.raises(ValueError, match="no kernel of this CPU"):
-        packed_linear(draw(2, I), torch.zeros(3, I, dtype=torch.uint8), torch.zeros(3, levels).half(), None, None, bits)
+        packed_linear(draw(2, I), torch.zeros(3, I, dtype=torch.uint8), torch.zeros(3, levels).half(), None, None, None, bits)
 
 
 def test_other_types_of_levels_are_left_to_torch():
@@ -217,9 +217,10 @@ def make_linear(bias: bool = True) -> QuantizedLinear:
 
 @needs_kernel
 @pytest.mark.parametrize("x", [draw(2, 3, 300), draw(20, 300).requires_grad_()], ids=["", "with a gradient"])
-def test_operator_is_well_formed(x):
-    torch.library.opcheck(torch.ops.leanquant.packed_linear.default, (x, *make(20, 300, 0, 4), 4))
-    torch.library.opcheck(torch.ops.leanquant.packed_product.default, (x.detach(), *make(20, 300, 0, 4), 4))
+@pytest.mark.parametrize("bias", [None, draw(20)], ids=["", "bias"])
+def test_operator_is_well_formed(x, bias):
+    torch.library.opcheck(torch.ops.leanquant.packed_linear.default, (x, *make(20, 300, 0, 4), bias, 4))
+    torch.library.opcheck(torch.ops.leanquant.packed_product.default, (x.detach(), *make(20, 300, 0, 4), bias, 4))
 
 
 @needs_kernel
@@ -268,7 +269,8 @@ def test_codes_elsewhere_and_strided_ones():
         linear(draw(2, 300))
     packed = make(20, 300, 0, 4)
     strided = PackedLinear(*(None if t is None else t.T.contiguous().T for t in packed))
-    torch.testing.assert_close(packed_linear(draw(2, 300), *strided, 4), packed_linear(draw(2, 300), *packed, 4), rtol=0, atol=0)
+    products = [packed_linear(draw(2, 300), *weight, None, 4) for weight in (strided, packed)]
+    torch.testing.assert_close(*products, rtol=0, atol=0)
 
 
 @needs_kernel
@@ -288,10 +290,23 @@ def test_module_in_torch_compile_without_graph_breaks():
 
 
 @needs_kernel
-def test_gradients_reach_the_input():
+def test_the_bias_is_a_part_of_the_operator():
+    """torch.compile would merge one of its own with what follows: vLLM writes to parts of the sum in place, and went beyond their room."""
+    linear = make_linear()
+    called = [node.target for node in make_fx(lambda x: linear(x))(draw(3, 300)).graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.leanquant.packed_linear.default]
+    torch.testing.assert_close(linear.product(draw(3, 300), None) + linear.bias, linear(draw(3, 300)))
+
+
+@needs_kernel
+def test_gradients_reach_the_input_and_the_bias():
     linear, x = make_linear(), draw(3, 300).requires_grad_()
     linear(x).sum().backward()
     torch.testing.assert_close(x.grad, linear.weight.float().sum(0).expand(3, -1), rtol=1e-4, atol=1e-4)
+    linear.bias.requires_grad_()
+    (2 * linear(x)).sum().backward()
+    torch.testing.assert_close(linear.bias.grad, torch.full((20,), 6.0), rtol=0, atol=0)
+    linear.bias.requires_grad_(False)
     with torch.no_grad():
         torch.testing.assert_close(linear(x), linear(x.detach()), rtol=0, atol=0)
 

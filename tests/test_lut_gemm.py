@@ -489,11 +489,13 @@ def test_operator_in_torch_compile_without_graph_breaks():
     torch.testing.assert_close(compiled(args[0]), lut_linear(*args).relu(), rtol=0, atol=0)
 
 
-def test_gradients_reach_the_input():
+def test_gradients_reach_the_input_and_the_bias():
     tiles, W = make_tiles(35, 192, 3, 4, torch.bfloat16)
-    x = draw(4, 192, dtype=torch.bfloat16).requires_grad_()
-    lut_linear(x, *tiles[:4], None, 4, 35).sum().backward()
+    x, bias = draw(4, 192, dtype=torch.bfloat16), draw(35, dtype=torch.bfloat16).requires_grad_()
+    lut_linear(x, *tiles[:4], bias, 4, 35).sum().backward()
+    lut_linear(x.requires_grad_(), *tiles[:4], bias, 4, 35).sum().backward()
     torch.testing.assert_close(x.grad, W.sum(0).expand(4, -1), rtol=0.02, atol=0.1)
+    torch.testing.assert_close(bias.grad, torch.full_like(bias, 8), rtol=0, atol=0)
 
 
 def test_gradients_under_torch_compile():

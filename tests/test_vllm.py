@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
 from conftest import SIZES, write_model
-from leanquant.packing import PackedLinear, affine_levels, pack_codes
+from leanquant.export import export
+from leanquant.packing import Checkpoint, PackedLinear, affine_levels, pack_codes
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 import vllm  # noqa: E402
@@ -20,12 +21,13 @@ PROMPTS = [{"prompt_token_ids": [(start + 7 * i) % 290 + 5 for i in range(20)]} 
 ANSWER = 6
 
 
-def pack(weight: torch.Tensor, bits: int, groups: int = 0, layout: str = "dense") -> PackedLinear:
-    """`weight` to the nearest of levels: free ones, which are not equally spaced, or with `groups` scales a row."""
+def pack(weight: torch.Tensor, bits: int, groups: int = 0, layout: str = "dense", shift: int = 0) -> PackedLinear:
+    """`weight` to the nearest of levels: free ones, which are not equally spaced, or with `groups` scales a row and zero points `shift` off
+    the middle."""
     rows = weight.view(len(weight), max(1, groups), -1)
     reach = rows.abs().amax(2)
     if groups:
-        scale, zero = (2 * reach / (2**bits - 1)).half(), torch.full(reach.shape, 2 ** (bits - 1), dtype=torch.uint8)
+        scale, zero = (2 * reach / (2**bits - 1)).half(), torch.full(reach.shape, 2 ** (bits - 1) + shift, dtype=torch.uint8)
         levels = affine_levels(scale, zero, bits)
         stored = (None, scale, zero)
     else:
@@ -78,8 +80,8 @@ def expected(folder: Path) -> list[tuple[list[int], torch.Tensor]]:
     return found
 
 
-def check(folder: Path, tolerance: float = 2e-3, **options) -> None:
-    for (tokens, told), (wanted, wanted_told) in zip(answers(engine(folder, **options)), expected(folder), strict=True):
+def check(folder: Path, tolerance: float = 2e-3, like: Path | None = None, **options) -> None:
+    for (tokens, told), (wanted, wanted_told) in zip(answers(engine(folder, **options)), expected(like or folder), strict=True):
         torch.testing.assert_close(told, wanted_told, rtol=tolerance / 2, atol=tolerance)
         assert tokens == wanted or tolerance > 0.01
 
@@ -129,6 +131,19 @@ def test_vllm_on_a_gpu(tiny_model, tmp_path, case):
     """With the CUDA kernels and graphs, in 16 bits."""
     tied, how = CASES[case]
     check(quantized(tiny(tiny_model, tied=tied), tmp_path / "folder", how), 0.2, dtype="float16", enforce_eager=False)
+
+
+EXPORTS = {"awq": 1, "gptq": 0, "compressed-tensors": 1, "compressed-tensors, symmetric": 0}  # and the shift of zero points from the middle
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+@pytest.mark.parametrize("groups", [1, 4])
+def test_vllm_reads_exports(tiny_model, tmp_path, kind, groups):
+    """By itself: nothing in them is the plug-in's."""
+    base = tiny(tiny_model, intermediate_size=128)
+    folder = quantized(base, tmp_path / "folder", {"proj": (4, groups, "dense", EXPORTS[kind])})
+    export(Checkpoint.open(folder), base, kind.split(",")[0], tmp_path / "exported")
+    check(tmp_path / "exported", 0.05, dtype="float16", like=folder)
 
 
 def damage(folder: Path, name: str, change) -> None:
