@@ -3,6 +3,8 @@
 lm-eval is the real library; its tasks here need no network. What the command refuses is in test_cli.py too.
 """
 
+import copy
+import functools
 import json
 import math
 import re
@@ -60,6 +62,22 @@ aggregate_metric_list:
   - metric: acc
     weight_by_size: {by_size}
 """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_tasks_are_parsed_once():
+    """lm-eval's own, thousands of files, which each command would parse again."""
+    import lm_eval.tasks._index as index
+
+    home, load = Path(index.__file__).parent, index.load_yaml
+    load_once = functools.cache(load)
+
+    def load_yaml(path, **options):
+        return copy.deepcopy(load_once(path, **options)) if home in Path(path).parents else load(path, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(index, "load_yaml", load_yaml)
+        yield
 
 
 @pytest.fixture

@@ -3,7 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -144,6 +148,55 @@ def test_vllm_reads_exports(tiny_model, tmp_path, kind, groups):
     folder = quantized(base, tmp_path / "folder", {"proj": (4, groups, "dense", EXPORTS[kind])})
     export(Checkpoint.open(folder), base, kind.split(",")[0], tmp_path / "exported")
     check(tmp_path / "exported", 0.05, dtype="float16", like=folder)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """One repository, org/model, with the files of `folder`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        route, name, sha = self.path.partition("?")[0], self.path.rpartition("/")[2], 40 * "a"
+        files = [file for file in sorted(self.folder.iterdir()) if "/resolve/" not in route or file.name == name]
+        there = files if route.startswith(("/api/models/org/model", f"/org/model/resolve/{sha}/")) else []
+        if "/tree/" in route:
+            said = json.dumps(
+                [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file.name} for file in files]
+            ).encode()
+        elif "/resolve/" in route:
+            said = there[0].read_bytes() if there else b""
+        else:
+            said = json.dumps({"id": "org/model", "sha": sha, "siblings": [{"rfilename": file.name} for file in files]}).encode()
+        self.asked.append(f"{self.command} {name}")
+        self.send_response(200 if there else 404)
+        headers = {"X-Repo-Commit": sha, "ETag": name, "Content-Length": len(said)} | ({} if there else {"X-Error-Code": "EntryNotFound"})
+        for header, value in headers.items():
+            self.send_header(header, str(value))
+        self.end_headers()
+        self.wfile.write(b"" if self.command == "HEAD" else said)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+FROM_THE_HUB = "import sys, torch; from test_vllm import answers, engine; torch.save(answers(engine('org/model')), sys.argv[1])"
+
+
+def test_a_name_of_the_hub(tiny_model, tmp_path):
+    """Its weights are fetched once."""
+    Hub.folder, Hub.asked = quantized(tiny(tiny_model), tmp_path / "folder", {"proj": (3,)}), []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    Thread(target=server.serve_forever, daemon=True).start()
+    there = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-c", FROM_THE_HUB, str(tmp_path / "answers.pt")]
+    subprocess.run(command, env=os.environ | there | {"PYTHONPATH": str(Path(__file__).parent)}, check=True, capture_output=True)
+    server.shutdown()
+    assert Hub.asked.count("GET model.safetensors") == 1
+    for (tokens, told), (wanted, wanted_told) in zip(torch.load(tmp_path / "answers.pt"), expected(Hub.folder), strict=True):
+        torch.testing.assert_close(told, wanted_told, rtol=1e-3, atol=2e-3)
+        assert tokens == wanted
 
 
 def damage(folder: Path, name: str, change) -> None:
