@@ -81,17 +81,19 @@ def _product(x, codes, grid, scale, zero, bias, bits):
         )
     library, threads = _library(lanes), torch.get_num_threads()
     code_bits = 4 if layout_of(codes.shape[1], bits, I) == "nibble" else bits
+    N, is_bfloat16 = math.prod(x.shape[:-1]), x.dtype == torch.bfloat16 and library.lut_multiplies_bfloat16()
     plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-    x32, y, N = x.float().contiguous(), torch.empty(*x.shape[:-1], O, **plain), math.prod(x.shape[:-1])
-    if N <= FEW_TOKENS[lanes] or lanes == 16 and library.lut_is_amd():  # torch's library has AVX-512 for Intel's CPUs alone
+    if N <= FEW_TOKENS[lanes] or lanes == 16 and library.lut_is_amd() and not is_bfloat16:  # torch's has AVX-512 for Intel's float32 alone
+        x32, y = x.float().contiguous(), torch.empty(*x.shape[:-1], O, **plain)
         library.lut_products(code_bits, _weight(packed, bits, I), x32.data_ptr(), y.data_ptr(), N, threads)
     else:
-        rows = max(1, PIECE_WEIGHTS // I)
+        wide = x if is_bfloat16 else x.float()
+        rows, y = max(1, PIECE_WEIGHTS // I), wide.new_empty(*x.shape[:-1], O)
         W = torch.empty(min(rows, O), I, **plain)
         for piece, out in zip(packed.split(rows), y.view(N, O).split(rows, 1), strict=True):
             its = W[: piece.codes.shape[0]]
             library.lut_rebuild(code_bits, _weight(piece, bits, I), its.data_ptr(), threads)
-            torch.mm(x32.view(N, I), its.T, out=out)
+            torch.mm(wide.reshape(N, I), its.to(wide.dtype).T, out=out)
     return (y if bias is None else y.add_(bias)).to(x.dtype)
 
 
@@ -181,6 +183,6 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.lut_products.argtypes = [number, address, address, address, size, number]
     library.lut_rebuild.argtypes = [number, address, address, number]
-    library.lut_is_amd.argtypes = []
+    library.lut_is_amd.argtypes = library.lut_multiplies_bfloat16.argtypes = []
     library.lut_products.restype = library.lut_rebuild.restype = None
     return library

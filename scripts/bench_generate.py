@@ -4,7 +4,7 @@
 
 The model as it is loaded by itself (codes looked up), the same in 16 bits, rebuilt, and packed as torch alone does it; looked up with
 embeddings and head of 4 bits too, random ones, which take as long as any. All are in one process and take turns, so that what else the
-machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens
+machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens in float32, and of 128 in bfloat16,
 with a 4096 x 4096 weight of free levels, of which there are several in turn, 100 MB and more of each kind. Needs
 demo/nonuniform-4bit.safetensors, which scripts/quickstart.sh makes.
 """
@@ -86,25 +86,26 @@ def bench_models(args: argparse.Namespace) -> dict:
 
 
 def bench_products(repeats: int, size: int = 4096, copies: int = 24) -> list[dict]:
-    """Milliseconds of a product, looked up at each width and in float32."""
+    """Milliseconds of a product, looked up at each width and with the plain weight."""
     device = torch.device("cpu")
     plain = [torch.randn(size, size) for _ in range(copies // 6)]
     packed = {bits: [random_packed(size, size, bits, device) for _ in range(copies)] for bits in (4, 3, 2)}
     rows = []
-    for tokens in (1, 8, 128):
-        x, times = torch.randn(tokens, size), {name: [] for name in ("float32", *packed)}
+    for tokens, dtype in ((1, torch.float32), (8, torch.float32), (128, torch.float32), (128, torch.bfloat16)):
+        x, weights = torch.randn(tokens, size, dtype=dtype), [weight.to(dtype) for weight in plain]
+        times = {name: [] for name in ("plain", *packed)}
         for repeat in range(copies * repeats):
-            weight = plain[repeat % len(plain)]
-            times["float32"].append(seconds(lambda: nn.functional.linear(x, weight)))  # noqa: B023
+            weight = weights[repeat % len(weights)]
+            times["plain"].append(seconds(lambda: nn.functional.linear(x, weight)))  # noqa: B023
             for bits, copies_of_it in packed.items():
                 codes = copies_of_it[repeat % copies]
                 times[bits].append(seconds(lambda: packed_linear(x, *codes, None, bits)))  # noqa: B023
         ms = {name: 1e3 * median(values[copies:]) for name, values in times.items()}
+        of = {"rows": size, "columns": size, "tokens": tokens, "dtype": str(dtype).removeprefix("torch.")}
         for bits in packed:
-            rows.append({"rows": size, "columns": size, "bits": bits, "tokens": tokens, "ms": ms[bits], "float32_ms": ms["float32"]})
-            print(
-                f"{size} x {size}, {bits} bits, {tokens} tokens: {ms[bits]:.2f} ms, {ms['float32'] / ms[bits]:.1f} times as fast as float32"
-            )
+            rows.append({**of, "bits": bits, "ms": ms[bits], "plain_ms": ms["plain"]})
+            speed = ms["plain"] / ms[bits]
+            print(f"{size} x {size}, {bits} bits, {tokens} tokens: {ms[bits]:.2f} ms, {speed:.1f} times as fast as plain in {of['dtype']}")
     return rows
 
 

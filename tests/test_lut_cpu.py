@@ -40,10 +40,10 @@ def lanes(request, monkeypatch):
     lut_cpu._lanes.cache_clear()
 
 
-def assert_right(packed: PackedLinear, bits: int, x: torch.Tensor) -> None:
+def assert_right(packed: PackedLinear, bits: int, x: torch.Tensor, bias: torch.Tensor | None = None) -> None:
     """As float32 sums are: against float64, of what is stored."""
     W = packed.dequantize(bits, x.shape[-1], torch.float64)
-    y, exact = packed_linear(x, *packed, None, bits), x.double() @ W.T
+    y, exact = packed_linear(x, *packed, bias, bits), torch.nn.functional.linear(x.double(), W, None if bias is None else bias.double())
     assert y.dtype == x.dtype and y.shape == exact.shape
     tolerance = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}[x.dtype]
     assert (y.double() - exact).norm() <= tolerance * exact.norm()
@@ -72,11 +72,13 @@ def test_many_tokens(lanes, few, monkeypatch):
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("G", [0, 1])
-def test_types(lanes, G, dtype):
+def test_types(lanes, G, dtype, monkeypatch):
+    monkeypatch.setattr(lut_cpu, "PIECE_WEIGHTS", 7 * 300)  # what is rebuilt for many tokens is so in three pieces
     packed = make(20, 300, G, 3, dtype=dtype)
     for wanted in (torch.float32, torch.float16, torch.bfloat16):
-        for shape in ((300,), (2, 3, 300), (1, 30, 300)):
+        for shape in ((300,), (2, 3, 300), (1, 30, 300), (2, 40, 300)):
             assert_right(packed, 3, draw(*shape, dtype=wanted))
+            assert_right(packed, 3, draw(*shape, dtype=wanted), draw(20, dtype=wanted))
     assert packed_linear(draw(0, 300), *packed, None, 3).shape == (0, 20)
 
 
