@@ -200,7 +200,9 @@ class QuantizedLinear(Quantized, nn.Linear):
         return self.product(x, self.bias)
 
     def product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x W^T + bias, with another bias than this linear's own: for who keeps it elsewhere."""
+        """x W^T + bias. vLLM keeps the bias itself."""
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
         if self.form == "dense":
             dense = self._buffers["dense"]  # not by its name, and cast only if it must be: as quick as nn.Linear
             return nn.functional.linear(x, dense if dense.dtype == x.dtype else dense.to(x.dtype), bias)

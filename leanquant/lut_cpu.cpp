@@ -286,5 +286,4 @@ void lut_products(int code_bits, const Weight* weight, const float* x, float* y,
 void lut_rebuild(int code_bits, const Weight* weight, float* W, int threads) { BY_BITS(rebuild, *weight, W, threads) }
 
 int lut_is_amd() { return __builtin_cpu_is("amd") != 0; }
-int lut_multiplies_bfloat16() { return __builtin_cpu_supports("avx512bf16") != 0; }
 }

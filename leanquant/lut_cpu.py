@@ -63,6 +63,7 @@ def _lanes(dtype: torch.dtype, groups: int, I: int) -> int | None:
 
 def packed_linear(x: torch.Tensor, codes: torch.Tensor, grid, scale, zero, bias, bits: int) -> torch.Tensor:
     """x [..., I] W^T + bias [O] for the weight of a `PackedLinear` that `can_multiply` says yes to: in the dtype of x, summed in float32.
+    For many tokens in bfloat16 W is rounded to it, where the CPU has units for it.
 
     An operator of torch either way. The one with a gradient is a layer of Python more, which a product with one token feels.
     """
@@ -79,22 +80,43 @@ def _product(x, codes, grid, scale, zero, bias, bits):
         raise ValueError(
             f"no kernel of this CPU reads {bits} bits in {packed.groups} groups of {packed.stored_levels.dtype} of {I} columns"
         )
-    library, threads = _library(lanes), torch.get_num_threads()
-    code_bits = 4 if layout_of(codes.shape[1], bits, I) == "nibble" else bits
-    N, is_bfloat16 = math.prod(x.shape[:-1]), x.dtype == torch.bfloat16 and library.lut_multiplies_bfloat16()
-    plain = {"dtype": torch.float32, "device": "cpu"}  # whatever the defaults are
-    if N <= FEW_TOKENS[lanes] or lanes == 16 and library.lut_is_amd() and not is_bfloat16:  # torch's has AVX-512 for Intel's float32 alone
-        x32, y = x.float().contiguous(), torch.empty(*x.shape[:-1], O, **plain)
-        library.lut_products(code_bits, _weight(packed, bits, I), x32.data_ptr(), y.data_ptr(), N, threads)
+    library, N = _library(lanes), math.prod(x.shape[:-1])
+    in_bfloat16 = x.dtype == torch.bfloat16 and _has_bfloat16()
+    if N <= FEW_TOKENS[lanes] or lanes == 16 and library.lut_is_amd() and not in_bfloat16:  # torch has AVX-512 for float32 on Intel's alone
+        y = _by_codes(library, x.float().contiguous(), packed, bits)
     else:
-        wide = x if is_bfloat16 else x.float()
-        rows, y = max(1, PIECE_WEIGHTS // I), wide.new_empty(*x.shape[:-1], O)
-        W = torch.empty(min(rows, O), I, **plain)
-        for piece, out in zip(packed.split(rows), y.view(N, O).split(rows, 1), strict=True):
-            its = W[: piece.codes.shape[0]]
-            library.lut_rebuild(code_bits, _weight(piece, bits, I), its.data_ptr(), threads)
-            torch.mm(wide.reshape(N, I), its.to(wide.dtype).T, out=out)
+        y = _by_torch(library, (x if in_bfloat16 else x.float()).reshape(N, I), packed, bits).view(*x.shape[:-1], O)
     return (y if bias is None else y.add_(bias)).to(x.dtype)
+
+
+def _has_bfloat16() -> bool:
+    """Has the CPU units that multiply bfloat16? torch's library uses them."""
+    return torch.cpu._is_avx512_bf16_supported()
+
+
+def _by_codes(library: ctypes.CDLL, x: torch.Tensor, packed: PackedLinear, bits: int) -> torch.Tensor:
+    """x [..., I] W^T [..., O] from codes and levels, in float32."""
+    I, y = x.shape[-1], torch.empty(*x.shape[:-1], packed.codes.shape[0], dtype=torch.float32, device="cpu")  # whatever the defaults are
+    N, threads = x.numel() // I, torch.get_num_threads()
+    library.lut_products(_code_bits(packed, bits, I), _weight(packed, bits, I), x.data_ptr(), y.data_ptr(), N, threads)
+    return y
+
+
+def _by_torch(library: ctypes.CDLL, x: torch.Tensor, packed: PackedLinear, bits: int) -> torch.Tensor:
+    """x [N, I] W^T [N, O] in the dtype of x, with W rebuilt by pieces of rows."""
+    O, (N, I), threads = packed.codes.shape[0], x.shape, torch.get_num_threads()
+    rows, y = max(1, PIECE_WEIGHTS // I), x.new_empty(N, O)
+    W = torch.empty(min(rows, O), I, dtype=torch.float32, device="cpu")
+    for piece, out in zip(packed.split(rows), y.split(rows, 1), strict=True):
+        its = W[: piece.codes.shape[0]]
+        library.lut_rebuild(_code_bits(piece, bits, I), _weight(piece, bits, I), its.data_ptr(), threads)
+        torch.mm(x, its.to(x.dtype).T, out=out)
+    return y
+
+
+def _code_bits(packed: PackedLinear, bits: int, I: int) -> int:
+    """Of a stored code."""
+    return 4 if layout_of(packed.codes.shape[1], bits, I) == "nibble" else bits
 
 
 def _shape_of_product(x, codes, grid, scale, zero, bias, bits):
@@ -115,12 +137,17 @@ def _keep_for_backward(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad: torch.Tensor):
-    """Of x, so that adapters can be trained on top, by pieces of rows, and of the bias."""
-    packed = PackedLinear(*ctx.saved_tensors)
-    back, rows = 0, max(1, PIECE_WEIGHTS // ctx.columns)
-    for piece, its in zip(packed.split(rows), grad.split(rows, -1), strict=True):
-        back = back + its @ piece.dequantize(ctx.bits, ctx.columns, grad.dtype)
+    """Of x, so that adapters can be trained on top, and of the bias."""
+    back = _back_to_x(grad, PackedLinear(*ctx.saved_tensors), ctx.bits, ctx.columns) if ctx.needs_input_grad[0] else None
     return back, *(None,) * 4, grad.sum_to_size(grad.shape[-1]) if ctx.needs_input_grad[5] else None, None
+
+
+def _back_to_x(grad: torch.Tensor, packed: PackedLinear, bits: int, I: int) -> torch.Tensor:
+    """grad [..., O] W, by pieces of rows."""
+    back, rows = 0, max(1, PIECE_WEIGHTS // I)
+    for piece, its in zip(packed.split(rows), grad.split(rows, -1), strict=True):
+        back = back + its @ piece.dequantize(bits, I, grad.dtype)
+    return back
 
 
 torch.library.register_autograd("leanquant::packed_linear", _backward, setup_context=_keep_for_backward)
@@ -183,6 +210,6 @@ def _typed(library: ctypes.CDLL) -> ctypes.CDLL:
     number, size, address = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
     library.lut_products.argtypes = [number, address, address, address, size, number]
     library.lut_rebuild.argtypes = [number, address, address, number]
-    library.lut_is_amd.argtypes = library.lut_multiplies_bfloat16.argtypes = []
+    library.lut_is_amd.argtypes = []
     library.lut_products.restype = library.lut_rebuild.restype = None
     return library

@@ -150,7 +150,8 @@ def _keep_for_backward(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad: torch.Tensor):
     """Of x and the bias, so that adapters can be trained on top: codes and levels are fixed."""
-    back = torch.ops.leanquant.lut_linear_backward(grad, *ctx.saved_tensors, ctx.bits, ctx.columns)
+    multiply = torch.ops.leanquant.lut_linear_backward
+    back = multiply(grad, *ctx.saved_tensors, ctx.bits, ctx.columns) if ctx.needs_input_grad[0] else None
     return back, *(None,) * 4, grad.sum_to_size(grad.shape[-1]) if ctx.needs_input_grad[5] else None, None, None
 
 

@@ -205,7 +205,8 @@ class LeanQuantMethod(LinearMethodBase):
             prepare_linears(layer.linear, self.dtype, "auto")
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        return layer.linear.product(x, bias)  # added here, torch.compile would merge it with what follows, and write beyond q and k
+        # a sum made here torch.compile would merge with the split into q, k and v, to read their parts by the strides of the whole
+        return layer.linear.product(x, bias)
 
     def embedding(self, layer: nn.Module, input_: torch.Tensor) -> torch.Tensor:
         found = layer.stored.packed().rows(input_.flatten()).dequantize(self.shared.bits, self.columns, self.dtype)

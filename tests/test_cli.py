@@ -907,8 +907,9 @@ IMPORTS = """
 import importlib, pathlib, sys
 import leanquant
 root = pathlib.Path(sys.argv[1])
-for file in sorted({*root.glob("*.py"), *root.glob("leanquant/*.py")} - {root / "leanquant/vllm_plugin.py"}):  # vLLM itself loads that one
-    importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
+for file in [*root.glob("*.py"), *root.glob("leanquant/*.py")]:
+    if file.stem != "vllm_plugin":  # vLLM itself loads that one
+        importlib.import_module(".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__"))
 assert "llama" in sys.modules and "leanquant.packing" in sys.modules
 print(*sorted({"cupy", "datasets", "lm_eval", "sklearn"} & set(sys.modules)))
 """
@@ -923,8 +924,9 @@ PACKAGE_ALONE = """
 import importlib, pathlib, sys
 folder, root = map(pathlib.Path, sys.argv[1:])
 sys.path[:] = [str(folder), *(place for place in sys.path if pathlib.Path(place or ".").resolve() != root)]
-for file in sorted({*(folder / "leanquant").glob("*.py")} - {folder / "leanquant/vllm_plugin.py"}):  # vLLM itself loads that one
-    importlib.import_module(f"leanquant.{file.stem}".removesuffix(".__init__"))
+for file in (folder / "leanquant").glob("*.py"):
+    if file.stem != "vllm_plugin":  # as above
+        importlib.import_module(f"leanquant.{file.stem}".removesuffix(".__init__"))
 ours = {file.stem for file in root.glob("*.py")}
 print(sys.modules["leanquant"].__path__[0] == str(folder / "leanquant"), *sorted((ours | {"datasets", "lm_eval"}) & set(sys.modules)))
 """

@@ -72,8 +72,7 @@ def test_many_tokens(lanes, few, monkeypatch):
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("G", [0, 1])
-def test_types(lanes, G, dtype, monkeypatch):
-    monkeypatch.setattr(lut_cpu, "PIECE_WEIGHTS", 7 * 300)  # what is rebuilt for many tokens is so in three pieces
+def test_types(lanes, G, dtype):
     packed = make(20, 300, G, 3, dtype=dtype)
     for wanted in (torch.float32, torch.float16, torch.bfloat16):
         for shape in ((300,), (2, 3, 300), (1, 30, 300), (2, 40, 300)):
@@ -83,9 +82,24 @@ def test_types(lanes, G, dtype, monkeypatch):
 
 
 @needs_kernel
+@pytest.mark.parametrize("has_units", [True, False])
+def test_many_tokens_in_bfloat16(lanes, has_units, monkeypatch):
+    """By the CPU's units for it, in three pieces of rows, whether this CPU has them or not."""
+    monkeypatch.setattr(lut_cpu, "PIECE_WEIGHTS", 7 * 300)
+    monkeypatch.setattr(lut_cpu, "_has_bfloat16", lambda: has_units)
+    monkeypatch.setattr(lut_cpu._library(lanes), "lut_is_amd", lambda: False)
+    mm, multiplied = torch.mm, []
+    monkeypatch.setattr(torch, "mm", lambda x, W, out: multiplied.append((x.dtype, W.dtype)) or mm(x, W, out=out))
+    for strided in (draw(300, 80, dtype=torch.bfloat16).T, draw(2, 80, 300, dtype=torch.bfloat16)[:, ::2]):
+        assert_right(make(20, 300, 0, 4), 4, strided, draw(20, dtype=torch.bfloat16))
+    assert multiplied == 6 * [2 * (torch.bfloat16 if has_units else torch.float32,)]
+
+
+@needs_kernel
 def test_a_weight_in_pieces(lanes, monkeypatch):
     monkeypatch.setattr(lut_cpu, "PIECE_WEIGHTS", 3 * 384)
-    assert_right(make(20, 300, 0, 4), 4, draw(33, 300))
+    monkeypatch.setattr(lut_cpu._library(lanes), "lut_is_amd", lambda: False)
+    assert_right(make(20, 300, 0, 4), 4, draw(80, 300))
 
 
 @needs_kernel
@@ -277,10 +291,10 @@ def test_codes_elsewhere_and_strided_ones():
 
 @needs_kernel
 def test_float64_is_left_to_torch():
-    linear = QuantizedLinear(make(20, 300, 0, 4), 4, 300, None)
+    linear = QuantizedLinear(make(20, 300, 0, 4), 4, 300, draw(20))
     prepare_linears(linear, torch.float64, "auto")
     assert linear.form == "dense"
-    assert torch.equal(make_linear(False)(draw(2, 300).double()), linear(draw(2, 300).double()))
+    assert torch.equal(make_linear()(draw(2, 300).double()), linear(draw(2, 300).double()))
 
 
 @needs_kernel
@@ -293,7 +307,8 @@ def test_module_in_torch_compile_without_graph_breaks():
 
 @needs_kernel
 def test_the_bias_is_a_part_of_the_operator():
-    """torch.compile would merge one of its own with what follows: vLLM writes to parts of the sum in place, and went beyond their room."""
+    """torch.compile would merge one of its own with what follows: with vLLM's split into q, k and v, whose parts it then reads by the
+    strides of the whole, far beyond them."""
     linear = make_linear()
     called = [node.target for node in make_fx(lambda x: linear(x))(draw(3, 300)).graph.nodes if node.op == "call_function"]
     assert called == [torch.ops.leanquant.packed_linear.default]

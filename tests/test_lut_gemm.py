@@ -615,12 +615,12 @@ def test_groups_that_kernels_cannot_read_stay_packed():
 
 
 def test_another_dtype_than_prepared_for_is_still_right():
-    linear = make_linear(3, 0, bias=False)
-    weight = linear.packed().dequantize(3, 96, torch.float32)
+    linear = make_linear(3, 0)
+    weight, bias = linear.packed().dequantize(3, 96, torch.float32), linear.bias.float()
     linear.prepare("tiles", torch.float16)
     for dtype in (torch.bfloat16, torch.float32):
         x = draw(5, 96, dtype=dtype)
-        torch.testing.assert_close(linear(x).float(), x.float() @ weight.T, rtol=0.02, atol=0.1)
+        torch.testing.assert_close(linear(x).float(), x.float() @ weight.T + bias, rtol=0.02, atol=0.1)
 
 
 def test_casting_the_module_keeps_what_is_stored():
