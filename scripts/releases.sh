@@ -15,6 +15,6 @@ for which in oldest newest; do
         cp "$list" "$folder/installed"
     fi
     echo "with the $which releases"
-    PYTHONPATH="$PWD/$folder" python -m pytest -n 2 --dist loadfile --deselect "$gpu_only" tests/test_{main,plugin,modeling,vocabulary,decoding,serving}.py "$@" || status=$?
+    PYTHONPATH="$PWD/$folder${PYTHONPATH:+:$PYTHONPATH}" python -m pytest -n 2 --dist loadfile --deselect "$gpu_only" tests/test_{main,plugin,modeling,vocabulary,decoding,serving}.py "$@" || status=$?
 done
 exit $status

@@ -19,7 +19,7 @@ import mt_bench
 import paper
 import reproduce
 from test_cli import GRIDS, quantize
-from test_evaluation import task_folder  # noqa: F401
+from test_evaluation import own_tasks_are_parsed_once, task_folder  # noqa: F401
 from test_plot import assert_texts_fit
 
 COSTS = {"brute force": 60.0, "exhaustive": 2.0, "coarse to fine": 0.5}
