@@ -20,6 +20,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +28,7 @@ import torch
 from tqdm import tqdm
 
 import datautils
+import leanquant
 import modelutils
 from leanquant import LeanQuantModelForCausalLM
 from leanquant.errors import InputError, exit_code, first_line
@@ -34,7 +36,6 @@ from leanquant.foreign import METHODS, json_of, open_checkpoint
 from leanquant.linear import free_host_bytes
 from leanquant.modeling import parse_device
 from leanquant.packing import CODES, Checkpoint, write_json
-from report import versions
 
 # --- perplexity ------------------------------------------------------------------------------------------------
 
@@ -740,7 +741,8 @@ def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, f
         "eval_batch_size": args.eval_batch_size or "auto",
         "include_path": args.include_path and str(args.include_path),
         **{name: getattr(args, name) for name in ("seed", "limit", "num_fewshot")},
-        "versions": versions("lm-eval", "datasets", "tokenizers"),
+        "versions": {name: version(name) for name in ("transformers", "lm-eval", "datasets", "tokenizers")}
+        | {"torch": str(torch.__version__), "leanquant": leanquant.__version__},
         "rows": [row._asdict() for row in found.rows(tasks, original)],
         "perplexity": [text._asdict() for text in found.perplexities],
         "tasks": without_samples(found.results),

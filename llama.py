@@ -718,7 +718,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
         quantize_command(model, tokenizer, run, config)
     else:
         ranks.part()
-        settings = {"method": "none", "base_model": run.model, "versions": versions("safetensors")}
+        settings = {"method": "none", "base_model": run.model, "versions": versions()}
         if ranks.is_first:
             evaluate_and_export(model, texts(run, tokenizer), run, report_of(model, run, settings), math.inf)
 

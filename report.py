@@ -36,17 +36,14 @@ def settings_of(run: Run, config: quant.QuantConfig, bits: dict[str, int], ids: 
         "seqlen": run.seqlen,
         "seed": run.seed,
         "base_model": run.model,
-        "versions": versions("safetensors"),
+        "versions": versions(),
     }
 
 
-def versions(*others: str) -> dict[str, str]:
-    """Of the libraries that decide what comes out, of `others`, and of ours; of torch with its build, which the package's may lack."""
-    return {
-        "torch": str(torch.__version__),
-        **{name: version(name) for name in ("transformers", *others)},
-        "leanquant": leanquant.__version__,
-    }
+def versions() -> dict[str, str]:
+    """Of torch with its build, which the version that it is installed by may lack."""
+    others = {name: version(name) for name in ("transformers", "safetensors")}
+    return {"torch": str(torch.__version__), **others, "leanquant": leanquant.__version__}
 
 
 def example_row(checkpoint, name: str, row: int, grid: quant.Grid, factor: hessian.Factor, bins: int = 80) -> dict:
