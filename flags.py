@@ -122,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         type=int,
         default=16,
         metavar="BITS",
-        help="quantize embeddings and head too, to 2, 3 or 4 bits; 16: they stay as they are",
+        help="quantize embeddings and head too, to 2, 3, 4 or 8 bits (8: all but lossless); 16: they stay as they are",
     )
     add("--block_size", type=int, default=128, help="columns whose errors are propagated together")
     add("--n_layers", type=int, help="quantize only the first N decoder layers (unset: all)")
@@ -339,8 +339,8 @@ def run_settings(args: argparse.Namespace, device: torch.device, ranks: Ranks) -
         datautils.check_source(source)
     if args.wbits != 16 and args.nsamples < ranks.size:
         raise InputError(f"--nsamples is {args.nsamples} and there are {ranks.size} ranks: give each at least one window")
-    if args.vocab_bits not in (2, 3, 4, 16):
-        raise InputError(f"--vocab_bits is {args.vocab_bits}: give 2, 3 or 4, or 16 to leave embeddings and head as they are")
+    if args.vocab_bits not in (2, 3, 4, 8, 16):
+        raise InputError(f"--vocab_bits is {args.vocab_bits}: give 2, 3, 4 or 8, or 16 to leave embeddings and head as they are")
     if args.wbits == 16 and (args.skip or args.bits_for or args.vocab_bits != 16):
         raise InputError("--skip, --bits_for and --vocab_bits are for quantizing: give --wbits 2, 3 or 4 with them")
     if args.wbits == 16 and (args.save_path or not sources):

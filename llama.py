@@ -384,6 +384,8 @@ def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantCon
 
 
 def pack_linear(codes: torch.Tensor, grid: quant.Grid, config: quant.QuantConfig, layout: str) -> packing.PackedLinear:
+    if grid.bits == 8:
+        return packing.PackedLinear.of_digits(codes, grid.affine.scale.half(), grid.affine.zero).to("cpu")
     packed = packing.pack_codes(codes, grid.bits, layout).cpu()
     if grid.affine is None:
         return packing.PackedLinear(packed, grid=grid.levels.squeeze(1).to(config.levels_dtype).cpu())
@@ -510,7 +512,7 @@ def quantized_rows(
     model, name: str, total: Statistics | None, factor, strength: float, run: Run, config: quant.QuantConfig, phases: Phases
 ):
     """Matrix `name` to --vocab_bits, packed, and the loss of each row; each rank has done its rows. Without a factor to nearest."""
-    config = replace(config, bits=run.vocab_bits)
+    config = config.of_vocabulary(run.vocab_bits)
     count, columns = model.checkpoint.shapes[name]
     mine, packed, losses = run.ranks.rows(count), [], []
     for piece in quant.row_pieces(mine.stop - mine.start, columns):
@@ -564,7 +566,7 @@ def assigned_bits(model: modelutils.StreamedModel, run: Run, config: quant.Quant
     bits = {name: bits_of(name, run, config.bits) for name in names} | vocabulary(model, run)
     if set(bits.values()) == {16}:
         raise InputError("--skip leaves nothing to quantize: give it fewer patterns")
-    if config.kmeans_bins < (most := max(2**its for its in bits.values() if its < 16)):
+    if config.kmeans_bins < (most := max((2**its for its in bits.values() if its < 8), default=0)):
         raise InputError(f"--kmeans_bins is {config.kmeans_bins}: give at least {most}")
     return bits
 

@@ -24,7 +24,7 @@ import quant
 from datautils import CORPORA
 from hessian import PANEL, at_a_time, statistics_size, sums_outputs
 from leanquant.linear import free_host_bytes
-from leanquant.packing import packed_width
+from leanquant.packing import digits, packed_width
 from leanquant_grid import KMEANS_ELEMENTS, LOCAL_ELEMENTS, SEARCH_BYTES, TABLE_ELEMENTS
 
 FLOAT = 4  # Hessians, and weights while they are solved
@@ -195,9 +195,10 @@ def result_bytes(model, run, config, bits: dict[str, int]) -> int:
     stored = model.checkpoint.file_bytes()
     for name, its in bits.items():
         if its < 16:
-            O, I = model.model.get_submodule(name).weight.shape
-            grid = 2 * 2**its if config.grid == "nonuniform" else 3 * (1 if config.groupsize == -1 else I // config.groupsize)
-            stored += O * (packed_width(I, its, run.packing) + grid) - model.checkpoint.tensor_bytes(f"{name}.weight")
+            (O, I), (digit_bits, count) = model.model.get_submodule(name).weight.shape, digits(its)
+            groups = count if count > 1 or config.groupsize == -1 else I // config.groupsize
+            grid = 2 * 2**its if config.grid == "nonuniform" and count == 1 else 3 * groups
+            stored += O * (packed_width(count * I, digit_bits, run.packing) + grid) - model.checkpoint.tensor_bytes(f"{name}.weight")
     return stored
 
 
@@ -306,7 +307,7 @@ def _head_needs(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str) 
         return
     group, finished = shapes.vocabulary[-1], last + _packed_bytes(shapes.vocabulary[-1])
     piece = Layer(0, 0, (group._replace(rows=(quant.row_pieces(rows, I)[0].stop,)),))
-    config = config if shapes.shifts_head else replace(config, shift=0.0)
+    config = (config if shapes.shifts_head else replace(config, shift=0.0)).of_vocabulary(group.bits)
     for needs in _layer_needs(piece, shapes, run, config, dtype, hardware):
         if "forward pass" not in needs:
             yield needs | {"packed head": (0, finished, 0)}
@@ -510,9 +511,10 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
         phases["forward"].link += moved if on_gpu and run.activations != "device" else 0
     for group in shapes.vocabulary[-1:]:
         phases["load"].link += FLOAT * sum(group.rows) * group.columns
-        _add_group(phases, sum(group.rows), group.columns, group, tokens, config if shapes.shifts_head else replace(config, shift=0.0))
+        its = (config if shapes.shifts_head else replace(config, shift=0.0)).of_vocabulary(group.bits)
+        _add_group(phases, sum(group.rows), group.columns, group, tokens, its)
     for group in shapes.vocabulary[:-1]:  # embeddings, rounded to nearest
-        _add_grid(phases, sum(group.rows), group, config)
+        _add_grid(phases, sum(group.rows), group, config.of_vocabulary(group.bits))
     if shapes.shifts_head and not shapes.vocabulary:
         elements, stored = head_of(shapes)
         phases["load"].link += stored

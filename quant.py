@@ -6,7 +6,7 @@ G groups of columns, N tokens. "Solver order": columns permuted by act-order.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -48,7 +48,7 @@ FIT_EQUATIONS = 2**24  # coefficients of the fit that are held at a time, in flo
 class QuantConfig:
     """What decides the codes of a linear, given its weight and its inputs."""
 
-    bits: int  # 2, 3 or 4
+    bits: int  # 2, 3 or 4; of embeddings and head 8 too
     grid: str = "nonuniform"  # one of GRIDS
     exponent: float = 4.0  # of the sensitivity; minmax has none
     sensitivity: str = "cholesky"  # one of SENSITIVITIES: of which diagonal
@@ -69,6 +69,12 @@ class QuantConfig:
     refine: int = 2  # rounds of coordinate descent on the codes and least squares on the levels
     levels_dtype: torch.dtype = torch.float16  # of stored non-uniform levels
     round_levels: bool = True  # the solver sees non-uniform levels rounded as they are stored
+
+    def of_vocabulary(self, bits: int) -> "QuantConfig":
+        """For embeddings and head in so many bits. 8 need no search: to the nearest of a row's levels the model hardly feels them."""
+        if bits < 8:
+            return replace(self, bits=bits)
+        return replace(self, bits=bits, grid="minmax", groupsize=-1, sym=False, nearest=True, refine=0)
 
 
 class Grid(NamedTuple):

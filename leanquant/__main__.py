@@ -141,7 +141,7 @@ def describe(checkpoint: Checkpoint) -> dict:
     }
     if settings.get("skip") and isinstance(settings["skip"], list):
         found["unquantized"] = f"linears called {' '.join(map(str, settings['skip']))}"
-    if (width := settings.get("vocab_bits")) in (2, 3, 4):
+    if (width := settings.get("vocab_bits")) in (2, 3, 4, 8):
         found["vocabulary"] = f"embeddings and head in {width} bits"
     for name in ("groupsize", "exponent", "percdamp", "shift", "refine"):
         if settings.get(name) is not None:

@@ -15,7 +15,7 @@ from torch import nn
 from . import kernels, lut_cpu, lut_gemm
 from .errors import InputError
 from .experts import split_experts
-from .packing import PIECE_WEIGHTS, SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
+from .packing import PIECE_WEIGHTS, SUFFIXES, Checkpoint, PackedLinear, digits, for_digits, is_finite, pack_codes, unpack_codes
 
 STORED = ("weight_codes", "quant_grid", "scale", "zero")  # as the fields of a PackedLinear
 LOOKED_UP = (torch.float32, torch.float16, torch.bfloat16)  # inputs of products that a CPU's kernel sums in float32
@@ -114,6 +114,8 @@ class QuantizedLinear(Quantized, nn.Linear):
         nn.Module.__init__(self)  # not Linear's: there is no weight to make
         self.__dict__["embeddings"] = embeddings  # of a head that is those: to be found, not to be a part of it
         self.in_features, self.out_features = in_features, packed.codes.shape[0]
+        self.digit_bits, count = digits(bits)  # kernels see a digit as a column of its own
+        self.columns = count * in_features
         self.packed_bytes = packed.codes.shape[1]  # of a row: tells the layout of the stored codes
         self.store(packed, bits, persistent=embeddings is None)
         self.tiles = self.levels = self.dense = None
@@ -135,9 +137,9 @@ class QuantizedLinear(Quantized, nn.Linear):
         """The stored tensors, from whatever form they are in."""
         codes = self.weight_codes
         if self.tiles is not None:
-            layout = "dense" if self.packed_bytes < (self.in_features + 1) // 2 else "nibble"
-            codes = lut_gemm.untile_codes(self.tiles, self.bits, self.out_features, self.in_features)
-            codes = pack_codes(codes, self.bits, layout)
+            layout = "dense" if self.packed_bytes < (self.columns + 1) // 2 else "nibble"
+            codes = lut_gemm.untile_codes(self.tiles, self.digit_bits, self.out_features, self.columns)
+            codes = pack_codes(codes, self.digit_bits, layout)
         return PackedLinear(codes, self.quant_grid, self.scale, self.zero)
 
     def prepare(self, form: str, dtype: torch.dtype) -> None:
@@ -147,13 +149,13 @@ class QuantizedLinear(Quantized, nn.Linear):
             packed = self.packed()
             if self._row_wise:
                 self._hold("levels", packed.levels(self.bits).squeeze(1).to(dtype))
-            self._hold("tiles", lut_gemm.tile_codes(unpack_codes(packed.codes, self.bits, self.in_features), self.bits))
+            self._hold("tiles", lut_gemm.tile_codes(unpack_codes(packed.codes, self.digit_bits, self.columns), self.digit_bits))
             self.weight_codes, self.tiles_dtype = None, dtype
             if self.tiles.is_cuda:  # the kernels may begin to read them before those ahead are done
                 torch.cuda.current_stream(self.tiles.device).synchronize()
         elif form == "dense":
             self._hold("dense", self.packed().dequantize(self.bits, self.in_features, dtype))
-        elif form != "looked_up" or dtype not in LOOKED_UP or not lut_cpu.can_multiply(self.packed(), self.in_features):
+        elif form != "looked_up" or dtype not in LOOKED_UP or not lut_cpu.can_multiply(self.packed(), self.columns):
             return
         self.form = form
 
@@ -178,7 +180,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         return self.quant_grid is not None or self.scale.shape[1] == 1
 
     def can_be_tiled(self, dtype: torch.dtype) -> bool:
-        return dtype in lut_gemm.NAMES and (self._row_wise or self.in_features % (16 * self.scale.shape[1]) == 0)
+        return dtype in lut_gemm.NAMES and (self._row_wise or self.columns % (16 * self.scale.shape[1]) == 0)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -212,7 +214,9 @@ class QuantizedLinear(Quantized, nn.Linear):
             state = self._buffers  # not by their names either
             levels = state.get("levels")
             scale, zero = (state["scale"], state["zero"]) if levels is None else (None, None)
-            return lut_gemm.lut_linear(x, state["tiles"], levels, scale, zero, bias, self.bits, self.out_features)
+            return lut_gemm.lut_linear(
+                for_digits(x, self.bits), state["tiles"], levels, scale, zero, bias, self.digit_bits, self.out_features
+            )
         if self.form == "looked_up":
             return self._looked_up(x, bias)
         return self._by_pieces(x, bias)
@@ -222,7 +226,8 @@ class QuantizedLinear(Quantized, nn.Linear):
         state = self._buffers  # as above
         codes = state["weight_codes"]
         if codes.is_cpu and x.is_cpu and x.shape[-1] == self.in_features and x.dtype in LOOKED_UP:
-            return lut_cpu.packed_linear(x, codes, state["quant_grid"], state["scale"], state["zero"], bias, self.bits)
+            x = for_digits(x, self.bits)
+            return lut_cpu.packed_linear(x, codes, state["quant_grid"], state["scale"], state["zero"], bias, self.digit_bits)
         if codes.is_cuda and not hasattr(self, "_hf_hook"):
             is_tiled = self.can_be_tiled(x.dtype) and _has_kernels(self, x.dtype)
             self.prepare("tiles" if is_tiled else "dense", x.dtype)
@@ -420,7 +425,7 @@ def _has_kernels(linear: QuantizedLinear, dtype: torch.dtype) -> bool:
     """Has the GPU that `linear` lies on kernels for it, and are they right there?"""
     gpu = linear.weight_codes.device
     new_enough = kernels.properties(gpu).major >= MIN_MAJOR
-    return new_enough and lut_gemm.kernels_are_right(gpu, linear.bits, dtype, not linear._row_wise)
+    return new_enough and lut_gemm.kernels_are_right(gpu, linear.digit_bits, dtype, not linear._row_wise)
 
 
 def free_host_bytes(root: Path = Path("/")) -> float:

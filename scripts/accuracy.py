@@ -6,8 +6,8 @@ Protocol: 32 x 512 calibration tokens from the first 75 % of the articles' chara
 --percdamp 0.1, forward passes in bfloat16, perplexity and KL(fp16 || quantized) on windows of 512: 16 384 tokens of the
 other articles (wiki) and of another kind of text (news). "best, tuned" measures the best recipe's file, and again after
 it was tuned on further windows; "best, bits shared out, tuned" does so with bits that scripts/allocate.py has shared out
-(--share), "best, 4-bit vocabulary, tuned" with embeddings in 4 bits, which are the head, and one with both. --choose measures on
-other parts of both texts, on which the recipe's settings are chosen.
+(--share), "best, 4-bit vocabulary, tuned" and "8-bit" with embeddings in 4 and 8 bits, which are the head, and one with both of the
+former. --choose measures on other parts of both texts, on which the recipe's settings are chosen.
 What is done is kept in docs/results/accuracy.json and not run again; docs/accuracy-tables.md and docs/accuracy.png are made
 from it.
 """
@@ -52,7 +52,8 @@ METHODS = {
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
 TUNED, BOTH, SHARED = "best, tuned", "best, rotated, tuned", "best, bits shared out, tuned"
-VOCABULARY, SMALLEST = "best, 4-bit vocabulary, tuned", "best, bits shared out, 4-bit vocabulary, tuned"
+VOCABULARY = {f"best, {bits}-bit vocabulary, tuned": str(bits) for bits in (4, 8)}
+SMALLEST = "best, bits shared out, 4-bit vocabulary, tuned"
 TUNED_TIMES = 2  # on so many times the windows it is quantized with, drawn with another seed
 BASES = {OWN_HEAD: WORK / "model-with-a-head"} | dict.fromkeys([*ROTATED, BOTH], WORK / "model-rotated")  # with a head of their own
 AVERAGES = (3.5, 3, 2.5, 2.25)  # bits a weight, shared out by an estimate on 32 windows with a seed of its own
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     add = parser.add_argument
     add("--grids", nargs="+", choices=list(GRIDS), default=list(GRIDS))
-    methods = [*list(METHODS)[1:], *BASES, TUNED, VOCABULARY]
+    methods = [*list(METHODS)[1:], *BASES, TUNED, *VOCABULARY]
     add("--methods", nargs="+", choices=methods, default=methods)
     add("--bits", type=int, nargs="+", default=[4, 3, 2])
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -294,7 +295,7 @@ def measure(cell: Cell) -> dict:
         result["phase_seconds"] = contents["phase_seconds"]
         result["megabytes"] = round(file.stat().st_size / 1e6, 2)
     torch.set_float32_matmul_precision("medium")
-    if cell.method in (TUNED, BOTH, SHARED, VOCABULARY, SMALLEST):
+    if cell.method in (TUNED, BOTH, SHARED, *VOCABULARY, SMALLEST):
         result["untuned"] = {text: evaluate(base, file, f"{text} {cell.part}", False)[0] for text in ("wiki", "news")}
         result["tuning_cpu_seconds"] = tune_file(base, file, cell)
     for text in ("wiki", "news"):
@@ -334,8 +335,8 @@ def flags(cell: Cell) -> list[str]:
     own = METHODS.get(method, [])
     if method in (SHARED, SMALLEST):
         own = ["--bits_for", *shares(cell.grid, cell.bits).read_text().split()]
-    if method in (VOCABULARY, SMALLEST):
-        own = [*own, "--vocab_bits", "4"]
+    if method in (*VOCABULARY, SMALLEST):
+        own = [*own, "--vocab_bits", VOCABULARY.get(method, "4")]
     return [*own, *group] if method in ("rtn", "gptq") else [*GRIDS[cell.grid], *own]
 
 
@@ -507,11 +508,12 @@ def shared_table(done: dict) -> str:
 
 
 def vocabulary_table(done: dict) -> str:
-    """What embeddings in 4 bits, which are the head, cost and save; with bits shared out, too."""
-    said = "The best recipe with embeddings and head in 4 bits (--vocab_bits){}, and the same file tuned as above."
-    beside = beside_tuned(done, said.format(""), VOCABULARY, "embeddings and head in 16 bits")
+    """What embeddings in 4 and 8 bits, which are the head, cost and save; in 4 with bits shared out, too."""
+    said = "The best recipe with embeddings and head in {} bits (--vocab_bits){}, and the same file tuned as above."
+    tables = [beside_tuned(done, said.format(its, ""), name, "embeddings and head in 16 bits") for name, its in VOCABULARY.items()]
     otherwise = "as many bits everywhere, but embeddings and head in 16"
-    return "\n\n".join(filter(None, [beside, beside_tuned(done, said.format(" and bits shared out"), SMALLEST, otherwise)]))
+    tables.append(beside_tuned(done, said.format(4, " and bits shared out"), SMALLEST, otherwise))
+    return "\n\n".join(filter(None, tables))
 
 
 def beside_tuned(done: dict, said: str, method: str, otherwise: str) -> str:

@@ -49,6 +49,9 @@ from leanquant.packing import (  # noqa: E402
     ModelWriter,
     PackedLinear,
     check_unfinished,
+    digits,
+    for_digits,
+    levels_of,
     save_synced,
     sync_folder,
     unpack_codes,
@@ -85,7 +88,7 @@ class TunedLinear(nn.Module):
     def __init__(self, linear: QuantizedLinear, device: torch.device):
         super().__init__()
         self.packed, self.bits, self.in_features = linear.packed().to(device), linear.bits, linear.in_features
-        self.bias, K = linear.bias, 2**linear.bits
+        self.bias, K = linear.bias, 2**linear.digit_bits
         self.start = self.packed.stored_levels.float()
         distance = self.start.abs() * 2 / K if self.packed.grid is None else (self.start.amax(1) - self.start.amin(1))[:, None] / (K - 1)
         self.unit = distance * 4 / K
@@ -175,17 +178,16 @@ class Rebuilt(torch.autograd.Function):
         ctx.sizes = levels.shape, bits, columns
         weight = levels.new_empty(len(levels), columns, dtype=dtype)
         for rows in pieces(weight):
-            codes = unpack_codes(packed[rows], bits, columns).view(-1, levels.shape[1], columns // levels.shape[1])
-            weight[rows] = levels[rows].to(dtype).gather(2, codes.long()).view(-1, columns)
+            weight[rows] = levels_of(packed[rows], levels[rows], bits, columns, dtype)
         return weight
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         (O, G, K), bits, columns = ctx.sizes
-        found = []
+        (digit_bits, count), found = digits(bits), []
         for rows in pieces(gradient):
-            codes = unpack_codes(ctx.saved_tensors[0][rows], bits, columns).view(-1, G, columns // G)
-            found.append(sum_by_code(gradient[rows].view(codes.shape), codes, K))
+            codes = unpack_codes(ctx.saved_tensors[0][rows], digit_bits, count * columns).view(-1, G, count * columns // G)
+            found.append(sum_by_code(for_digits(gradient[rows], bits).view(codes.shape), codes, K))
         return torch.cat(found), None, None, None, None
 
 

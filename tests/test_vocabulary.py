@@ -42,9 +42,9 @@ KINDS = {
 
 def rebuilt(file, name: str, bits: int, columns: int = 64) -> torch.Tensor:
     """The matrix from the file, by the format's description."""
-    tensors = load_file(file)
-    codes = decode_codes(tensors[f"{name}.weight_codes"].numpy(), bits, columns)
-    return decode_weight(tensors, name, torch.from_numpy(codes).long())
+    tensors, count = load_file(file), 2 if bits == 8 else 1  # digits, whose halves of a row are added
+    codes = decode_codes(tensors[f"{name}.weight_codes"].numpy(), bits // count, count * columns)
+    return decode_weight(tensors, name, torch.from_numpy(codes).long()).view(-1, count, columns).sum(1)
 
 
 @torch.no_grad()
@@ -52,36 +52,39 @@ def logits(model, ids=IDS) -> torch.Tensor:
     return model(ids).logits.float()
 
 
-@pytest.fixture(scope="module", params=[(tied, kind) for tied in (True, False) for kind in KINDS], ids=str)
+KINDS_AND_BITS = [*((kind, 4) for kind in KINDS), ("non-uniform", 8), ("affine in groups", 8)]
+
+
+@pytest.fixture(scope="module", params=[(tied, *kind) for tied in (True, False) for kind in KINDS_AND_BITS], ids=str)
 def made(request, tiny_model, text_file, tmp_path_factory):
-    """(base, file, tied)"""
-    tied, kind = request.param
+    """(base, file, tied, bits)"""
+    tied, kind, bits = request.param
     file = tmp_path_factory.mktemp("made") / "q.safetensors"
-    quantize(base := tiny_model(tied=tied), text_file, *KINDS[kind], *SEQUENTIAL, "--vocab_bits", 4, "--save_path", file)
-    return base, file, tied
+    quantize(base := tiny_model(tied=tied), text_file, *KINDS[kind], *SEQUENTIAL, "--vocab_bits", bits, "--save_path", file)
+    return base, file, tied, bits
 
 
 def test_the_file_has_both_as_codes_and_one_where_they_are_one(made):
-    base, file, tied = made
+    base, file, tied, bits = made
     checkpoint, original = Checkpoint.open(file), load_file(base / "model.safetensors")
     outside = {name for name in checkpoint.quantized if "layers" not in name}
-    assert outside == ({EMBEDDINGS} if tied else {EMBEDDINGS, HEAD}) and checkpoint.settings["vocab_bits"] == 4
+    assert outside == ({EMBEDDINGS} if tied else {EMBEDDINGS, HEAD}) and checkpoint.settings["vocab_bits"] == bits
     for name in outside:
         W = original[f"{name}.weight"].float()
-        assert f"{name}.weight" not in checkpoint and checkpoint.bits_of(name) == 4
-        assert 0 < (rebuilt(file, name, 4) - W).norm() < 0.25 * W.norm()
+        assert f"{name}.weight" not in checkpoint and checkpoint.bits_of(name) == bits
+        assert 0 < (rebuilt(file, name, bits) - W).norm() < (0.25 if bits == 4 else 0.15 if name == HEAD else 0.015) * W.norm()
 
 
 def test_all_loaders_give_what_the_rebuilt_matrices_give(made):
-    base, file, tied = made
+    base, file, tied, bits = made
     found = LeanQuantModelForCausalLM.from_pretrained(base, file)
     assert isinstance(found.get_input_embeddings(), QuantizedEmbedding) and isinstance(found.lm_head, QuantizedLinear)
     shared = found.lm_head.weight_codes.data_ptr() == found.get_input_embeddings().weight_codes.data_ptr()
     assert shared == tied
     plain = LeanQuantModelForCausalLM.from_pretrained(base, file).dequantize()
     torch.testing.assert_close(logits(found), logits(plain), rtol=1e-4, atol=1e-4)
-    assert torch.equal(plain.get_input_embeddings().weight, rebuilt(file, EMBEDDINGS, 4))
-    assert torch.equal(plain.lm_head.weight, rebuilt(file, EMBEDDINGS if tied else HEAD, 4))
+    assert torch.equal(plain.get_input_embeddings().weight, rebuilt(file, EMBEDDINGS, bits))
+    assert torch.equal(plain.lm_head.weight, rebuilt(file, EMBEDDINGS if tied else HEAD, bits))
     assert (plain.lm_head.weight is plain.get_input_embeddings().weight) == tied
     streamed = StreamedModel(base, Checkpoint.open(file), torch.float32, torch.device("cpu"))
     hidden = eval_quantized.last_hidden(streamed, IDS, 2, "").hidden
@@ -96,6 +99,16 @@ def test_embeddings_of_their_own_are_rounded_to_the_nearest_level(tiny_model, te
     W, levels = load_file(base / "model.safetensors")[f"{EMBEDDINGS}.weight"], Checkpoint.open(file).packed(EMBEDDINGS, 300, 64).levels(4)
     distances = (W.view(300, levels.shape[1], -1, 1) - levels.unsqueeze(2)).abs().amin(3).view(300, 64)
     torch.testing.assert_close((rebuilt(file, EMBEDDINGS, 4) - W).abs(), distances, rtol=0, atol=1e-6)
+
+
+def test_8_bits_are_the_nearest_of_255_steps_of_a_row(tiny_model, text_file, tmp_path):
+    base, file = tiny_model(), tmp_path / "q.safetensors"
+    quantize(base, text_file, *KINDS["affine in groups"], "--sym", "--vocab_bits", 8, "--save_path", file)
+    W = load_file(base / "model.safetensors")[f"{EMBEDDINGS}.weight"]
+    step = ((W.amax(1, keepdim=True) - W.amin(1, keepdim=True)) / 255).half().float()
+    zero = (-W.amin(1, keepdim=True) / step).round().clamp(0, 255)
+    expected = step * ((W / step + zero).round().clamp(0, 255) - zero)
+    torch.testing.assert_close(rebuilt(file, EMBEDDINGS, 8), expected, rtol=0, atol=1e-6)
 
 
 def test_layers_are_quantized_on_what_quantized_embeddings_give(tiny_model, text_file, tmp_path):
@@ -129,10 +142,10 @@ def test_the_head_does_on_calibration_text_what_it_did_better_than_by_rounding(t
 
 @pytest.mark.parametrize("loader", [AutoModelForCausalLM, LeanQuantModelForCausalLM])
 @pytest.mark.parametrize("form", ["packed", "tiles", "dense"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_a_folder_is_read_and_saved_as_it_is(tiny_model, text_file, tmp_path, tied, loader, form):
+@pytest.mark.parametrize(("tied", "bits"), [(True, 3), (False, 3), (True, 8)])
+def test_a_folder_is_read_and_saved_as_it_is(tiny_model, text_file, tmp_path, tied, bits, loader, form):
     folder = tmp_path / "folder"
-    quantize(tiny_model(tied=tied), text_file, *KINDS["affine in groups"], "--vocab_bits", 3, "--save_path", folder)
+    quantize(tiny_model(tied=tied), text_file, *KINDS["affine in groups"], "--vocab_bits", bits, "--save_path", folder)
     model = loader.from_pretrained(folder, dtype=torch.float32)
     expected = logits(model)
     for module in model.modules():
@@ -188,16 +201,17 @@ def test_families(tmp_path, text_file, capsys, family):
 
 def test_the_plan_knows_and_the_report_has_a_row(tiny_model, text_file, tmp_path):
     base = tiny_model(vocab_size=4000)
-    for bits in (4, 16):
+    for bits in (4, 8, 16):
         options = ["--vocab_bits", bits, "--save_path", tmp_path / f"{bits}.safetensors", "--report", tmp_path / f"{bits}.json"]
         quantize(base, text_file, *KINDS["non-uniform"], *options)
-    reports = [json.loads((tmp_path / f"{bits}.json").read_text()) for bits in (4, 16)]
-    smaller, larger = (report["plan"]["written"] for report in reports)
-    files = [(tmp_path / f"{bits}.safetensors").stat().st_size for bits in (4, 16)]
-    assert larger - smaller == pytest.approx(2 * (files[1] - files[0]), rel=0.05) and files[1] > 3 * files[0]  # parts, and the result
+    reports = [json.loads((tmp_path / f"{bits}.json").read_text()) for bits in (4, 8, 16)]
+    written = [report["plan"]["written"] for report in reports]
+    files = [(tmp_path / f"{bits}.safetensors").stat().st_size for bits in (4, 8, 16)]
+    for number, least in ((0, 3), (1, 1.8)):  # parts, and the result
+        assert written[2] - written[number] == pytest.approx(2 * (files[2] - files[number]), rel=0.05) and files[2] > least * files[number]
     rows = [[row for row in report["linears"] if row["layer"] is None] for report in reports]
-    assert [row["linear"] for row in rows[0]] == [HEAD] and rows[1] == []
-    assert rows[0][0]["bits"] == 4 and rows[0][0]["tokens"] == 512 and rows[0][0]["loss"] > 0
+    assert [row["linear"] for row in rows[0]] == [HEAD] and rows[2] == []
+    assert rows[0][0]["bits"] == 4 and rows[0][0]["tokens"] == 512 and rows[0][0]["loss"] > 20 * rows[1][0]["loss"] > 0
 
 
 @pytest.mark.parametrize("place", ["host", "disk"])
@@ -219,16 +233,18 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_bytes(tiny_model, text_file,
     assert (tmp_path / "stopped.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("tied", [True, False])
-def test_tuning_keeps_the_codes_and_learns_the_heads_levels(tiny_model, text_file, tmp_path, tied):
+def test_tuning_keeps_the_codes_and_learns_the_heads_levels(tiny_model, text_file, tmp_path, tied, bits):
     base, file, out = tiny_model(tied=tied), tmp_path / "q.safetensors", tmp_path / "tuned.safetensors"
-    quantize(base, text_file, *KINDS["non-uniform"], *SEQUENTIAL, "--vocab_bits", 3, "--save_path", file)
+    quantize(base, text_file, *KINDS["non-uniform"], *SEQUENTIAL, "--vocab_bits", bits, "--save_path", file)
     command = [base, file, text_file, "--out", out, "--nsamples", 16, "--seqlen", 32, "--dtype", "float32"]
     assert tune.main([str(word) for word in command]) == 0
     before, after = load_file(file), load_file(out)
     assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before if n.endswith(("codes", "weight")))
-    assert torch.equal(before[f"{EMBEDDINGS}.quant_grid"], after[f"{EMBEDDINGS}.quant_grid"]) != tied
-    assert tied or not torch.equal(before[f"{HEAD}.quant_grid"], after[f"{HEAD}.quant_grid"])
+    levels = "scale" if bits == 8 else "quant_grid"
+    assert torch.equal(before[f"{EMBEDDINGS}.{levels}"], after[f"{EMBEDDINGS}.{levels}"]) != tied
+    assert tied or not torch.equal(before[f"{HEAD}.{levels}"], after[f"{HEAD}.{levels}"])
     other = write_model(transformers.LlamaConfig(tie_word_embeddings=tied, **SIZES | {"hidden_act": "gelu"}), tmp_path / "other")
     tensors = load_file(other / "model.safetensors")
     save_file({name: -tensor for name, tensor in tensors.items()}, other / "model.safetensors", metadata={"format": "pt"})
@@ -236,9 +252,10 @@ def test_tuning_keeps_the_codes_and_learns_the_heads_levels(tiny_model, text_fil
     assert tune.main([str(word) for word in command]) == 2
 
 
-def test_it_is_exported_as_plain_weights_alone(tiny_model, text_file, tmp_path, capsys):
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_is_exported_as_plain_weights_alone(tiny_model, text_file, tmp_path, capsys, bits):
     base, file = tiny_model(tied=True), tmp_path / "q.safetensors"
-    options = ["--wbits", 4, "--grid", "affine", "--groupsize", 32, "--vocab_bits", 4, "--save_path", file]
+    options = ["--wbits", 4, "--grid", "affine", "--groupsize", 32, "--vocab_bits", bits, "--save_path", file]
     quantize(base, text_file, *options)
     export(open_checkpoint(file), base, "dense", tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
@@ -254,7 +271,7 @@ def test_it_is_exported_as_plain_weights_alone(tiny_model, text_file, tmp_path, 
 
 def test_bad_input_is_one_sentence(tiny_model, text_file, tmp_path, capsys):
     for options, message in (
-        (["--wbits", 3, "--vocab_bits", 8], "--vocab_bits is 8: give 2, 3 or 4, or 16"),
+        (["--wbits", 3, "--vocab_bits", 5], "--vocab_bits is 5: give 2, 3, 4 or 8, or 16"),
         (["--wbits", 16, "--vocab_bits", 4], "--vocab_bits are for quantizing: give --wbits 2, 3 or 4"),
         (["--wbits", 3, "--vocab_bits", 4, "--n_layers", 1], "leave out --n_layers"),
         (["--wbits", 3, "--grid", "affine", "--groupsize", 7, "--vocab_bits", 4], "--groupsize 7 does not divide"),
@@ -290,6 +307,24 @@ def test_files_that_lie_about_embeddings_are_refused(tiny_model, text_file, tmp_
     assert "embeddings and head" in capsys.readouterr().out
 
 
+def test_files_that_lie_about_digits_are_refused(tiny_model, text_file, tmp_path):
+    base, file, bad = tiny_model(), tmp_path / "q.safetensors", tmp_path / "bad.safetensors"
+    quantize(base, text_file, *KINDS["affine in groups"], "--vocab_bits", 8, "--save_path", file)
+    tensors, settings = load_file(file), Checkpoint.open(file).settings
+    codes, scale, zero = (f"{EMBEDDINGS}.{name}" for name in ("weight_codes", "scale", "zero"))
+    for change, said, message in (
+        ({}, 4, f"{codes}: codes of 64 bytes"),
+        ({}, 16, "must give its bits"),
+        ({scale: tensors[scale][:, :1].clone(), zero: tensors[zero][:, :1].clone()}, 8, f"{scale} has 1 groups, not 2"),
+        ({codes: tensors[codes][:, :32].clone()}, 8, f"{codes}: codes of 32 bytes"),
+        ({zero: tensors[zero] + 16}, 8, f"{zero} holds"),
+    ):
+        lying = settings | {"bits_for": settings["bits_for"] | {EMBEDDINGS: said}}
+        save_file(tensors | change, bad, metadata={"leanquant": json.dumps(lying)})
+        with pytest.raises(InputError, match=message):
+            LeanQuantModelForCausalLM.from_pretrained(base, bad)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_it_can_be_offloaded_and_loaded_into(tiny_model, text_file, tmp_path, tied):
     base, folder = tiny_model(tied=tied), tmp_path / "folder"
@@ -311,12 +346,12 @@ def test_it_can_be_offloaded_and_loaded_into(tiny_model, text_file, tmp_path, ti
         assert model.lm_head.form == form
 
 
-@pytest.mark.parametrize("family", ["Llama 3", "Gemma"])
-def test_it_is_decoded_by_graphs(tmp_path, text_file, emulated, family):  # noqa: F811
+@pytest.mark.parametrize(("family", "bits"), [("Llama 3", 4), ("Gemma", 4), ("Gemma", 8)])
+def test_it_is_decoded_by_graphs(tmp_path, text_file, emulated, family, bits):  # noqa: F811
     """No step waits for the GPU, and each can be replayed for other tokens."""
     config, arguments, _ = FAMILIES[family]
     base = write_model(getattr(transformers, config)(**(SIZES | arguments)), tmp_path / "model", "float16")
-    quantize(base, text_file, *KINDS["non-uniform"], "--vocab_bits", 4, "--save_path", tmp_path / "folder")
+    quantize(base, text_file, *KINDS["non-uniform"], "--vocab_bits", bits, "--save_path", tmp_path / "folder")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "folder", dtype=torch.float32)
     expected, generate = continued(model.generate, do_sample=False), recording(model)
     assert torch.equal(continued(generate, do_sample=False), expected)
@@ -326,10 +361,10 @@ def test_it_is_decoded_by_graphs(tmp_path, text_file, emulated, family):  # noqa
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", KINDS)
-def test_on_a_gpu(tiny_model, text_file, tmp_path, tied, kind):
+@pytest.mark.parametrize(("kind", "bits"), KINDS_AND_BITS)
+def test_on_a_gpu(tiny_model, text_file, tmp_path, tied, kind, bits):
     base, file = tiny_model(tied=tied), tmp_path / "q.safetensors"
-    quantize(base, text_file, *KINDS[kind], "--vocab_bits", 4, "--save_path", file)
+    quantize(base, text_file, *KINDS[kind], "--vocab_bits", bits, "--save_path", file)
     expected = logits(LeanQuantModelForCausalLM.from_pretrained(base, file, device="cpu"))
     model = LeanQuantModelForCausalLM.from_pretrained(base, file, device="cuda", dtype=torch.float16)
     assert model.lm_head.weight_codes is None and model.get_input_embeddings().weight_codes.is_cuda  # tiles, and codes
