@@ -19,7 +19,7 @@ from .foreign import open_checkpoint
 from .layouts import LAYOUTS, Layout, Linear, Model, Stored, weight_of
 from .linear import path_in
 from .modeling import build_model, read_config
-from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, unpack_codes, write_synced
+from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, digits, unpack_codes, write_synced
 
 FORMATS = (*LAYOUTS, "dense")
 PART_BYTES = 2**26  # written at a time
@@ -156,7 +156,8 @@ def common(values) -> object | None:
 
 def _groupsize(checkpoint: Checkpoint, sizes: dict[str, tuple[int, int]]) -> int | None:
     """Columns of a group, the same everywhere; -1: rows are not divided. A row of one group may be as long as the groups of others."""
-    groups = {name: checkpoint.shapes[name + SCALE][1] if name + SCALE in checkpoint else 1 for name in sizes}
+    counts = ((name, digits(checkpoint.bits_of(name))[1]) for name in sizes)  # digits have groups of their own
+    groups = {name: checkpoint.shapes[name + SCALE][1] // count if name + SCALE in checkpoint else 1 for name, count in counts}
     divided = {sizes[name][1] // count for name, count in groups.items() if count > 1}
     whole = {sizes[name][1] for name, count in groups.items() if count == 1}
     return common(divided | whole) if divided else -1
@@ -198,7 +199,9 @@ def parts(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model, lim
 def _converted(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model) -> Iterator[dict[str, torch.Tensor]]:
     for name, (rows, columns) in sizes.items():
         packed = checkpoint.packed(name, rows, columns)
-        linear = Linear(unpack_codes(packed.codes, checkpoint.bits_of(name), columns), packed.grid, packed.scale, packed.zero)
+        bits, count = digits(checkpoint.bits_of(name))
+        codes = unpack_codes(packed.codes, bits, count * columns)
+        linear = Linear(codes if count == 1 else codes.view(rows, count, columns), packed.grid, packed.scale, packed.zero)
         yield {name + suffix: tensor for suffix, tensor in layout.encode(linear, model).items()}
     for name in others(checkpoint):
         yield {name: checkpoint.get(name)}
@@ -273,7 +276,7 @@ def card(checkpoint: Checkpoint, model: Model, name: str, folder: str, perplexit
         if model.symmetric
         else "asymmetric"
     )
-    groups = "whole rows" if model.groupsize == -1 else f"groups of {model.groupsize}"
+    groups = {-1: "whole rows", None: "several sizes of groups"}.get(model.groupsize, f"groups of {model.groupsize}")
     rows = {"method": f"{method}, {settings.get('grid', 'nonuniform' if not model.uniform else 'affine')} grid"}
     rows |= {"bits": f"{model.bits or 'several widths'}, {grid}, {groups}", "format": name, "base model": base}
     named = ("exponent", "sensitivity", "percdamp", "act_order", "true_sequential", "shift", "residual", "refine")

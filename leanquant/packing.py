@@ -119,11 +119,11 @@ def for_digits(x: torch.Tensor, bits: int) -> torch.Tensor:
 
 def levels_of(codes: torch.Tensor, levels: torch.Tensor, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """The weight [O, columns] in `dtype` of packed `codes` and float32 `levels` [O, G, K], of digits if there are several."""
-    digit_bits, count = digits(bits)
-    codes = unpack_codes(codes, digit_bits, count * columns).view(*levels.shape[:2], -1).long()
+    (O, G, _), (digit_bits, count) = levels.shape, digits(bits)
+    codes = unpack_codes(codes, digit_bits, count * columns).view(O, G, count * columns // G).long()
     if count == 1:
-        return levels.to(dtype).gather(2, codes).view(-1, columns)
-    return levels.gather(2, codes).view(-1, count, columns).sum(1).to(dtype)
+        return levels.to(dtype).gather(2, codes).view(O, columns)
+    return levels.gather(2, codes).view(O, count, columns).sum(1).to(dtype)
 
 
 def affine_levels(scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:

@@ -3,13 +3,14 @@
     python scripts/bench_generate.py [--tokens 32] [--repeats 7] [--out docs/results/generate-cpu.json]
 
 The model as it is loaded by itself (codes looked up), the same in 16 bits, rebuilt, and packed as torch alone does it; looked up with
-embeddings and head of 4 bits too, random ones, which take as long as any. All are in one process and take turns, so that what else the
+embeddings and head of 8 and 4 bits too, random ones, which take as long as any. All are in one process and take turns, so that what else the
 machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens in float32, and of 128 in bfloat16, with a
 4096 x 4096 weight of free levels, of which there are several in turn, 100 MB and more of each kind. Needs
 demo/nonuniform-4bit.safetensors, which scripts/quickstart.sh makes.
 """
 
 import argparse
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -65,9 +66,9 @@ def bench_models(args: argparse.Namespace) -> dict:
     for linear in models[f"{bits} bits, packed, by torch"].modules():
         if isinstance(linear, QuantizedLinear):
             linear.release()
-    for name in (f"{bits} bits, looked up", f"{bits} bits, looked up, float16"):
-        models[f"{name}, 4-bit vocabulary"] = LeanQuantModelForCausalLM.from_pretrained(BASE, QUANTIZED, **ours[name])
-        quantize_vocabulary(models[f"{name}, 4-bit vocabulary"], 4, "looked_up")
+    for name, width in itertools.product((f"{bits} bits, looked up", f"{bits} bits, looked up, float16"), (8, 4)):
+        model = models[f"{name}, {width}-bit vocabulary"] = LeanQuantModelForCausalLM.from_pretrained(BASE, QUANTIZED, **ours[name])
+        quantize_vocabulary(model, width, "looked_up")
     ids, text = AutoTokenizer.from_pretrained(BASE)(PROMPT, return_tensors="pt"), torch.randint(1000, (1, READ))
     generating, reading = ({name: [] for name in models} for _ in range(2))
     for repeat in range(args.repeats + 1):

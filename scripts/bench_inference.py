@@ -115,6 +115,9 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def random_packed(O: int, I: int, bits: int, device: torch.device) -> PackedLinear:
     codes = torch.randint(256, (O, packed_width(I, bits)), dtype=torch.uint8, device=device)
+    if bits == 8:
+        scale, zero = (torch.full((O, 1), value, device=device) for value in (2e-4, 128.0))
+        return PackedLinear.of_digits(codes, scale.half(), zero.byte())
     return PackedLinear(codes, torch.randn(O, 2**bits, device=device).half() * 0.02)
 
 
@@ -257,7 +260,7 @@ def bench_model(args: argparse.Namespace, device: torch.device) -> list[dict]:
         sizes |= {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
         sizes["vocab_size"] = 100
     rows = []
-    for bits, vocab_bits in ((16, 16), *itertools.product(args.bits, (16, 4))):
+    for bits, vocab_bits in ((16, 16), *itertools.product(args.bits, (16, 8, 4))):
         torch.manual_seed(0)
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(LlamaConfig(**sizes), dtype=torch.float16).eval()

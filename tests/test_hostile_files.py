@@ -28,6 +28,7 @@ KINDS = {
     "non-uniform, 3 bits, nibbles": ["--wbits", "3", "--exponent", "4", "--packing", "nibble"],
     "affine, 2 bits, groups": ["--wbits", "2", "--grid", "minmax", "--groupsize", "32"],
     "embeddings and head too": ["--wbits", "3", "--exponent", "4", "--vocab_bits", "2"],
+    "embeddings and head in 8 bits": ["--wbits", "3", "--grid", "minmax", "--vocab_bits", "8"],
 }
 
 
@@ -80,7 +81,7 @@ def with_value(value):
     return change
 
 
-NU, NIBBLES, AFFINE, _ = KINDS
+NU, NIBBLES, AFFINE, *_ = KINDS
 DAMAGE = {
     "levels with NaN": (NU, setter(Q + ".quant_grid", with_value(float("nan"))), "up_proj.quant_grid holds NaN"),
     "scales with infinity": (AFFINE, setter(Q + ".scale", with_value(float("inf"))), "up_proj.scale holds NaN or infinity"),
@@ -315,7 +316,8 @@ def change_entry(header: dict, rng: random.Random) -> None:
         header[name]["dtype"], header[other]["dtype"] = header[other]["dtype"], header[name]["dtype"]
     else:
         settings = json.loads(header["__metadata__"]["leanquant"])
-        settings[rng.choice(["bits", "grid", "groupsize", "packing"])] = rng.choice([2, 3, 4, 16, None, "4", [], {}, -1, 1e300, True])
+        values = [2, 3, 4, 8, 16, None, "4", [], {}, {"lm_head": 4, "model.layers.0.mlp.up_proj": 8}, -1, 1e300, True]
+        settings[rng.choice(["bits", "bits_for", "grid", "groupsize", "packing"])] = rng.choice(values)
         header["__metadata__"]["leanquant"] = rng.choice([json.dumps(settings), "", "null", "[]", "{", "1"])
 
 
