@@ -3,9 +3,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python_at_least_311() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# pip with one short line a package; its own words only if it fails.
+# pip with one short line a package; its own words only if it fails. Python compiles what is imported, a small part, when it is.
 install() {
-    if ! .venv/bin/pip install --disable-pip-version-check "$@" 2> .venv/pip.log | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'; then
+    if ! .venv/bin/pip install --disable-pip-version-check --no-compile "$@" 2> .venv/pip.log | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'; then
         tail -n 20 .venv/pip.log >&2
         echo "error: pip could not install the requirements: check the network and the disk, then run this again" >&2
         exit 2

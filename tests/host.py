@@ -77,7 +77,7 @@ def executable(cuda: Path, names: list[str], folder: Path) -> Path:
     """The same kernels under AddressSanitizer."""
     dispatch = "".join(f'if (name == "{name}") launch_{name}(head[0], head[1], head[2], head[3], values.data());\n' for name in names)
     source = source_of(cuda, names) + MAIN.replace("DISPATCH", dispatch)
-    return build(source, folder / "asan", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    return build(source, folder / "asan", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
 
 
 def kernel_names(cuda: Path) -> list[str]:

@@ -52,6 +52,7 @@ def test_the_quickstart(folder, monkeypatch, capfd):
     assert again.count("already done") == len(demo.METHODS) and table in again
     assert len(files) == 4 and all(file.stat().st_mtime_ns == time for file, time in files.items())
     monkeypatch.setattr(sys, "argv", ["demo.py", "--fast"])
+    monkeypatch.setattr(demo, "METHODS", [demo.METHODS[0], demo.METHODS[-1]])  # enough of them
     demo.main()
     assert "first 1 of 30 layers quantized" in capfd.readouterr().out and (folder / "fast" / "results.md").is_file()
 
