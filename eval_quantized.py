@@ -741,8 +741,7 @@ def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, f
         "eval_batch_size": args.eval_batch_size or "auto",
         "include_path": args.include_path and str(args.include_path),
         **{name: getattr(args, name) for name in ("seed", "limit", "num_fewshot")},
-        "versions": {name: version(name) for name in ("transformers", "lm-eval", "datasets", "tokenizers")}
-        | {"torch": str(torch.__version__), "leanquant": leanquant.__version__},
+        "versions": versions("lm-eval", "datasets", "tokenizers"),
         "rows": [row._asdict() for row in found.rows(tasks, original)],
         "perplexity": [text._asdict() for text in found.perplexities],
         "tasks": without_samples(found.results),
@@ -753,6 +752,12 @@ def write_results(args, model: Model, dtype: torch.dtype, tasks: Tasks | None, f
             "tasks": without_samples(original.results),
         }
     write_json(args.output, report)
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Of those that decide what comes out, and of `packages`; torch's with its build, which the one that it is installed by may lack."""
+    others = {name: version(name) for name in ("transformers", *packages)}
+    return {"torch": str(torch.__version__), **others, "leanquant": leanquant.__version__}
 
 
 def without_samples(results: dict) -> dict:

@@ -67,6 +67,12 @@ class Symmetric:
         """Rows `part`, [P, I]."""
         return torch.cat([self.square[part, : part.start], self._corner(part), self.square[part.stop :, part].T], 1)
 
+    def half(self, part: slice) -> torch.Tensor:
+        """Rows `part` of what lies below the diagonal, and half of that, up to column part.stop: [P, part.stop]. With its transpose this
+        makes up the matrix."""
+        corner = self.square[part, part].tril(-1) + torch.diag(self.diagonal[part] / 2)
+        return torch.cat([self.square[part, : part.start], corner], 1)
+
     def _corner(self, part: slice) -> torch.Tensor:
         corner = self.square[part, part].tril(-1)
         return corner + corner.T + torch.diag(self.diagonal[part])

@@ -5,7 +5,7 @@ Three grids, all learned for every row (or every group of a row) at once, on any
 * `kmeans_levels`   non-uniform, 2**bits free levels a row: weighted 1-D k-means (paper, section 3.2.1);
 * `affine_search`   a scale and an integer zero point that minimise the weighted error over the paper's
                     (T/2)^2 shrunken ranges (section 3.2.2); `symmetric_search`: a scale alone, the zero point fixed;
-* `minmax_affine`   the scale and zero point of GPTQ and of round-to-nearest.
+* `minmax_affine`   the scale and zero point of GPTQ and of round-to-nearest; `digits_affine`: for 8 bits.
 
 This file knows tensors and numbers only: no model, no settings object, no file format.
 Legend: O rows, I columns, n points of a row or group, K = 2**bits levels, m bins, T partitions.
@@ -273,6 +273,19 @@ def minmax_affine(W: torch.Tensor, bits: int, sym: bool = False) -> Affine:
     low, high = low.masked_fill(empty, -1), high.masked_fill(empty, 1)
     scale = stored_scale((high - low) / maxq)
     zero = torch.full_like(scale, (maxq + 1) // 2) if sym else (-low / scale).round().clamp(0, maxq)
+    return Affine(scale, zero.to(torch.uint8))
+
+
+def digits_affine(W: torch.Tensor) -> Affine:
+    """`minmax_affine` for 8 bits: a scale that is a sixteenth of one that fp16 holds, a zero that is a multiple of 17.
+
+    Such a code is two digits to base 16, each with the same scale, but for the 16, and the same zero.
+    """
+    low, high = W.amin(1).clamp(max=0).float(), W.amax(1).clamp(min=0).float()
+    share = torch.where(low < high, -low / (high - low), 0)
+    zero = 17 * (15 * share).round().clamp(1, 14)
+    scale = torch.maximum(-low / zero, high / (255 - zero))
+    scale = stored_scale(16 * torch.where(scale > 0, scale, 1)) / 16
     return Affine(scale, zero.to(torch.uint8))
 
 

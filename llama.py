@@ -46,7 +46,7 @@ from leanquant import export, packing
 from leanquant.errors import InputError, disk_trouble, first_line
 from leanquant.foreign import open_checkpoint
 from ranks import Ending, RankLost, Ranks
-from report import example_row, peak_host_bytes, peak_memory, print_summary, settings_of, versions, write_report
+from report import example_row, peak_host_bytes, peak_memory, print_summary, settings_of, write_report
 
 
 class Phases:
@@ -384,12 +384,11 @@ def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantCon
 
 
 def pack_linear(codes: torch.Tensor, grid: quant.Grid, config: quant.QuantConfig, layout: str) -> packing.PackedLinear:
-    if grid.bits == 8:
-        return packing.PackedLinear.of_digits(codes, grid.affine.scale.half(), grid.affine.zero).to("cpu")
     packed = packing.pack_codes(codes, grid.bits, layout).cpu()
     if grid.affine is None:
         return packing.PackedLinear(packed, grid=grid.levels.squeeze(1).to(config.levels_dtype).cpu())
-    return packing.PackedLinear(packed, scale=grid.affine.scale.half().cpu(), zero=grid.affine.zero.cpu())
+    scale, zero = grid.affine if grid.bits < 8 else (16 * grid.affine.scale, grid.affine.zero // 17)  # those of a digit
+    return packing.PackedLinear(packed, scale=scale.half().cpu(), zero=zero.cpu())
 
 
 def save_layer(packed: dict[str, Future], rest: dict[str, torch.Tensor], writer, entry: Callable) -> None:
@@ -519,7 +518,7 @@ def quantized_rows(
         rows = slice(mine.start + piece.start, mine.start + piece.stop)
         with phases("load"):
             W = model.checkpoint.get(name, rows).to(model.device).float()
-        if factor:
+        if factor and model.has_own_head:  # what is embeddings too is read in all columns
             with phases("target"):
                 W = quant.target(W, total, factor, strength, rows)
         grid, codes, loss = quantize_weights(W, factor, config, phases)
@@ -593,7 +592,7 @@ def check_groups(model: modelutils.StreamedModel, config: quant.QuantConfig, bit
     """Do groups of columns fit the model's linears? Raises InputError."""
     for name, its in bits.items():
         columns = model.model.get_submodule(name).weight.shape[1]
-        if its < 16 and config.groupsize != -1 and (config.groupsize < 1 or columns % config.groupsize):
+        if its < 8 and config.groupsize != -1 and (config.groupsize < 1 or columns % config.groupsize):
             raise InputError(f"--groupsize {config.groupsize} does not divide the {columns} inputs of {name}: give a divisor, or -1")
 
 
@@ -720,7 +719,7 @@ def run_command(args: argparse.Namespace, ranks: Ranks) -> None:
         quantize_command(model, tokenizer, run, config)
     else:
         ranks.part()
-        settings = {"method": "none", "base_model": run.model, "versions": versions()}
+        settings = {"method": "none", "base_model": run.model, "versions": eval_quantized.versions("safetensors")}
         if ranks.is_first:
             evaluate_and_export(model, texts(run, tokenizer), run, report_of(model, run, settings), math.inf)
 

@@ -24,7 +24,7 @@ import quant
 from datautils import CORPORA
 from hessian import PANEL, at_a_time, statistics_size, sums_outputs
 from leanquant.linear import free_host_bytes
-from leanquant.packing import digits, packed_width
+from leanquant.packing import packed_width
 from leanquant_grid import KMEANS_ELEMENTS, LOCAL_ELEMENTS, SEARCH_BYTES, TABLE_ELEMENTS
 
 FLOAT = 4  # Hessians, and weights while they are solved
@@ -195,10 +195,11 @@ def result_bytes(model, run, config, bits: dict[str, int]) -> int:
     stored = model.checkpoint.file_bytes()
     for name, its in bits.items():
         if its < 16:
-            (O, I), (digit_bits, count) = model.model.get_submodule(name).weight.shape, digits(its)
-            groups = count if count > 1 or config.groupsize == -1 else I // config.groupsize
-            grid = 2 * 2**its if config.grid == "nonuniform" and count == 1 else 3 * groups
-            stored += O * (packed_width(count * I, digit_bits, run.packing) + grid) - model.checkpoint.tensor_bytes(f"{name}.weight")
+            O, I = model.model.get_submodule(name).weight.shape
+            its_config = config.of_vocabulary(its)
+            groups = 1 if its_config.groupsize == -1 else I // its_config.groupsize
+            grid = 2 * 2**its if its_config.grid == "nonuniform" else 3 * groups
+            stored += O * (packed_width(I, its, run.packing) + grid) - model.checkpoint.tensor_bytes(f"{name}.weight")
     return stored
 
 
@@ -402,7 +403,8 @@ def _fit_bytes(rows: int, group: LayerGroup, config, is_far: bool, where: str) -
     if is_affine:
         products = FLOAT * (held * group.columns + (2 + on_gpu) * chunk)
     else:
-        products = unknowns * chunk * ((6 if on_gpu else FLOAT) + FLOAT * (1 + on_gpu) * min(1, PANEL / group.columns))
+        panel = min(1, quant.fit_panel(group.columns) / group.columns)
+        products = unknowns * chunk * ((6 if on_gpu else FLOAT) + FLOAT * (1 + on_gpu) * panel)
     return products + 2 * 8 * held * unknowns**2
 
 
@@ -558,6 +560,7 @@ def _add_group(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, toke
         phases["solve"].bytes += 40 * O * I
     if config.refine:
         factors = unknowns_of(group, config) if config.grid == "nonuniform" else 1  # rows of B that a row of weights has for each column
+        factors *= (1 + min(1, quant.fit_panel(I) / I)) / 2  # products stop at the diagonal
         sweeps, fits = config.refine + 1, config.refine
         phases["refine"].operations += 2 * O * squares * (sweeps + fits * (factors + 2) + 1)
         phases["refine"].fast += 2 * O * squares * fits * factors
@@ -605,7 +608,7 @@ def _add_far(phases: dict[str, Phase], O: int, I: int, group: LayerGroup, run, c
     phases["target"].link += square * pieces * (1 if outputs else 2) * (config.shift > 0)
     phases["solve"].link += square * pieces / 2
     fits = config.refine * -(-O // quant.fit_rows(unknowns_of(group, config), I, config.grid != "nonuniform", False)[1])
-    phases["refine"].link += square * (pieces * (3 * config.refine + 2) + fits)  # sweeps, two losses a fit, one more of both; fits
+    phases["refine"].link += square * (pieces * (3 * config.refine + 2) + fits / 2)  # sweeps, two losses a fit, one more of both; fits
     if not (run.hessian_device and run.hessian_device.type == "cuda"):
         phases["factorization"].on_host += I**3 * 2 / 3
 

@@ -11,13 +11,14 @@ from typing import NamedTuple
 
 import torch
 
-from hessian import Factor, Statistics, Symmetric, Triangular, panels, times, times_inverse_, times_whole
+from hessian import PANEL, Factor, Statistics, Symmetric, Triangular, panels, times, times_inverse_, times_whole
 from leanquant import kernels
 from leanquant.packing import affine_levels
 from leanquant_grid import (
     CUDA_SOURCE,
     Affine,
     affine_search,
+    digits_affine,
     kmeans_levels,
     local_kmeans_levels,
     minmax_affine,
@@ -74,7 +75,7 @@ class QuantConfig:
         """For embeddings and head in so many bits. 8 need no search: to the nearest of a row's levels the model hardly feels them."""
         if bits < 8:
             return replace(self, bits=bits)
-        return replace(self, bits=bits, grid="minmax", groupsize=-1, sym=False, nearest=True, refine=0)
+        return replace(self, bits=bits, grid="minmax", groupsize=-1, nearest=True, refine=0)
 
 
 class Grid(NamedTuple):
@@ -142,7 +143,9 @@ def learn_grid(W: torch.Tensor, factor: Factor | None, config: QuantConfig) -> G
         return Grid(rounded(levels, config).unsqueeze(1), None)
     size = I if config.groupsize == -1 else config.groupsize
     groups = W.reshape(-1, size)
-    if config.grid == "minmax":
+    if config.bits == 8:
+        found = digits_affine(groups)
+    elif config.grid == "minmax":
         found = minmax_affine(groups, config.bits, config.sym)
     else:
         search = symmetric_search if config.sym else affine_search
@@ -291,22 +294,26 @@ def fit_grid(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, con
     """The levels, or the scales of an affine grid, that minimise (w - q) H (w - q)^T for fixed codes, rounded as stored.
 
     Least squares: a row's q is l B, with unknown l: its K levels and B [K, I] its one-hot codes, or its G scales and
-    B [G, I] its code - zero, each group's in its own row. (B H B^T) l = B H w^T, with a ridge of 1e-6 of the mean
-    diagonal towards the old l, which keeps a level without codes where it is. Products in float32, the solve in float64.
-    Rows that lose by it (through rounding) keep what they have.
+    B [G, I] its code - zero, each group's in its own row. With e = w - q for the old l, the step d to the best one solves
+    (B H B^T) d = B H e^T, with a ridge of 1e-6 of the mean diagonal, which keeps a level without codes where it is. Products in
+    float32, the solve in float64. Rows that lose by it (through rounding) keep what they have.
     """
     is_affine = grid.affine is not None
     old = grid.affine.scale if is_affine else grid.levels.squeeze(1)
     chunk, block = fit_rows(old.shape[1], W.shape[1], is_affine, W.device.type == "cpu")
+    E = W - dequantize(codes, grid.levels)
+    EH = times(E, H)
+    loss = E.mul_(EH).sum(1)
+    del E
     rows = panels(len(W), min(chunk, block) if H.square.device == W.device else block)
-    fitted = torch.cat([_least_squares(W[part], codes[part], grid.rows(part), old[part].double(), H, chunk) for part in rows])
+    fitted = old + torch.cat([_best_step(EH[part], codes[part], grid.rows(part), H, chunk) for part in rows])
     if is_affine:
         scale = stored_scale(torch.where(fitted > 0, fitted, old))
         new = Grid(affine_levels(scale, grid.affine.zero, config.bits), Affine(scale, grid.affine.zero))
     else:
         new = Grid(rounded(fitted.sort(1).values, config).unsqueeze(1), None)
-    losses = [row_losses(W - dequantize(codes, g.levels), H) for g in (new, grid)]
-    return new.where(losses[0] < losses[1], grid)
+    del EH
+    return new.where(row_losses(W - dequantize(codes, new.levels), H) < loss, grid)
 
 
 def fit_rows(unknowns: int, columns: int, is_affine: bool, on_cpu: bool) -> tuple[int, int]:
@@ -315,29 +322,35 @@ def fit_rows(unknowns: int, columns: int, is_affine: bool, on_cpu: bool) -> tupl
     return max(1, chunk), max(1, FIT_EQUATIONS // unknowns**2)
 
 
-def _least_squares(W: torch.Tensor, codes: torch.Tensor, grid: Grid, old: torch.Tensor, H: Symmetric, chunk: int) -> torch.Tensor:
-    """The l [R, K or G] of `fit_grid` for rows `W` [R, I], float32."""
-    A, b = (_level_equations if grid.affine is None else _scale_equations)(W, codes, grid, H, chunk)
+def fit_panel(columns: int) -> int:
+    """Columns of H that `fit_grid` takes at once: products that stop at the diagonal do half of the work and half a panel's."""
+    return min(PANEL, max(128, columns // 16))
+
+
+def _best_step(EH: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, chunk: int) -> torch.Tensor:
+    """The d [R, K or G] of `fit_grid` for rows whose e H is `EH` [R, I], float32."""
+    A, b = (_level_equations if grid.affine is None else _scale_equations)(EH, codes, grid, H, chunk)
+    A = A + A.mT
     ridge = 1e-6 * A.diagonal(dim1=1, dim2=2).mean(1).view(-1, 1, 1)
     ridge = torch.where(ridge > 0, ridge, 1)  # a row of codes that all stand for 0 says nothing about its scale
     A += ridge * torch.eye(A.shape[1], dtype=A.dtype, device=A.device)
-    return torch.linalg.solve(A, b + ridge.squeeze(2) * old).float()
+    return torch.linalg.solve(A, b).float()
 
 
-def _level_equations(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B H B^T [R, K, K] and B H w^T [R, K], float64; B is made for `chunk` rows at a time, for all panels of H if that is all."""
-    R, _, K = grid.levels.shape
-    A, b = W.new_zeros(R, K, K, dtype=torch.float64), W.new_zeros(R, K, dtype=torch.float64)
-    chunks = panels(R, chunk)
+def _level_equations(EH: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, K, K] with B H B^T = A + A^T, and B H e^T [R, K], float64; B is made for `chunk` rows at a time, once if that is all."""
+    (R, _, K), I = grid.levels.shape, EH.shape[1]
+    A, chunks = EH.new_zeros(R, K, K, dtype=torch.float64), panels(R, chunk)
     whole = _one_hot(codes, K) if len(chunks) == 1 else None
-    for part in panels(W.shape[1]):
-        H_columns = H.rows(part).T.to(W.device)
+    B_of = lambda rows: _one_hot(codes[rows], K) if whole is None else whole  # noqa: E731
+    b = torch.cat([(B_of(rows) @ EH[rows].unsqueeze(2)).squeeze(2) for rows in chunks])
+    for part in panels(I, fit_panel(I)):
+        H_columns = H.half(part).T.to(EH.device)
         for rows in chunks:
-            B = _one_hot(codes[rows], K) if whole is None else whole
-            BH = times_whole(B.view(-1, B.shape[2]), H_columns).view(*B.shape[:2], -1)
-            A[rows] += BH @ B[:, :, part].transpose(1, 2)
-            b[rows] += (BH @ W[rows, part].unsqueeze(2)).squeeze(2)
-    return A, b
+            B = B_of(rows)
+            BH = times_whole(B.view(-1, I)[:, : part.stop], H_columns).view(*B.shape[:2], -1)
+            A[rows] += BH @ B[:, :, part].mT
+    return A, b.double()
 
 
 def _one_hot(codes: torch.Tensor, K: int) -> torch.Tensor:
@@ -346,21 +359,22 @@ def _one_hot(codes: torch.Tensor, K: int) -> torch.Tensor:
     return torch.zeros(R, K, I, device=codes.device).scatter_(1, codes.long().unsqueeze(1), 1)
 
 
-def _scale_equations(W: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """B H B^T [R, G, G] and B H w^T [R, G], float64. A row of B is 0 outside its group: with all its rows summed in `steps` [R, I], the
-    products are those of one matrix, not of G."""
-    (R, G, _), size = grid.levels.shape, W.shape[1] // grid.levels.shape[1]
-    A, b = W.new_zeros(R, G, G, dtype=torch.float64), W.new_zeros(R, G, dtype=torch.float64)
+def _scale_equations(EH: torch.Tensor, codes: torch.Tensor, grid: Grid, H: Symmetric, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A [R, G, G] with B H B^T = A + A^T, and B H e^T [R, G], float64. A row of B is 0 outside its group: with all its rows summed in
+    `steps` [R, I], the products are those of one matrix, not of G."""
+    (R, G, _), I = grid.levels.shape, EH.shape[1]
+    size = I // G
+    A = EH.new_zeros(R, G, G, dtype=torch.float64)
     steps = (codes.view(R, G, size).float() - grid.affine.zero.unsqueeze(2)).view(R, -1)
-    for start in range(0, W.shape[1], size):
-        for part in panels(size):
+    for g, start in enumerate(range(0, I, size)):
+        for part in panels(size, fit_panel(I)):
             columns = slice(start + part.start, start + part.stop)
-            H_rows = H.rows(columns).to(W.device)
+            H_rows = H.half(columns).to(EH.device)
             for rows in panels(R, chunk):
-                BH = times_whole(steps[rows, columns], H_rows)
-                A[rows, start // size] += (BH * steps[rows]).view(-1, G, size).sum(2)
-                b[rows, start // size] += BH.mul_(W[rows]).sum(1)
-    return A, b
+                BH = times_whole(steps[rows, columns], H_rows).mul_(steps[rows, : columns.stop])
+                A[rows, g, :g] += BH[:, :start].view(len(BH), g, size).sum(2)
+                A[rows, g, g] += BH[:, start:].sum(1)
+    return A, (steps * EH).view(R, G, size).sum(2).double()
 
 
 def dequantize(codes: torch.Tensor, levels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:

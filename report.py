@@ -4,14 +4,13 @@ import contextlib
 import platform
 import resource
 from dataclasses import asdict
-from importlib.metadata import version
 
 import torch
 
 import hessian
-import leanquant
 import quant
 from datautils import digest
+from eval_quantized import versions
 from flags import Run
 from leanquant import packing
 
@@ -36,14 +35,8 @@ def settings_of(run: Run, config: quant.QuantConfig, bits: dict[str, int], ids: 
         "seqlen": run.seqlen,
         "seed": run.seed,
         "base_model": run.model,
-        "versions": versions(),
+        "versions": versions("safetensors"),
     }
-
-
-def versions() -> dict[str, str]:
-    """Of torch with its build, which the version that it is installed by may lack."""
-    others = {name: version(name) for name in ("transformers", "safetensors")}
-    return {"torch": str(torch.__version__), **others, "leanquant": leanquant.__version__}
 
 
 def example_row(checkpoint, name: str, row: int, grid: quant.Grid, factor: hessian.Factor, bins: int = 80) -> dict:

@@ -129,8 +129,9 @@ def describe(checkpoint: Checkpoint) -> dict:
     weights = sum(checkpoint.weights_of(linear) for linear in linears)
     size = checkpoint.file_bytes()
     original = size - weights * checkpoint.bits_per_weight / 8 + 2 * weights
-    groups = {checkpoint.shapes[linear + SCALE][1] for linear in linears if linear + SCALE in checkpoint}
-    grid = "non-uniform levels" if linears[0] + GRID in checkpoint else f"affine, {'row-wise' if groups == {1} else 'in groups'}"
+    usual = [linear for linear in linears if checkpoint.bits_of(linear) < 8] or linears
+    groups = {checkpoint.shapes[linear + SCALE][1] for linear in usual if linear + SCALE in checkpoint}
+    grid = "non-uniform levels" if usual[0] + GRID in checkpoint else f"affine, {'row-wise' if groups == {1} else 'in groups'}"
     found = {
         "format": checkpoint.format,
         "method": settings.get("method", "leanquant (no metadata: a file of the published tool)"),

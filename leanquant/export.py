@@ -19,7 +19,7 @@ from .foreign import open_checkpoint
 from .layouts import LAYOUTS, Layout, Linear, Model, Stored, weight_of
 from .linear import path_in
 from .modeling import build_model, read_config
-from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, digits, unpack_codes, write_synced
+from .packing import CARD, OLD_CONFIG, SCALE, SUFFIXES, ZERO, Checkpoint, ModelWriter, PackedLinear, unpack_codes, write_synced
 
 FORMATS = (*LAYOUTS, "dense")
 PART_BYTES = 2**26  # written at a time
@@ -156,8 +156,7 @@ def common(values) -> object | None:
 
 def _groupsize(checkpoint: Checkpoint, sizes: dict[str, tuple[int, int]]) -> int | None:
     """Columns of a group, the same everywhere; -1: rows are not divided. A row of one group may be as long as the groups of others."""
-    counts = ((name, digits(checkpoint.bits_of(name))[1]) for name in sizes)  # digits have groups of their own
-    groups = {name: checkpoint.shapes[name + SCALE][1] // count if name + SCALE in checkpoint else 1 for name, count in counts}
+    groups = {name: checkpoint.shapes[name + SCALE][1] if name + SCALE in checkpoint else 1 for name in sizes}
     divided = {sizes[name][1] // count for name, count in groups.items() if count > 1}
     whole = {sizes[name][1] for name, count in groups.items() if count == 1}
     return common(divided | whole) if divided else -1
@@ -199,9 +198,9 @@ def parts(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model, lim
 def _converted(checkpoint: Checkpoint, layout: Layout, sizes: dict, model: Model) -> Iterator[dict[str, torch.Tensor]]:
     for name, (rows, columns) in sizes.items():
         packed = checkpoint.packed(name, rows, columns)
-        bits, count = digits(checkpoint.bits_of(name))
-        codes = unpack_codes(packed.codes, bits, count * columns)
-        linear = Linear(codes if count == 1 else codes.view(rows, count, columns), packed.grid, packed.scale, packed.zero)
+        bits = checkpoint.bits_of(name)
+        scale, zero = packed.affine(bits)
+        linear = Linear(unpack_codes(packed.codes, bits, columns), packed.grid, scale, zero)
         yield {name + suffix: tensor for suffix, tensor in layout.encode(linear, model).items()}
     for name in others(checkpoint):
         yield {name: checkpoint.get(name)}

@@ -22,7 +22,7 @@ PIECE = 2**22  # codes handled at a time: the temporaries take some 16 bytes eac
 class Linear(NamedTuple):
     """A quantized linear, unpacked: codes uint8 [O, I], and grid [O, K], or scale fp16 [O, G] with zero uint8 [O, G].
 
-    The weight is grid[code], or scale (code - zero). Of 8 bits, which `dense` alone takes, the codes are digits [O, 2, I], in G = 2 groups.
+    The weight is grid[code], or scale (code - zero).
     """
 
     codes: torch.Tensor
@@ -103,8 +103,7 @@ def weight_of(linear: Linear) -> torch.Tensor:
         return torch.from_numpy(numpy.take_along_axis(linear.grid.float().numpy(), codes.astype(numpy.int64), 1))
     grouped = codes.reshape(len(codes), linear.scale.shape[1], -1).astype(numpy.float32)
     scale, zero = (part.float().numpy()[:, :, None] for part in (linear.scale, linear.zero))
-    found = (scale * (grouped - zero)).reshape(codes.shape)
-    return torch.from_numpy(found if found.ndim == 2 else found.sum(1))
+    return torch.from_numpy((scale * (grouped - zero)).reshape(codes.shape))
 
 
 class Stored(Layout):

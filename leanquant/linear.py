@@ -15,7 +15,7 @@ from torch import nn
 from . import kernels, lut_cpu, lut_gemm
 from .errors import InputError
 from .experts import split_experts
-from .packing import PIECE_WEIGHTS, SUFFIXES, Checkpoint, PackedLinear, digits, for_digits, is_finite, pack_codes, unpack_codes
+from .packing import PIECE_WEIGHTS, SUFFIXES, Checkpoint, PackedLinear, is_finite, pack_codes, unpack_codes
 
 STORED = ("weight_codes", "quant_grid", "scale", "zero")  # as the fields of a PackedLinear
 LOOKED_UP = (torch.float32, torch.float16, torch.bfloat16)  # inputs of products that a CPU's kernel sums in float32
@@ -108,15 +108,16 @@ class QuantizedLinear(Quantized, nn.Linear):
     read: "packed" rebuilds the weight piece by piece, in every forward pass, and needs nothing besides; "looked_up" needs nothing
     besides either, but a kernel for this CPU; "tiles" is the layout of the fused CUDA kernels and takes the place of the codes;
     "dense" keeps the rebuilt weight too. The state that is saved is the same in all of them.
+
+    Kernels know up to 4 bits. A code of 8 bits is two of 4 to them, its digits, for twice as many columns, which read x and x / 16.
     """
 
     def __init__(self, packed: PackedLinear, bits: int, in_features: int, bias: torch.Tensor | None, embeddings=None):
         nn.Module.__init__(self)  # not Linear's: there is no weight to make
         self.__dict__["embeddings"] = embeddings  # of a head that is those: to be found, not to be a part of it
         self.in_features, self.out_features = in_features, packed.codes.shape[0]
-        self.digit_bits, count = digits(bits)  # kernels see a digit as a column of its own
-        self.columns = count * in_features
         self.packed_bytes = packed.codes.shape[1]  # of a row: tells the layout of the stored codes
+        self.kernel_bits, self.columns = (4, 2 * in_features) if bits == 8 else (bits, in_features)
         self.store(packed, bits, persistent=embeddings is None)
         self.tiles = self.levels = self.dense = None
         self.form, self.tiles_dtype = "packed", None
@@ -138,8 +139,8 @@ class QuantizedLinear(Quantized, nn.Linear):
         codes = self.weight_codes
         if self.tiles is not None:
             layout = "dense" if self.packed_bytes < (self.columns + 1) // 2 else "nibble"
-            codes = lut_gemm.untile_codes(self.tiles, self.digit_bits, self.out_features, self.columns)
-            codes = pack_codes(codes, self.digit_bits, layout)
+            codes = lut_gemm.untile_codes(self.tiles, self.kernel_bits, self.out_features, self.columns)
+            codes = pack_codes(codes, self.kernel_bits, layout)
         return PackedLinear(codes, self.quant_grid, self.scale, self.zero)
 
     def prepare(self, form: str, dtype: torch.dtype) -> None:
@@ -148,8 +149,8 @@ class QuantizedLinear(Quantized, nn.Linear):
         if form == "tiles" and self.can_be_tiled(dtype):
             packed = self.packed()
             if self._row_wise:
-                self._hold("levels", packed.levels(self.bits).squeeze(1).to(dtype))
-            self._hold("tiles", lut_gemm.tile_codes(unpack_codes(packed.codes, self.digit_bits, self.columns), self.digit_bits))
+                self._hold("levels", packed.levels(self.kernel_bits).squeeze(1).to(dtype))
+            self._hold("tiles", lut_gemm.tile_codes(unpack_codes(packed.codes, self.kernel_bits, self.columns), self.kernel_bits))
             self.weight_codes, self.tiles_dtype = None, dtype
             if self.tiles.is_cuda:  # the kernels may begin to read them before those ahead are done
                 torch.cuda.current_stream(self.tiles.device).synchronize()
@@ -180,7 +181,7 @@ class QuantizedLinear(Quantized, nn.Linear):
         return self.quant_grid is not None or self.scale.shape[1] == 1
 
     def can_be_tiled(self, dtype: torch.dtype) -> bool:
-        return dtype in lut_gemm.NAMES and (self._row_wise or self.columns % (16 * self.scale.shape[1]) == 0)
+        return dtype in lut_gemm.NAMES and (self._row_wise or self.in_features % (16 * self.scale.shape[1]) == 0)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -214,9 +215,8 @@ class QuantizedLinear(Quantized, nn.Linear):
             state = self._buffers  # not by their names either
             levels = state.get("levels")
             scale, zero = (state["scale"], state["zero"]) if levels is None else (None, None)
-            return lut_gemm.lut_linear(
-                for_digits(x, self.bits), state["tiles"], levels, scale, zero, bias, self.digit_bits, self.out_features
-            )
+            x = in_digits(x) if self.bits == 8 else x
+            return lut_gemm.lut_linear(x, state["tiles"], levels, scale, zero, bias, self.kernel_bits, self.out_features)
         if self.form == "looked_up":
             return self._looked_up(x, bias)
         return self._by_pieces(x, bias)
@@ -226,8 +226,8 @@ class QuantizedLinear(Quantized, nn.Linear):
         state = self._buffers  # as above
         codes = state["weight_codes"]
         if codes.is_cpu and x.is_cpu and x.shape[-1] == self.in_features and x.dtype in LOOKED_UP:
-            x = for_digits(x, self.bits)
-            return lut_cpu.packed_linear(x, codes, state["quant_grid"], state["scale"], state["zero"], bias, self.digit_bits)
+            x = in_digits(x) if self.bits == 8 else x
+            return lut_cpu.packed_linear(x, codes, state["quant_grid"], state["scale"], state["zero"], bias, self.kernel_bits)
         if codes.is_cuda and not hasattr(self, "_hf_hook"):
             is_tiled = self.can_be_tiled(x.dtype) and _has_kernels(self, x.dtype)
             self.prepare("tiles" if is_tiled else "dense", x.dtype)
@@ -245,6 +245,11 @@ class QuantizedLinear(Quantized, nn.Linear):
     def extra_repr(self) -> str:
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}"
         return f"{sizes}, bias={self.bias is not None}, form={self.form}"
+
+
+def in_digits(x: torch.Tensor) -> torch.Tensor:
+    """x [..., I] as what the digits of codes of 8 bits are multiplied with, [..., 2 I]."""
+    return torch.stack([x, x / 16], -1).flatten(-2)
 
 
 class QuantizedEmbedding(Quantized, nn.Embedding):
@@ -425,7 +430,7 @@ def _has_kernels(linear: QuantizedLinear, dtype: torch.dtype) -> bool:
     """Has the GPU that `linear` lies on kernels for it, and are they right there?"""
     gpu = linear.weight_codes.device
     new_enough = kernels.properties(gpu).major >= MIN_MAJOR
-    return new_enough and lut_gemm.kernels_are_right(gpu, linear.digit_bits, dtype, not linear._row_wise)
+    return new_enough and lut_gemm.kernels_are_right(gpu, linear.kernel_bits, dtype, not linear._row_wise)
 
 
 def free_host_bytes(root: Path = Path("/")) -> float:

@@ -2,9 +2,9 @@
 
 A quantized linear `X` is stored as `X.weight_codes` (uint8, packed) with either `X.quant_grid` (fp16/bf16 [O, K],
 the levels of each row) or `X.scale` (fp16 [O, G]) and `X.zero` (uint8 [O, G]): level k of group g is
-scale (k - zero). 8 bits are two digits of 4: the sum of the halves of a matrix [O, 2 I] of 4 bits. Every other tensor
-stands under its usual name. Metadata is ONE key, `leanquant`, of sorted JSON, because a header with several keys is
-written in random order.
+scale (k - zero). Of 8 bits a code is a byte of two digits, h and l, that stand for scale (h - zero) and a sixteenth of
+scale (l - zero). Every other tensor stands under its usual name. Metadata is ONE key, `leanquant`, of sorted JSON,
+because a header with several keys is written in random order.
 Legend: O rows, I columns, K = 2**bits levels, G groups.
 """
 
@@ -60,9 +60,11 @@ def pack_codes(codes: torch.Tensor, bits: int, layout: str = "dense") -> torch.T
     """Pack uint8 codes [O, I] of 0..2**bits-1 into bytes.
 
     `dense`: [O, ceil(I bits / 8)], a bit stream, first code in the lowest bits. `nibble`, the published layout:
-    [O, ceil(I / 2)], byte j = code[2j] << 4 | code[2j+1], whatever the bits. Where both take the same room (4 bits, or
-    rows of a few columns) it is `nibble`, because readers tell them apart by their width.
+    [O, ceil(I / 2)], byte j = code[2j] << 4 | code[2j+1], whatever the bits up to 4. Where both take the same room (4 bits,
+    or rows of a few columns) it is `nibble`, because readers tell them apart by their width. Codes of 8 bits, 0..255, are bytes.
     """
+    if bits == 8:
+        return codes
     columns = codes.shape[1]
     if layout == "nibble" or packed_width(columns, bits) == packed_width(columns, bits, "nibble"):
         high, low = _padded(codes, 2).view(len(codes), -1, 2).unbind(2)
@@ -76,6 +78,8 @@ def pack_codes(codes: torch.Tensor, bits: int, layout: str = "dense") -> torch.T
 
 def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
     """Invert `pack_codes`: uint8 [O, columns]. The layout is told by the packed width."""
+    if bits == 8:
+        return packed
     if layout_of(packed.shape[1], bits, columns) == "nibble":
         return torch.stack([packed >> 4, packed & 15], 2).flatten(1)[:, :columns].contiguous()
     stream = _padded(packed, bits).view(len(packed), -1, bits).int()
@@ -86,12 +90,12 @@ def unpack_codes(packed: torch.Tensor, bits: int, columns: int) -> torch.Tensor:
 
 def packed_width(columns: int, bits: int, layout: str = "dense") -> int:
     """Bytes a row of `columns` codes takes."""
-    return (columns + 1) // 2 if layout == "nibble" else (columns * bits + 7) // 8
+    return (columns + 1) // 2 if layout == "nibble" and bits < 8 else (columns * bits + 7) // 8
 
 
 def layout_of(width: int, bits: int, columns: int) -> str:
     """`nibble` or `dense`, from the packed width of a row. Raises InputError if it is neither."""
-    if width == packed_width(columns, bits, "nibble"):
+    if bits < 8 and width == packed_width(columns, bits, "nibble"):
         return "nibble"  # also 4-bit dense, which is the same layout
     if width == packed_width(columns, bits):
         return "dense"
@@ -105,27 +109,6 @@ def _padded(rows: torch.Tensor, multiple: int) -> torch.Tensor:
     return torch.nn.functional.pad(rows, (0, -rows.shape[1] % multiple))
 
 
-def digits(bits: int) -> tuple[int, int]:
-    """The bits of what a code of `bits` is stored as, and how many there are of it: a code itself, or of 8 bits two digits of 4, for
-    which the kernels for 4 bits do."""
-    return (4, 2) if bits == 8 else (bits, 1)
-
-
-def for_digits(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """x [..., I], once for each digit of a code: [..., I] or [..., 2 I]."""
-    count = digits(bits)[1]
-    return x if count == 1 else torch.cat([x] * count, -1)
-
-
-def levels_of(codes: torch.Tensor, levels: torch.Tensor, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """The weight [O, columns] in `dtype` of packed `codes` and float32 `levels` [O, G, K], of digits if there are several."""
-    (O, G, _), (digit_bits, count) = levels.shape, digits(bits)
-    codes = unpack_codes(codes, digit_bits, count * columns).view(O, G, count * columns // G).long()
-    if count == 1:
-        return levels.to(dtype).gather(2, codes).view(O, columns)
-    return levels.gather(2, codes).view(O, count, columns).sum(1).to(dtype)
-
-
 def affine_levels(scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
     """The equally spaced levels scale (k - zero), k = 0..K-1, ascending float32 [..., K]."""
     steps = torch.arange(2**bits, device=scale.device, dtype=torch.float32)
@@ -136,10 +119,7 @@ def affine_levels(scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.T
 
 
 class PackedLinear(NamedTuple):
-    """A quantized linear as stored: codes uint8 [O, width] and either grid [O, K], or scale and zero [O, G].
-
-    Of 8 bits: codes of 4 bits for twice as many columns in G = 2 groups, the high digits in front; a weight is the sum of both.
-    """
+    """A quantized linear as stored: codes uint8 [O, width] and either grid [O, K], or scale and zero [O, G]."""
 
     codes: torch.Tensor
     grid: torch.Tensor | None = None
@@ -161,12 +141,6 @@ class PackedLinear(NamedTuple):
         return self.scale.shape[1] if self.grid is None else 1
 
     @classmethod
-    def of_digits(cls, codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor) -> "PackedLinear":
-        """One of 8 bits for codes [O, I] of the levels scale (k - zero), `scale` and `zero` [O, 1]."""
-        codes, zero = (torch.cat([whole >> 4, whole & 15], 1) for whole in (codes, zero))
-        return cls(pack_codes(codes, 4), scale=torch.cat([16 * scale, scale], 1), zero=zero)
-
-    @classmethod
     def joined(cls, parts: Sequence["PackedLinear"]) -> "PackedLinear":
         """One for matrices stacked by rows."""
         return cls(*(None if tensors[0] is None else torch.cat(tensors) for tensors in zip(*parts, strict=True)))
@@ -185,36 +159,46 @@ class PackedLinear(NamedTuple):
 
     def check_values(self, linear: str, bits: int, columns: int) -> None:
         """Raise InputError, naming the tensor of the module path `linear`, for values that no writer of this format writes."""
-        bits, count = digits(bits)
         for suffix, levels in ((GRID, self.grid), (SCALE, self.scale)):
             if levels is not None and not is_finite(levels):
                 raise InputError(f"{linear}{suffix} holds NaN or infinity: the file is damaged, get it again")
-        if self.scale is not None and self.scale.numel() and self.scale.abs().max() * (2**bits - 1) > 65504:
+        K = 2 ** min(bits, 4)  # of a code, or of a digit
+        if self.scale is not None and self.scale.numel() and self.affine(bits)[0].abs().max() * (2**bits - 1) > 65504:
             raise InputError(
                 f"{linear}{SCALE} holds {self.scale.abs().max():.4g}, whose levels overflow: the file is damaged, get it again"
             )
-        if self.zero is not None and self.zero.numel() and int(self.zero.max()) >= 2**bits:
-            raise InputError(f"{linear}{ZERO} holds {int(self.zero.max())}, not below {2**bits}: the file is damaged, get it again")
+        if self.zero is not None and self.zero.numel() and int(self.zero.max()) >= K:
+            raise InputError(f"{linear}{ZERO} holds {int(self.zero.max())}, not below {K}: the file is damaged, get it again")
         # Only a nibble can hold more than `bits` bits: its upper ones must be clear.
         excess = (16 - 2**bits) * 17
-        if layout_of(self.codes.shape[1], bits, count * columns) == "nibble" and (self.codes & excess).any():
+        if layout_of(self.codes.shape[1], bits, columns) == "nibble" and (self.codes & excess).any():
             raise InputError(f"{linear}{CODES} holds codes that are not below {2**bits}: the file is damaged, get it again")
 
     def levels(self, bits: int) -> torch.Tensor:
-        """Float32 levels [O, G, K] (G = 1 for a grid); of 8 bits those of the digits."""
+        """Float32 levels [O, G, K] (G = 1 for a grid)."""
         if self.grid is not None:
             return self.grid.float().unsqueeze(1)
-        return affine_levels(self.scale, self.zero, digits(bits)[0])
+        return affine_levels(*self.affine(bits), bits)
+
+    def affine(self, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scale and zero of whole codes, [O, G]; scale (k - zero) is level k."""
+        return (self.scale.float() / 16, 17 * self.zero) if bits == 8 else (self.scale, self.zero)
 
     def dequantize(self, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
         """The weight [O, columns] in `dtype`: levels[codes]. By pieces of rows, as indices take eight bytes a weight."""
         step = max(1, PIECE_WEIGHTS // columns)
         if len(self.codes) <= step:
-            return levels_of(self.codes, self.levels(bits), bits, columns, dtype)
+            return self._rebuilt(bits, columns, dtype)
         weight = torch.empty(len(self.codes), columns, dtype=dtype, device=self.codes.device)
         for part, rows in zip(self.split(step), weight.split(step), strict=True):
-            rows.copy_(levels_of(part.codes, part.levels(bits), bits, columns, dtype))
+            rows.copy_(part._rebuilt(bits, columns, dtype))
         return weight
+
+    def _rebuilt(self, bits: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+        levels = self.levels(bits).to(dtype)
+        codes = unpack_codes(self.codes, bits, columns).long()
+        O, G, _ = levels.shape
+        return levels.gather(2, codes.view(O, G, columns // G)).view(O, columns)
 
 
 def is_finite(tensor: torch.Tensor) -> bool:
@@ -416,15 +400,15 @@ class Checkpoint:
                 raise InputError(
                     f"{linear}{suffix} is {list(shape)}, but the base model has {rows} rows there: is it the right base model?"
                 )
-        groups, (bits, count) = there.get(SCALE, (rows, 1))[1], digits(self.bits_of(linear))
-        if there.get(ZERO, (rows, groups))[1] != groups or groups < 1 or columns % groups and count == 1:
+        groups = there.get(SCALE, (rows, 1))[1]
+        if there.get(ZERO, (rows, groups))[1] != groups or groups < 1 or columns % groups:
             raise InputError(f"{linear}{SCALE} and {ZERO} do not divide {columns} columns into groups: is it the right base model?")
-        if count > 1 and groups != count:
-            raise InputError(f"{linear}{SCALE} has {groups} groups, not {count}, one for each digit: the file is damaged, get it again")
         try:
-            layout_of(there[CODES][1], bits, count * columns)
+            layout_of(there[CODES][1], bits := self.bits_of(linear), columns)
         except InputError as error:
             raise InputError(f"{linear}{CODES}: {error}") from None
+        if bits == 8 and groups > 1:
+            raise InputError(f"{linear}{SCALE} has {groups} groups, but a row of 8 bits has one scale: the file is damaged, get it again")
 
     def check_headers(self) -> None:
         """Raise InputError unless every quantized linear's header makes sense by itself, whatever the base model is."""
@@ -434,16 +418,15 @@ class Checkpoint:
                 raise InputError(f"{linear}{CODES} is {list(shape)}, not rows of bytes: the file is damaged, get it again")
             groups = self.shapes.get(linear + SCALE, (0, 1))
             columns = self.weights_of(linear) // shape[0]
-            if len(groups) == 2 and groups[1] > 0 and self.settings.get("packing") != "dense" and self.bits_of(linear) < 8:
+            if len(groups) == 2 and groups[1] > 0 and self.settings.get("packing") != "dense":
                 columns = columns // groups[1] * groups[1]
             self.check_linear(linear, shape[0], columns)
 
     def weights_of(self, linear: str) -> int:
         """Weights of a quantized linear, from the header alone: up to a byte's worth too many a row, where rows are padded."""
-        rows, width = self.shapes[linear + CODES]
-        bits, count = digits(self.bits_of(linear))
-        dense = self.settings.get("packing", "nibble") == "dense"
-        return rows * (width * 8 // bits if dense else 2 * width) // count
+        (rows, width), bits = self.shapes[linear + CODES], self.bits_of(linear)
+        dense = bits == 8 or self.settings.get("packing", "nibble") == "dense"
+        return rows * (width * 8 // bits if dense else 2 * width)
 
     @property
     def bits_per_weight(self) -> float:

@@ -22,7 +22,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, 
 from .errors import InputError
 from .foreign import open_checkpoint
 from .linear import STORED, Quantized, QuantizedLinear, prepare_linears
-from .packing import Checkpoint, PackedLinear, digits, layout_of, pack_codes, packed_width, unpack_codes
+from .packing import Checkpoint, PackedLinear, layout_of, pack_codes, packed_width, unpack_codes
 from .plugin import METHOD
 
 FILES = ["*.safetensors", "*.json"]  # of a repository, that say what is quantized in it
@@ -145,11 +145,10 @@ class LeanQuantMethod(LinearMethodBase):
         rows, columns, ranks = sum(output_partition_sizes), input_size_per_partition, input_size // input_size_per_partition
         self._check_shapes(layer, input_size)
         self.shared = shared = self._shared(input_size)
-        digit_bits, count = digits(shared.bits)
-        code_bits = 4 if shared.layout == "nibble" else digit_bits
-        if ranks > 1 and (columns * code_bits % 8 or shared.groups > 1 and shared.groups % ranks or count > 1):
+        code_bits = 4 if shared.layout == "nibble" else shared.bits
+        if ranks > 1 and (columns * code_bits % 8 or shared.groups > 1 and shared.groups % ranks):
             raise InputError(f"{self.parts[0]} has {input_size} columns, whose codes or groups {ranks} ranks cannot divide: take fewer")
-        self.columns, self.dtype, width = columns, params_dtype, packed_width(count * input_size, code_bits)
+        self.columns, self.dtype, width = columns, params_dtype, packed_width(input_size, code_bits)
 
         def alike(name: str, loaded: torch.Tensor) -> torch.Tensor:
             """A stored tensor of one part, as `shared` has it."""
@@ -165,7 +164,7 @@ class LeanQuantMethod(LinearMethodBase):
             tensor.weight_loader = lambda param, loaded, *shard: weight_loader(param, alike(name, loaded), *shard)
             layer.register_parameter(name, tensor)
 
-        add("weight_codes", packed_width(count * columns, code_bits), torch.uint8, True)
+        add("weight_codes", packed_width(columns, code_bits), torch.uint8, True)
         if shared.grid is not None:
             add("quant_grid", 2**shared.bits, shared.grid, False)
             return
@@ -186,12 +185,11 @@ class LeanQuantMethod(LinearMethodBase):
         bits = [self.checkpoint.bits_of(part) for part in self.parts]
         widths = {shapes[f"{part}.weight_codes"][1] for part in self.parts}
         packed = [self.checkpoint.packed_shapes(part) for part in self.parts]
-        kinds = {(p.groups, None if p.grid is None else p.grid.dtype, digits(its)[1]) for p, its in zip(packed, bits, strict=True)}
+        kinds = {(p.groups, None if p.grid is None else p.grid.dtype, its == 8) for p, its in zip(packed, bits, strict=True)}
         if len(kinds) > 1:
             raise InputError(f"{' and '.join(self.parts)} have grids of different kinds, and vLLM multiplies with them as one: {ELSEWHERE}")
-        (groups, grid, count), is_one = kinds.pop(), len(set(bits)) == len(widths) == 1
-        layout = layout_of(widths.pop(), digits(bits[0])[0], count * columns) if is_one else "nibble"
-        return Shared(max(bits), layout, grid, groups)
+        (groups, grid, _), is_one = kinds.pop(), len(set(bits)) == len(widths) == 1
+        return Shared(max(bits), layout_of(widths.pop(), bits[0], columns) if is_one else "nibble", grid, groups)
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         packed = PackedLinear(*(getattr(layer, name).data if hasattr(layer, name) else None for name in STORED))

@@ -3,8 +3,8 @@
     python scripts/bench_generate.py [--tokens 32] [--repeats 7] [--out docs/results/generate-cpu.json]
 
 The model as it is loaded by itself (codes looked up), the same in 16 bits, rebuilt, and packed as torch alone does it; looked up with
-embeddings and head of 8 and 4 bits too, random ones, which take as long as any. All are in one process and take turns, so that what else the
-machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens in float32, and of 128 in bfloat16, with a
+embeddings and head of 8 and 4 bits too, random ones, which take as long as any. All are in one process and take turns, so that what else
+the machine does meets them alike; greedy, batch 1, medians. Products of 1, 8 and 128 tokens in float32, and of 128 in bfloat16, with a
 4096 x 4096 weight of free levels, of which there are several in turn, 100 MB and more of each kind. Needs
 demo/nonuniform-4bit.safetensors, which scripts/quickstart.sh makes.
 """

@@ -15,7 +15,6 @@ import os
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +26,7 @@ from torch.overrides import TorchFunctionMode  # noqa: E402
 
 from demo import FULL, cut_text  # noqa: E402
 from demo_data import make_model, make_texts, widen  # noqa: E402
+from eval_quantized import versions  # noqa: E402
 
 BITS, SAMPLES, SEQLEN = 4, 32, 512
 VARIANTS = {"gptqmodel, its defaults": {}, "gptqmodel, asymmetric": {"sym": False, "format": "gptq_v2"}}
@@ -194,7 +194,7 @@ def write(out: Path, found: dict) -> None:
         "calibration": f"{SAMPLES} x {SEQLEN} tokens of Wikipedia, the same windows for both",
         "test": f"{FULL.test_tokens} held-out tokens in windows of {SEQLEN}, float32",
         **found,
-        "versions": {name: version(name) for name in ("torch", "transformers", "gptqmodel", "optimum")},
+        "versions": versions("gptqmodel", "optimum"),
         "threads": torch.get_num_threads(),
     }
     out.write_text(json.dumps(contents, indent=2) + "\n")

@@ -116,8 +116,8 @@ def copy_bandwidth(device: torch.device) -> float:
 def random_packed(O: int, I: int, bits: int, device: torch.device) -> PackedLinear:
     codes = torch.randint(256, (O, packed_width(I, bits)), dtype=torch.uint8, device=device)
     if bits == 8:
-        scale, zero = (torch.full((O, 1), value, device=device) for value in (2e-4, 128.0))
-        return PackedLinear.of_digits(codes, scale.half(), zero.byte())
+        scale, zero = (torch.full((O, 1), value, device=device) for value in (3e-3, 8.0))
+        return PackedLinear(codes, None, scale.half(), zero.byte())
     return PackedLinear(codes, torch.randn(O, 2**bits, device=device).half() * 0.02)
 
 

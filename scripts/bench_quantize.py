@@ -175,6 +175,7 @@ def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
     once = {
         "k-means": lambda: kmeans_levels(W, a, bits),
         "fit of levels": lambda: quant.fit_grid(W, solved.codes, grid, damped, config),
+        "the same, its equations from all of H": lambda: equations_from_all_of_H(solved.codes, 2**bits, damped),
         f"fit of scales, groups of {group}": lambda: quant.fit_grid(W, in_groups, grids, damped, grouped),
         "the same, its equations from all of B": lambda: equations_from_all_of_B(in_groups, grids, damped),
         "factorization": lambda: hessian.factorize(H.clone(), 0.1, True),
@@ -197,6 +198,15 @@ def bench_matrix(O: int, I: int, bits: int, device: torch.device) -> dict:
         print_row("the paper's brute force, scaled", result["brute_force_ms"], None)
         print(f"  the exhaustive search is {ratio:.0f} times faster than the brute force", flush=True)
     return result
+
+
+def equations_from_all_of_H(codes: torch.Tensor, K: int, H: hessian.Symmetric) -> None:
+    """B H B^T of `quant.fit_grid`, as it is written: not from the half of H below its diagonal."""
+    I = codes.shape[1]
+    H = H.rows(slice(0, I))
+    for part in codes.split(max(1, quant.FIT_ELEMENTS["cpu" if codes.device.type == "cpu" else "cuda"] // (K * I))):
+        B = quant._one_hot(part, K)
+        hessian.times_whole(B.view(-1, I), H).view(B.shape) @ B.mT
 
 
 def equations_from_all_of_B(codes: torch.Tensor, grid: quant.Grid, H: hessian.Symmetric) -> None:

@@ -49,9 +49,6 @@ from leanquant.packing import (  # noqa: E402
     ModelWriter,
     PackedLinear,
     check_unfinished,
-    digits,
-    for_digits,
-    levels_of,
     save_synced,
     sync_folder,
     unpack_codes,
@@ -82,13 +79,13 @@ class TunedLinear(nn.Module):
     """A quantized linear with fixed codes whose levels, or scales, are start + unit * moved, `moved` being trained.
 
     The unit is the mean distance of a row's levels at 2 bits, and for a scale what moves the outermost level about as far; half of that at
-    3 and a quarter at 4 bits, where the loss is so small that what Adam makes of its noise would be too much of it.
+    3 and a quarter at 4 and 8 bits, where the loss is so small that what Adam makes of its noise would be too much of it.
     """
 
     def __init__(self, linear: QuantizedLinear, device: torch.device):
         super().__init__()
         self.packed, self.bits, self.in_features = linear.packed().to(device), linear.bits, linear.in_features
-        self.bias, K = linear.bias, 2**linear.digit_bits
+        self.bias, K = linear.bias, 2 ** min(linear.bits, 4)
         self.start = self.packed.stored_levels.float()
         distance = self.start.abs() * 2 / K if self.packed.grid is None else (self.start.amax(1) - self.start.amin(1))[:, None] / (K - 1)
         self.unit = distance * 4 / K
@@ -178,16 +175,17 @@ class Rebuilt(torch.autograd.Function):
         ctx.sizes = levels.shape, bits, columns
         weight = levels.new_empty(len(levels), columns, dtype=dtype)
         for rows in pieces(weight):
-            weight[rows] = levels_of(packed[rows], levels[rows], bits, columns, dtype)
+            codes = unpack_codes(packed[rows], bits, columns).view(-1, levels.shape[1], columns // levels.shape[1])
+            weight[rows] = levels[rows].to(dtype).gather(2, codes.long()).view(-1, columns)
         return weight
 
     @staticmethod
     def backward(ctx, gradient: torch.Tensor):
         (O, G, K), bits, columns = ctx.sizes
-        (digit_bits, count), found = digits(bits), []
+        found = []
         for rows in pieces(gradient):
-            codes = unpack_codes(ctx.saved_tensors[0][rows], digit_bits, count * columns).view(-1, G, count * columns // G)
-            found.append(sum_by_code(for_digits(gradient[rows], bits).view(codes.shape), codes, K))
+            codes = unpack_codes(ctx.saved_tensors[0][rows], bits, columns).view(-1, G, columns // G)
+            found.append(sum_by_code(gradient[rows].view(codes.shape), codes, K))
         return torch.cat(found), None, None, None, None
 
 

@@ -30,7 +30,11 @@ def pack(weight: torch.Tensor, bits: int, groups: int = 0, layout: str = "dense"
     the middle."""
     rows = weight.view(len(weight), max(1, groups), -1)
     reach = rows.abs().amax(2)
-    if groups:
+    if bits == 8:
+        scale, zero = (16 * reach / 119).half(), torch.full(reach.shape, 8, dtype=torch.uint8)
+        stored = (None, scale, zero)
+        levels = PackedLinear(None, *stored).levels(8)
+    elif groups:
         scale, zero = (2 * reach / (2**bits - 1)).half(), torch.full(reach.shape, 2 ** (bits - 1) + shift, dtype=torch.uint8)
         levels = affine_levels(scale, zero, bits)
         stored = (None, scale, zero)
@@ -39,8 +43,6 @@ def pack(weight: torch.Tensor, bits: int, groups: int = 0, layout: str = "dense"
         grid = (reach * (steps.abs() ** 1.3 * steps.sign())).half()
         levels, stored = grid.float().unsqueeze(1), (grid, None, None)
     codes = (rows.unsqueeze(3) - levels.unsqueeze(2)).abs().argmin(3).flatten(1).to(torch.uint8)
-    if bits == 8:
-        return PackedLinear.of_digits(codes, scale, zero)
     return PackedLinear(pack_codes(codes, bits, layout), *stored)
 
 
@@ -113,7 +115,7 @@ CASES = {
     ),
     "scales of bits that differ": (False, {"q_proj": (2, 4), "proj": (3, 4)}),
     "embeddings that are the head": (True, {"proj": (3,), "embed_tokens": (4,)}),
-    "embeddings of 8 bits that are the head": (True, {"proj": (3,), "embed_tokens": (8, 1)}),
+    "embeddings of 8 bits that are the head": (True, {"proj": (3,), "embed_tokens": (8,)}),
     "embeddings and a head": (False, {"proj": (2,), "embed_tokens": (4, 2), "lm_head": (3,)}),
 }
 
@@ -131,7 +133,7 @@ def test_biases_and_the_compiler(tmp_path):
     check(quantized(write_model(config, tmp_path / "base"), tmp_path / "folder", {"proj": (4,)}), **options)
 
 
-@pytest.mark.parametrize(("how", "vocabulary"), [((3,), (4,)), ((4, 8), (8, 1))], ids=["free levels", "groups"])
+@pytest.mark.parametrize(("how", "vocabulary"), [((3,), (4,)), ((4, 8), (8,))], ids=["free levels", "groups"])
 def test_two_ranks_share_a_model(tiny_model, tmp_path, monkeypatch, how, vocabulary):
     monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "0|1")
     folder = quantized(tiny(tiny_model, tied=True), tmp_path / "folder", {"proj": how, "embed_tokens": vocabulary})

@@ -16,14 +16,15 @@ import datautils
 import eval_quantized
 import llama
 import tune
-from conftest import SIZES, write_model
+from conftest import SIZES, generator, write_model
 from leanquant import InputError, LeanQuantModelForCausalLM
 from leanquant import __main__ as cli
 from leanquant.decoding import with_cuda_graphs
 from leanquant.export import export
 from leanquant.foreign import open_checkpoint
 from leanquant.linear import QuantizedEmbedding, QuantizedLinear
-from leanquant.packing import Checkpoint
+from leanquant.packing import Checkpoint, PackedLinear
+from leanquant_grid import digits_affine
 from modelutils import StreamedModel
 from test_cli import GRIDS, SEQUENTIAL, decode_codes, decode_weight, quantize, whole_model
 from test_decoding import Graph, continued, emulated, recording  # noqa: F401
@@ -42,9 +43,12 @@ KINDS = {
 
 def rebuilt(file, name: str, bits: int, columns: int = 64) -> torch.Tensor:
     """The matrix from the file, by the format's description."""
-    tensors, count = load_file(file), 2 if bits == 8 else 1  # digits, whose halves of a row are added
-    codes = decode_codes(tensors[f"{name}.weight_codes"].numpy(), bits // count, count * columns)
-    return decode_weight(tensors, name, torch.from_numpy(codes).long()).view(-1, count, columns).sum(1)
+    tensors = load_file(file)
+    codes = torch.from_numpy(decode_codes(tensors[f"{name}.weight_codes"].numpy(), bits, columns)).long()
+    if bits < 8:
+        return decode_weight(tensors, name, codes)
+    scale, zero = tensors[f"{name}.scale"].float(), tensors[f"{name}.zero"].float()
+    return scale * (codes // 16 - zero + (codes % 16 - zero) / 16)
 
 
 @torch.no_grad()
@@ -101,14 +105,54 @@ def test_embeddings_of_their_own_are_rounded_to_the_nearest_level(tiny_model, te
     torch.testing.assert_close((rebuilt(file, EMBEDDINGS, 4) - W).abs(), distances, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", ["non-uniform", "affine in groups"])
+def test_info_says_what_the_layers_are(tiny_model, text_file, tmp_path, kind):
+    quantize(tiny_model(), text_file, *KINDS[kind], "--vocab_bits", 8, "--save_path", tmp_path / "q.safetensors")
+    found = cli.describe(Checkpoint.open(tmp_path / "q.safetensors"))
+    assert found["grid"] == ("non-uniform levels" if kind == "non-uniform" else "affine, in groups")
+    assert found["vocabulary"] == "embeddings and head in 8 bits" and "8 in 2 linears" in found["bits"]
+
+
+@pytest.mark.parametrize("form", ["packed", "looked_up", "tiles", "dense"])
+@pytest.mark.parametrize("columns", [40, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_products_with_8_bits(form, columns, dtype):
+    """And their gradients. Of float16, x / 16 may be subnormal."""
+    g = generator()
+    codes = torch.randint(256, (50, columns), generator=g, dtype=torch.uint8)
+    scale, zero = 0.16 * torch.rand(50, 1, generator=g).half(), torch.randint(16, (50, 1), generator=g, dtype=torch.uint8)
+    W, bias = scale.double() / 16 * (codes.double() - 17 * zero.double()), torch.randn(50, generator=g)
+    linear = QuantizedLinear(PackedLinear(codes, None, scale, zero), 8, columns, bias)
+    linear.prepare(form, dtype)
+    assert linear.form == (form if form != "tiles" or dtype != torch.float32 else "packed")
+    x = (torch.randn(3, 5, columns, generator=g) * torch.tensor([1e-3, 1, 10]).view(3, 1, 1)).to(dtype).requires_grad_()
+    expected, given = x.double() @ W.T + bias, torch.randn(3, 5, 50, generator=g)
+    plain = torch.nn.functional.linear(x.detach(), W.to(dtype), bias.to(dtype)).double()
+    found = linear(x)
+    (found * given).sum().backward()
+    error, of_plain = ((y.double() - expected).norm() / expected.norm() for y in (found, plain))
+    assert error <= 2 * of_plain + 1e-6, (error, of_plain)
+    torch.testing.assert_close(x.grad.double(), given.double() @ W, rtol=0.02, atol=0.02 * (given.double() @ W).abs().max().item())
+    assert torch.equal(linear.packed().codes, codes)
+    linear.release()
+    assert torch.equal(linear.weight_codes, codes)
+
+
 def test_8_bits_are_the_nearest_of_255_steps_of_a_row(tiny_model, text_file, tmp_path):
     base, file = tiny_model(), tmp_path / "q.safetensors"
     quantize(base, text_file, *KINDS["affine in groups"], "--sym", "--vocab_bits", 8, "--save_path", file)
-    W = load_file(base / "model.safetensors")[f"{EMBEDDINGS}.weight"]
-    step = ((W.amax(1, keepdim=True) - W.amin(1, keepdim=True)) / 255).half().float()
-    zero = (-W.amin(1, keepdim=True) / step).round().clamp(0, 255)
-    expected = step * ((W / step + zero).round().clamp(0, 255) - zero)
-    torch.testing.assert_close(rebuilt(file, EMBEDDINGS, 8), expected, rtol=0, atol=1e-6)
+    W, step = load_file(base / "model.safetensors")[f"{EMBEDDINGS}.weight"], load_file(file)[f"{EMBEDDINGS}.scale"].float() / 16
+    assert ((rebuilt(file, EMBEDDINGS, 8) - W).abs() <= 0.502 * step).all()  # nothing is cut off
+    assert (step <= 1.15 * (W.amax(1, keepdim=True) - W.amin(1, keepdim=True)) / 255).all()
+
+
+def test_grids_of_8_bits_hold_rows_of_every_kind():
+    wide = torch.randn(7, 50, generator=generator(1))
+    for W in (wide, wide.abs(), -wide.abs(), 0 * wide, wide + 2.5, 1e-3 * wide, 3e4 * wide.clamp(-1, 1)):
+        scale, zero = digits_affine(W)
+        assert torch.equal(scale, (16 * scale).half().float() / 16) and (zero % 17 == 0).all() and (scale > 0).all()
+        codes = W / scale[:, None] + zero[:, None].float()
+        assert codes.min() >= -0.6 and codes.max() <= 255.6
 
 
 def test_layers_are_quantized_on_what_quantized_embeddings_give(tiny_model, text_file, tmp_path):
@@ -307,7 +351,7 @@ def test_files_that_lie_about_embeddings_are_refused(tiny_model, text_file, tmp_
     assert "embeddings and head" in capsys.readouterr().out
 
 
-def test_files_that_lie_about_digits_are_refused(tiny_model, text_file, tmp_path):
+def test_files_that_lie_about_8_bits_are_refused(tiny_model, text_file, tmp_path):
     base, file, bad = tiny_model(), tmp_path / "q.safetensors", tmp_path / "bad.safetensors"
     quantize(base, text_file, *KINDS["affine in groups"], "--vocab_bits", 8, "--save_path", file)
     tensors, settings = load_file(file), Checkpoint.open(file).settings
@@ -315,8 +359,9 @@ def test_files_that_lie_about_digits_are_refused(tiny_model, text_file, tmp_path
     for change, said, message in (
         ({}, 4, f"{codes}: codes of 64 bytes"),
         ({}, 16, "must give its bits"),
-        ({scale: tensors[scale][:, :1].clone(), zero: tensors[zero][:, :1].clone()}, 8, f"{scale} has 1 groups, not 2"),
+        ({scale: tensors[scale].repeat(1, 2), zero: tensors[zero].repeat(1, 2)}, 8, f"{scale} has 2 groups"),
         ({codes: tensors[codes][:, :32].clone()}, 8, f"{codes}: codes of 32 bytes"),
+        ({scale: 4200 + tensors[scale]}, 8, f"{scale} holds 4200, whose levels overflow"),
         ({zero: tensors[zero] + 16}, 8, f"{zero} holds"),
     ):
         lying = settings | {"bits_for": settings["bits_for"] | {EMBEDDINGS: said}}
