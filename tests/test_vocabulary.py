@@ -146,6 +146,17 @@ def test_8_bits_are_the_nearest_of_255_steps_of_a_row(tiny_model, text_file, tmp
     assert (step <= 1.15 * (W.amax(1, keepdim=True) - W.amin(1, keepdim=True)) / 255).all()
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_embeddings_keep_columns_that_the_head_they_are_does_not_read(tiny_model, text_file, tmp_path, bits):
+    base = shutil.copytree(tiny_model(tied=True), tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.norm.weight"][3] = 0
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    quantize(base, text_file, *KINDS["non-uniform"], *SEQUENTIAL, "--vocab_bits", bits, "--save_path", tmp_path / "q.safetensors")
+    W, found = (matrix[:, 3] for matrix in (tensors[f"{EMBEDDINGS}.weight"], rebuilt(tmp_path / "q.safetensors", EMBEDDINGS, bits)))
+    assert (found - W).norm() < 0.25 * W.norm()
+
+
 def test_grids_of_8_bits_hold_rows_of_every_kind():
     wide = torch.randn(7, 50, generator=generator(1))
     for W in (wide, wide.abs(), -wide.abs(), 0 * wide, wide + 2.5, 1e-3 * wide, 3e4 * wide.clamp(-1, 1)):
