@@ -308,11 +308,16 @@ def _head_needs(shapes: Shapes, run, config, dtype: torch.dtype, hardware: str) 
         return
     group, finished = shapes.vocabulary[-1], last + _packed_bytes(shapes.vocabulary[-1])
     piece = Layer(0, 0, (group._replace(rows=(quant.row_pieces(rows, I)[0].stop,)),))
-    config = (config if shapes.shifts_head else replace(config, shift=0.0)).of_vocabulary(group.bits)
+    config = _config_of_head(shapes, config)
     for needs in _layer_needs(piece, shapes, run, config, dtype, hardware):
         if "forward pass" not in needs:
             yield needs | {"packed head": (0, finished, 0)}
     yield {"copied tensors": (0, 2 * finished, 0)}
+
+
+def _config_of_head(shapes: Shapes, config):
+    """What decides the codes of a head that is quantized."""
+    return (config if shapes.shifts_head else replace(config, shift=0.0)).of_vocabulary(shapes.vocabulary[-1].bits)
 
 
 def _packed_bytes(group: LayerGroup) -> float:
@@ -513,8 +518,7 @@ def _phases(shapes: Shapes, run, config, dtype: torch.dtype, on_gpu: bool, hardw
         phases["forward"].link += moved if on_gpu and run.activations != "device" else 0
     for group in shapes.vocabulary[-1:]:
         phases["load"].link += FLOAT * sum(group.rows) * group.columns
-        its = (config if shapes.shifts_head else replace(config, shift=0.0)).of_vocabulary(group.bits)
-        _add_group(phases, sum(group.rows), group.columns, group, tokens, its)
+        _add_group(phases, sum(group.rows), group.columns, group, tokens, _config_of_head(shapes, config))
     for group in shapes.vocabulary[:-1]:  # embeddings, rounded to nearest
         _add_grid(phases, sum(group.rows), group, config.of_vocabulary(group.bits))
     if shapes.shifts_head and not shapes.vocabulary:

@@ -204,7 +204,7 @@ def equations_from_all_of_H(codes: torch.Tensor, K: int, H: hessian.Symmetric) -
     """B H B^T of `quant.fit_grid`, as it is written: not from the half of H below its diagonal."""
     I = codes.shape[1]
     H = H.rows(slice(0, I))
-    for part in codes.split(max(1, quant.FIT_ELEMENTS["cpu" if codes.device.type == "cpu" else "cuda"] // (K * I))):
+    for part in codes.split(quant.fit_rows(K, I, False, codes.device.type == "cpu")[0]):
         B = quant._one_hot(part, K)
         hessian.times_whole(B.view(-1, I), H).view(B.shape) @ B.mT
 
