@@ -382,7 +382,8 @@ def exports(args: argparse.Namespace) -> tuple[tuple[str, Path], ...]:
     for text in args.export or ():
         name, _, folder = text.partition(":")
         if name not in export.FORMATS:
-            raise InputError(f"--export {text}: {name} is none of {', '.join(export.FORMATS)}")
+            other = "; GGUF files are written by scripts/export.py, afterwards" if name == "gguf" else ""
+            raise InputError(f"--export {text}: {name} is none of {', '.join(export.FORMATS)}{other}")
         if not folder and args.save_path is None:
             raise InputError(f"--export {text}: give a folder for it, {name}:FOLDER, or --save_path")
         found[Path(folder) if folder else args.save_path.with_name(f"{args.save_path.name.removesuffix('.safetensors')}-{name}")] = name

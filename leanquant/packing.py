@@ -725,7 +725,7 @@ class ModelWriter:
 
 def check_output(save_path: Path, overwrite: bool, flag: str) -> None:
     """Raise InputError if `save_path`, which `flag` named, must not be written to."""
-    one_file = save_path.suffix == ".safetensors"
+    one_file = save_path.suffix in (".safetensors", ".gguf")
     if not save_path.exists():
         return
     if save_path.is_dir() == one_file:

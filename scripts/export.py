@@ -1,8 +1,10 @@
-"""Export a quantized model as a folder that other software loads: transformers, vLLM, SGLang, any-precision's kernels.
+"""Export a quantized model as what other software loads: a folder for transformers, vLLM or SGLang, a file for llama.cpp.
 
     python scripts/export.py QUANTIZED --base MODEL --to awq --out FOLDER
+    python scripts/export.py QUANTIZED --base MODEL --to gguf --template MODEL-F16.gguf --out FILE.gguf
 
-Which format holds what, and who reads it: docs/export.md. The work is leanquant/export.py's; llama.py --export calls the same.
+Which format holds what, and who reads it: docs/export.md. The work is leanquant/export.py's, which llama.py --export calls too, and that of
+leanquant/ggml.py.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import modelutils  # noqa: E402
 from leanquant.errors import InputError, exit_code  # noqa: E402
 from leanquant.export import FORMATS, export  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
+from leanquant.packing import Checkpoint  # noqa: E402
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -28,8 +31,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add(
         "--base", metavar="MODEL", help="hub name or folder of the unquantized model, for config and tokenizer (unset: QUANTIZED, a folder)"
     )
-    add("--to", required=True, choices=FORMATS, metavar="FORMAT", help=f"{', '.join(FORMATS)}")
-    add("--out", required=True, type=Path, metavar="FOLDER", help="where the exported model goes")
+    add("--to", required=True, choices=(*FORMATS, "gguf"), metavar="FORMAT", help=f"{', '.join(FORMATS)}, gguf")
+    add("--out", required=True, type=Path, metavar="OUT", help="where the exported model goes: a folder, or FILE.gguf")
+    add(
+        "--template", type=Path, metavar="FILE.gguf", help="for gguf: the unquantized model, as llama.cpp's convert_hf_to_gguf.py writes it"
+    )
     add(
         "--report",
         type=Path,
@@ -51,11 +57,29 @@ def gigabytes(text: str) -> float:
 def run(args: argparse.Namespace, command: str) -> None:
     if args.base is None and not Path(args.quantized).is_dir():
         raise InputError(f"{args.quantized} is a single file, without config and tokenizer: name the unquantized model with --base")
+    if (args.to == "gguf") != (args.template is not None):
+        raise InputError(
+            "--to gguf, and nothing else, needs --template: the 16-bit file that llama.cpp's convert_hf_to_gguf.py makes of the model"
+        )
     checkpoint = open_checkpoint(args.quantized)
     base = modelutils.resolve_model(args.base or args.quantized, modelutils.FILES_BESIDE_WEIGHTS)
+    if args.to == "gguf":
+        types = export_gguf(checkpoint, base, args.template, args.out, args.overwrite)
+        print(f"{args.out}: {types}, every weight read back and compared", flush=True)
+        return
     perplexity = read_perplexity(args.report)
     export(checkpoint, base, args.to, args.out, args.overwrite, perplexity, command, int(args.max_shard_size * 1e9))
     print(f"{args.out}: {args.to}, every weight read back and compared", flush=True)
+
+
+def export_gguf(checkpoint: Checkpoint, base: Path, template: Path | None, out: Path, overwrite: bool) -> str:
+    """Returns how many tensors were written in which type."""
+    try:
+        from leanquant import ggml
+    except ImportError as error:
+        raise InputError(f"--to gguf needs a package that is not installed ({error}): pip install gguf") from None
+    types = ggml.export(checkpoint, base, template, out, overwrite)
+    return ", ".join(f"{count} tensors in {name}" for name, count in types.most_common())
 
 
 def read_perplexity(report: Path | None) -> list[dict]:
