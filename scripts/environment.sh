@@ -3,6 +3,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
 python_at_least_311() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
+unset PYTHONDONTWRITEBYTECODE  # each process would compile all that it imports anew, for seconds
+
 # pip with one short line a package; its own words only if it fails. Python compiles what is imported, a small part, when it is.
 install() {
     if ! .venv/bin/pip install --disable-pip-version-check --no-compile "$@" 2> .venv/pip.log | sed -un 's/^Collecting \([^ ]*\).*/  \1/p'; then
