@@ -107,27 +107,39 @@ def check_output(out: Path, overwrite: bool, flag: str, *homes: Path) -> None:
 
 def survey(checkpoint: Checkpoint, base: Path) -> tuple[dict[str, tuple[int, int]], Model]:
     """Rows and columns of each quantized linear, and what they have in common. Reads zero points."""
-    network = build_model(read_config(base, False), torch.float16, False)
-    split_experts(network)
-    linears = {name: tuple(module.weight.shape) for name, module in network.named_modules() if isinstance(module, nn.Linear)}
-    embeddings = network.get_input_embeddings()
-    matrices = linears | {path_in(network, embeddings): tuple(embeddings.weight.shape)}
-    checkpoint.check_bits(None, "the model")
-    quantized = checkpoint.quantized
-    if unknown := [name for name in quantized if name not in matrices]:
-        raise InputError(f"the model has a quantized {unknown[0]}, which {base} lacks: is it the right base model?")
+    network = split_network(base)
+    sizes = sizes_of(checkpoint, network, base)
+    quantized = list(sizes)
     if mixture := has_experts(network):
         check_expert_names(quantized, base)
-    sizes = {name: matrices[name] for name in quantized}
-    for name, (rows, columns) in sizes.items():
-        checkpoint.check_linear(name, rows, columns)
     bits = common(checkpoint.bits_of(name) for name in quantized)
     uniform = common(name + SCALE in checkpoint for name in quantized)
     zeros = {zero for name in quantized if name + ZERO in checkpoint for zero in checkpoint.get(name + ZERO).unique().tolist()} or {0}
     symmetric = uniform is True and bits is not None and zeros == {2 ** (bits - 1)}
-    skipped = [name for name in linears if name not in sizes]
+    skipped = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name not in sizes]
     groupsize = _groupsize(checkpoint, sizes)
     return sizes, Model(bits, groupsize, uniform, symmetric, min(zeros), quantized, skipped, mixture, has_vocabulary(network, quantized))
+
+
+def split_network(base: Path) -> nn.Module:
+    """The model in `base` on the meta device, experts one by one."""
+    network = build_model(read_config(base, False), torch.float16, False)
+    split_experts(network)
+    return network
+
+
+def sizes_of(checkpoint: Checkpoint, network: nn.Module, base: Path) -> dict[str, tuple[int, int]]:
+    """Rows and columns of each quantized linear. Raises InputError if `network`, the model in `base`, has other ones."""
+    embeddings = network.get_input_embeddings()
+    matrices = {path_in(network, embeddings): embeddings}
+    matrices |= {name: module for name, module in network.named_modules() if isinstance(module, nn.Linear)}
+    checkpoint.check_bits(None, "the model")
+    if unknown := [name for name in checkpoint.quantized if name not in matrices]:
+        raise InputError(f"the model has a quantized {unknown[0]}, which {base} lacks: is it the right base model?")
+    sizes = {name: tuple(matrices[name].weight.shape) for name in checkpoint.quantized}
+    for name, (rows, columns) in sizes.items():
+        checkpoint.check_linear(name, rows, columns)
+    return sizes
 
 
 def has_vocabulary(network: nn.Module, quantized: Iterable[str]) -> bool:

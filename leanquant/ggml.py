@@ -13,6 +13,7 @@ I columns, G groups of a linear; scale and zero as in packing.py.
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,13 +23,14 @@ import gguf
 import numpy
 import torch
 from gguf import GGMLQuantizationType as Type
+from torch import nn
 from tqdm import tqdm
 
 from .errors import InputError
-from .export import check_output, common, others, survey
+from .experts import use_model_names
+from .export import common, others, sizes_of, split_network
 from .linear import path_in
-from .modeling import build_model, read_config
-from .packing import ZERO, Checkpoint, ModelWriter, PackedLinear, unpack_codes
+from .packing import ZERO, Checkpoint, ModelWriter, PackedLinear, check_output, unpack_codes
 
 PIECE_WEIGHTS = 2**22  # encoded or compared at a time
 IN_16_BITS = "make it with convert_hf_to_gguf.py --outtype f16, of llama.cpp"
@@ -135,16 +137,19 @@ class Rows:
 
     def find(self, rows: numpy.ndarray) -> tuple[list[str], numpy.ndarray, numpy.ndarray] | None:
         """Linears, and of each row the index of its linear among them and its number there; None if there is a row that none of them has.
-        One that stands several times is taken from a linear that gives others, if it can be. rows: bytes."""
+        rows: bytes. Equal ones are taken in turn, from linears that give others too, if there are any."""
         wanted = digests(rows)
         first, end = (numpy.searchsorted(self._digests, wanted, side) for side in ("left", "right"))
         if not (end > first).all():
             return None
-        place = self._order[first]
+        place, taken = self._order[first], Counter()
         sure = numpy.unique(self._linear[place[end == first + 1]])
         for row in numpy.flatnonzero(end > first + 1):
             same = self._order[first[row] : end[row]]
-            place[row] = next(iter(same[numpy.isin(self._linear[same], sure)]), place[row])
+            likely = same[numpy.isin(self._linear[same], sure)]
+            likely = likely if len(likely) else same
+            place[row] = likely[taken[first[row]] % len(likely)]
+            taken[first[row]] += 1
         used, index = numpy.unique(self._linear[place], return_inverse=True)
         return self._linears[used].tolist(), index, self._number[place]
 
@@ -164,45 +169,76 @@ def sources_of(checkpoint: Checkpoint, base: Path, template: gguf.GGUFReader) ->
 
     Raises InputError for what GGUF cannot hold, and if the template or `base` is another model's.
     """
-    original, (sizes, _) = Checkpoint.open(base), survey(checkpoint, base)
-    network = build_model(read_config(base, False), torch.float16, False)
+    network, original = split_network(base), Checkpoint.open(base)
+    use_model_names(original, network)
+    sizes = sizes_of(checkpoint, network, base)
     embeddings, head = (path_in(network, module) for module in (network.get_input_embeddings(), network.get_output_embeddings()))
-    own = {EMBEDDINGS: [embeddings], HEAD: [head if head + ".weight" in original else embeddings]}
-    inside = [name for name in sizes if name not in (embeddings, head)]
-    if unknown := [name for name in (embeddings, *inside) if name + ".weight" not in original]:
-        raise InputError(f"the original in {base} has no tensor {unknown[0]}.weight: models stored in another way cannot be exported")
+    tied = network.config.get_text_config().tie_word_embeddings
     check_alike(checkpoint, original, {embeddings + ".weight", head + ".weight"})
-    rows, sources = {}, {}
-    for tensor in tqdm(template.tensors, desc="comparing", unit="tensor", ncols=80, leave=False, disable=None):
-        if len(tensor.shape) == 1:
+    linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name != head]
+    candidates = {EMBEDDINGS: [embeddings]}
+    candidates[HEAD] = [head] if head + ".weight" in original and checkpoint.holds(head + ".weight") else [embeddings]
+    if unknown := [name for name in (embeddings, *sizes) if name + ".weight" not in original and name != head]:
+        raise InputError(f"{base} has no {unknown[0]}.weight: what is stored in another way cannot be exported")
+    for name in linears:
+        if name + ".weight" in original:
+            candidates.setdefault(layer_of(name, r"\."), []).append(name)
+    sources, places = {}, {}
+    for tensor in tqdm(matrices(template), desc="comparing", unit="tensor", ncols=80, leave=False, disable=None):
+        key = tensor.name if tensor.name in candidates else layer_of(tensor.name, r"^blk\.")
+        if key not in candidates:
             continue
-        if tensor.tensor_type not in PLAIN:
-            raise InputError(f"{tensor.name} of the template is in {tensor.tensor_type.name}: {IN_16_BITS}")
-        kind = tensor.tensor_type, tensor.name if tensor.name in own else None
-        if kind not in rows:
-            rows[kind] = Rows(original, own.get(tensor.name, inside), PLAIN[tensor.tensor_type])
-        if found := rows[kind].find(bytes_of(tensor.data)):
-            sources[tensor.name] = source_of(checkpoint, sizes, tensor, *found)
-    stored = {linear for source in sources.values() for linear in source.linears}
-    if missing := [linear for linear in (embeddings, *inside) if linear not in stored]:
-        raise InputError(f"the template has no rows like those of {missing[0]}.weight: make it of the model that was quantized")
+        kind = key, tensor.tensor_type
+        if kind not in places:
+            places = {kind: Rows(original, candidates[key], PLAIN[tensor.tensor_type])}  # a layer's at a time
+        found = places[kind].find(bytes_of(tensor.data))
+        if found and (source := source_of(checkpoint, sizes, tensor, *found)):
+            sources[tensor.name] = source
+    check_complete(sources, sizes, [embeddings] if tied else [embeddings, head])
     return sources
+
+
+def layer_of(name: str, before: str) -> str | None:
+    """The number of a layer, which stands in `name` behind `before`."""
+    found = re.search(before + r"(\d+)\.", name)
+    return found and found[1]
+
+
+def matrices(template: gguf.GGUFReader) -> list[gguf.ReaderTensor]:
+    """The tensors of more than one dimension, but for the few in float32 of a file in 16 bits."""
+    found = [tensor for tensor in template.tensors if len(tensor.shape) > 1]
+    if quantized := [tensor for tensor in found if tensor.tensor_type not in PLAIN]:
+        raise InputError(f"{quantized[0].name} of the template is in {quantized[0].tensor_type.name}: {IN_16_BITS}")
+    short = [tensor for tensor in found if tensor.tensor_type != Type.F32]
+    return short or found
 
 
 def check_alike(checkpoint: Checkpoint, original: Checkpoint, own: set[str]) -> None:
     """Raise InputError unless what the template keeps is in the quantized model as it is in the original. own: what it does not keep."""
     for name in others(checkpoint):
-        if name not in own and name in original:
-            mine, theirs = checkpoint.get(name), original.get(name)
-            if mine.shape != theirs.shape or not torch.equal(mine, theirs.to(mine.dtype)):
-                raise InputError(f"{name} is not what the original has: give --base the model that was quantized")
+        if name in own or checkpoint.is_filler(name):
+            continue
+        mine, theirs = checkpoint.get(name), original.get(name) if name in original else None
+        if theirs is None or mine.shape != theirs.shape or not torch.equal(mine, theirs.to(mine.dtype)):
+            raise InputError(
+                f"{name} is not what the original has: give --base the model that was quantized (AWQ's own tool changes norms: what it has "
+                "made cannot be exported)"
+            )
 
 
-def source_of(checkpoint: Checkpoint, sizes: dict, tensor: gguf.ReaderTensor, linears: list[str], index, number) -> Source:
-    """The source of a tensor whose rows Rows.find has found. Raises InputError if its linears cannot be stored as one tensor."""
-    if not any(checkpoint.is_quantized(linear) for linear in linears):
+def source_of(
+    checkpoint: Checkpoint, sizes: dict, tensor: gguf.ReaderTensor, linears: list[str], index: numpy.ndarray, number: numpy.ndarray
+) -> Source | None:
+    """The source of a tensor whose rows Rows.find has found; None if it stays. Raises InputError if its linears cannot be one tensor."""
+    quantized = [linear for linear in linears if checkpoint.is_quantized(linear)]
+    if not quantized:
+        if tensor.name not in (EMBEDDINGS, HEAD):
+            return None
         smaller = Type.Q8_0 if tensor.shape[0] % 32 == 0 else tensor.tensor_type
         return Source(dict.fromkeys(linears), torch.from_numpy(number), smaller, None)
+    if len(quantized) < len(linears):
+        left = min(set(linears) - set(quantized))
+        raise InputError(f"{tensor.name} of the template holds {quantized[0]} and {left}, which is not quantized: quantize both or neither")
     if any(linear + ZERO not in checkpoint for linear in linears):
         raise InputError(f"gguf cannot hold free levels for each row ({linears[0]}): quantize with --grid affine")
     zeros = [checkpoint.get(linear + ZERO) for linear in linears]
@@ -218,6 +254,25 @@ def source_of(checkpoint: Checkpoint, sizes: dict, tensor: gguf.ReaderTensor, li
     return Source({linear: sizes[linear] for linear in linears}, torch.from_numpy(starts[index] + number), kind, bits)
 
 
+def check_complete(sources: dict[str, Source], sizes: dict[str, tuple[int, int]], whole: list[str]) -> None:
+    """Raise InputError unless all rows of each quantized linear have a place in the template, and `whole`, embeddings and a head of its
+    own, have one there."""
+    found = {linear for source in sources.values() for linear in source.linears}
+    left = {linear: numpy.ones(rows, bool) for linear, (rows, _) in sizes.items() if linear not in whole}
+    for source in sources.values():
+        starts = 0
+        for linear, size in source.linears.items():
+            if linear in left:
+                inside = (source.rows >= starts) & (source.rows < starts + size[0])
+                left[linear][(source.rows[inside] - starts).numpy()] = False
+            starts += size[0] if size else 0
+    if missing := [linear for linear in whole if linear not in found] + [linear for linear, rows in left.items() if rows.any()]:
+        raise InputError(
+            f"the template has no tensor with the rows of {missing[0]}.weight: make it of the model that was quantized, or, if "
+            "llama.cpp stores other numbers than this family does, quantize without that linear (--skip)"
+        )
+
+
 # --- the file --------------------------------------------------------------------------------------------------
 
 
@@ -227,12 +282,12 @@ def export(checkpoint: Checkpoint, base: Path, template: Path, out: Path, overwr
     base: the unquantized model's folder; template: the 16-bit GGUF file that llama.cpp made of it. Raises InputError, before anything is
     written, for what GGUF cannot hold.
     """
-    if out.suffix != ".gguf":
-        raise InputError(f"--out is {out}: what is exported is one file, give a name that ends in .gguf")
-    check_output(out, overwrite, "--out")
+    check_output(out, overwrite, "--out", gguf=True)
+    if out.resolve() == template.resolve():
+        raise InputError(f"--out is {out}, which is the template: give another name")
     reader = open_template(template)
     sources = sources_of(checkpoint, base, reader)
-    writer = ModelWriter(out, overwrite, int(0.6 * checkpoint.file_bytes()), flag="--out")  # that counts parts, too, which are not made
+    writer = ModelWriter(out, overwrite, int(0.6 * checkpoint.file_bytes()), flag="--out", gguf=True)  # parts count, which are not made
     try:
         file = writer.folder / "merged"
         write(file, checkpoint, reader, sources)
@@ -250,22 +305,22 @@ def open_template(file: Path) -> gguf.GGUFReader:
         reader.fields[gguf.Keys.General.ARCHITECTURE].contents()
     except (OSError, ValueError, KeyError, IndexError, OverflowError) as error:
         raise InputError(f"--template: {file} is no GGUF file ({type(error).__name__}: {error}): {IN_16_BITS}") from None
-    if gguf.Keys.Split.LLM_KV_SPLIT_COUNT in reader.fields:
+    split = reader.fields.get(gguf.Keys.Split.LLM_KV_SPLIT_COUNT)
+    if split and split.contents() > 1:
         raise InputError(f"--template: {file} is one of several files: join them with llama-gguf-split --merge, of llama.cpp")
     return reader
 
 
 def write(file: Path, checkpoint: Checkpoint, template: gguf.GGUFReader, sources: dict[str, Source]) -> None:
     """The template with other tensors, a tensor at a time, and what it says of their types."""
-    keys = gguf.Keys.General
-    writer = gguf.GGUFWriter(file, template.fields[keys.ARCHITECTURE].contents())
-    for field in template.fields.values():
-        if not field.name.startswith("GGUF.") and field.name not in (keys.ARCHITECTURE, keys.FILE_TYPE, keys.QUANTIZATION_VERSION):
-            writer.add_key_value(field.name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
+    writer = gguf.GGUFWriter(file, template.fields[gguf.Keys.General.ARCHITECTURE].contents())
+    for name, field in said(template).items():
+        writer.add_key_value(name, field.contents(), field.types[0], field.types[-1] if len(field.types) > 1 else None)
     kinds = Counter(source.type for source in sources.values() if source.bits)
     writer.add_file_type(FILE_TYPES[kinds.most_common(1)[0][0]])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_string("leanquant.settings", json.dumps(checkpoint.settings))
+    writer.data_alignment = template.alignment
     for tensor in template.tensors:
         kind = sources[tensor.name].type if tensor.name in sources else tensor.tensor_type
         block, size = gguf.GGML_QUANT_SIZES[kind]
@@ -282,6 +337,16 @@ def write(file: Path, checkpoint: Checkpoint, template: gguf.GGUFReader, sources
         stream.flush()
         os.fsync(stream.fileno())
     writer.close()
+
+
+def said(file: gguf.GGUFReader) -> dict[str, gguf.ReaderField]:
+    """What a file says of its model; not of its own form. (Its writer cannot write an empty array.)"""
+    form = gguf.Keys.General.ARCHITECTURE, gguf.Keys.General.FILE_TYPE, gguf.Keys.General.QUANTIZATION_VERSION
+    return {
+        name: field
+        for name, field in file.fields.items()
+        if name not in form and not name.startswith(("GGUF.", "split.")) and field.types != [gguf.GGUFValueType.ARRAY]
+    }
 
 
 def pieces(checkpoint: Checkpoint, source: Source) -> Iterator[tuple[numpy.ndarray, ...]]:
@@ -305,9 +370,11 @@ def encoded(piece: tuple[numpy.ndarray, ...], kind: Type) -> numpy.ndarray:
 
 def verify(written: gguf.GGUFReader, checkpoint: Checkpoint, template: gguf.GGUFReader, sources: dict[str, Source]) -> None:
     """Raise RuntimeError unless the package's own decoder finds in each tensor what the checkpoint or the template has."""
-    for tensor, old in tqdm(
-        list(zip(written.tensors, template.tensors, strict=True)), desc="verifying", unit="tensor", ncols=80, leave=False, disable=None
-    ):
+    theirs, mine = said(template), said(written)
+    if differs := [name for name in theirs if name not in mine or mine[name].contents() != theirs[name].contents()]:
+        raise RuntimeError(f"{differs[0]} does not read back as it was: nothing was kept, please report this")
+    pairs = list(zip(written.tensors, template.tensors, strict=True))
+    for tensor, old in tqdm(pairs, desc="verifying", unit="tensor", ncols=80, leave=False, disable=None):
         source, start, rows = sources.get(old.name), 0, bytes_of(tensor.data)
         alike = tensor.name == old.name and (tensor.shape == old.shape).all()
         if source is None:
@@ -328,8 +395,10 @@ def is_like(found: numpy.ndarray, piece: tuple[numpy.ndarray, ...], kind: Type) 
         if kind != Type.Q8_0:
             return numpy.array_equal(found, gguf.quants.dequantize(gguf.quants.quantize(wanted, kind), kind))
         blocks = wanted.reshape(-1, 32)
-        return bool((abs(found.reshape(blocks.shape) - blocks) <= abs(blocks).max(1, keepdims=True) / 225).all())
+        step = abs(blocks).max(1, keepdims=True) / 127
+        slack = step / 2 + 127 * numpy.maximum(step * 2.0**-11, 2.0**-25)  # half a step, and up to 127 of what is rounded off it
+        return bool((abs(found.reshape(blocks.shape) - blocks) <= 1.001 * slack).all())
     codes, scale, zero = piece
     grouped, scale, zero = found.reshape(*scale.shape, -1), scale.astype(numpy.float32)[..., None], zero[..., None].astype(numpy.float32)
-    slack = scale * zero * 2.0**-11 if kind == Type.Q4_1 else 0
+    slack = abs(scale * zero) * 2.0**-11 if kind == Type.Q4_1 else 0
     return bool((abs(grouped - scale * (codes.reshape(grouped.shape) - zero)) <= slack).all())

@@ -110,7 +110,7 @@ def _padded(rows: torch.Tensor, multiple: int) -> torch.Tensor:
 
 
 def affine_levels(scale: torch.Tensor, zero: torch.Tensor, bits: int) -> torch.Tensor:
-    """The equally spaced levels scale (k - zero), k = 0..K-1, ascending float32 [..., K]."""
+    """The equally spaced levels scale (k - zero), k = 0..K-1, float32 [..., K]; ascending if the scale is positive."""
     steps = torch.arange(2**bits, device=scale.device, dtype=torch.float32)
     return scale.float().unsqueeze(-1) * (steps - zero.float().unsqueeze(-1))
 
@@ -609,7 +609,7 @@ class ModelWriter:
     The parts wait in `<save_path>.partial`, which one run at a time may hold, until `close`; the result appears under its own
     name only when it is complete and synced. What a killed run left there is removed, unless `resume`: then `keep` says what of it
     serves. Without a `save_path` the parts lie in a temporary folder. `flag` is what the user gave `save_path` with. `published`:
-    the result is there, and not to be written again.
+    the result is there, and not to be written again. gguf: it is a GGUF file, which the caller makes as `merged` in the working folder.
     """
 
     def __init__(
@@ -620,6 +620,7 @@ class ModelWriter:
         resume: bool = False,
         flag: str = "--save_path",
         published: bool = False,
+        gguf: bool = False,
     ):
         self.save_path = save_path = save_path and save_path.absolute()
         self.parts: list[Path] = []
@@ -629,7 +630,7 @@ class ModelWriter:
             self.folder = Path(self._temporary.name)
         else:
             if not published:
-                check_output(save_path, overwrite, flag)
+                check_output(save_path, overwrite, flag, gguf)
             self.folder = work_folder(save_path)
             _make_folder(self.folder, flag)
             self._lock = _lock(self.folder, flag)
@@ -723,9 +724,12 @@ class ModelWriter:
             self._lock = None
 
 
-def check_output(save_path: Path, overwrite: bool, flag: str) -> None:
-    """Raise InputError if `save_path`, which `flag` named, must not be written to."""
-    one_file = save_path.suffix in (".safetensors", ".gguf")
+def check_output(save_path: Path, overwrite: bool, flag: str, gguf: bool = False) -> None:
+    """Raise InputError if `save_path`, which `flag` named, must not be written to; `gguf` says that a GGUF file would be."""
+    if gguf != (save_path.suffix == ".gguf"):
+        remedy = "give a name that ends in .gguf" if gguf else "those are scripts/export.py --to gguf's, give another name"
+        raise InputError(f"{flag} is {save_path}, and a GGUF file is {'' if gguf else 'not '}what is written: {remedy}")
+    one_file = gguf or save_path.suffix == ".safetensors"
     if not save_path.exists():
         return
     if save_path.is_dir() == one_file:

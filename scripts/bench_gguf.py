@@ -29,11 +29,7 @@ import accuracy  # noqa: E402
 from llama_cpp import LlamaCpp, quantize  # noqa: E402
 
 THEIRS = {"Q4_0": 2, "Q4_1": 3, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_M": 17, "Q3_K_M": 12}  # llama.cpp's numbers of mixtures
-OURS = {
-    "LeanQuant, groups of 32, symmetric": ["--sym", "--groupsize", "32"],
-    "LeanQuant, groups of 32": ["--groupsize", "32"],
-    "LeanQuant, groups of 64, symmetric": ["--sym", "--groupsize", "64"],
-}
+OURS = {"LeanQuant, Q4_0": ["--sym", "--groupsize", "32"], "LeanQuant, Q4_1": ["--groupsize", "32"]}
 WINDOWS = slice(None, None, 4)
 WRITTEN = 64  # tokens, to see how fast
 

@@ -23,13 +23,17 @@ from leanquant.export import FORMATS, export  # noqa: E402
 from leanquant.foreign import open_checkpoint  # noqa: E402
 from leanquant.packing import Checkpoint  # noqa: E402
 
+SHARD = 5.0  # GB
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
     add("quantized", metavar="QUANTIZED", help="quantized .safetensors file or folder")
     add(
-        "--base", metavar="MODEL", help="hub name or folder of the unquantized model, for config and tokenizer (unset: QUANTIZED, a folder)"
+        "--base",
+        metavar="MODEL",
+        help="hub name or folder of the unquantized model (unset: QUANTIZED, if it is a folder, but for gguf)",
     )
     add("--to", required=True, choices=(*FORMATS, "gguf"), metavar="FORMAT", help=f"{', '.join(FORMATS)}, gguf")
     add("--out", required=True, type=Path, metavar="OUT", help="where the exported model goes: a folder, or FILE.gguf")
@@ -42,8 +46,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE.json",
         help="llama.py's --report or eval_quantized.py's --output: perplexities for the model card",
     )
-    add("--max_shard_size", type=gigabytes, default=5.0, metavar="GB", help="largest weights file (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace what --out names, if it was made here")
+    add("--max_shard_size", type=gigabytes, metavar="GB", help=f"largest weights file (default: {SHARD})")
+    add("--overwrite", action="store_true", help="replace what --out names: a folder that was made here, or FILE.gguf")
     return parser.parse_args(argv)
 
 
@@ -55,30 +59,35 @@ def gigabytes(text: str) -> float:
 
 
 def run(args: argparse.Namespace, command: str) -> None:
+    if args.template is not None and args.to != "gguf":
+        raise InputError("--template is for --to gguf: leave it out")
+    checkpoint = open_checkpoint(args.quantized)
+    what = export_file(checkpoint, args) if args.to == "gguf" else export_folder(checkpoint, args, command)
+    print(f"{args.out}: {what}, every weight read back and compared", flush=True)
+
+
+def export_folder(checkpoint: Checkpoint, args: argparse.Namespace, command: str) -> str:
     if args.base is None and not Path(args.quantized).is_dir():
         raise InputError(f"{args.quantized} is a single file, without config and tokenizer: name the unquantized model with --base")
-    if (args.to == "gguf") != (args.template is not None):
-        raise InputError(
-            "--to gguf, and nothing else, needs --template: the 16-bit file that llama.cpp's convert_hf_to_gguf.py makes of the model"
-        )
-    checkpoint = open_checkpoint(args.quantized)
     base = modelutils.resolve_model(args.base or args.quantized, modelutils.FILES_BESIDE_WEIGHTS)
-    if args.to == "gguf":
-        types = export_gguf(checkpoint, base, args.template, args.out, args.overwrite)
-        print(f"{args.out}: {types}, every weight read back and compared", flush=True)
-        return
-    perplexity = read_perplexity(args.report)
-    export(checkpoint, base, args.to, args.out, args.overwrite, perplexity, command, int(args.max_shard_size * 1e9))
-    print(f"{args.out}: {args.to}, every weight read back and compared", flush=True)
+    perplexity, shard_bytes = read_perplexity(args.report), int((args.max_shard_size or SHARD) * 1e9)
+    export(checkpoint, base, args.to, args.out, args.overwrite, perplexity, command, shard_bytes)
+    return args.to
 
 
-def export_gguf(checkpoint: Checkpoint, base: Path, template: Path | None, out: Path, overwrite: bool) -> str:
-    """Returns how many tensors were written in which type."""
+def export_file(checkpoint: Checkpoint, args: argparse.Namespace) -> str:
+    """Returns how many tensors have which of ggml's types."""
+    if args.base is None or args.template is None:
+        raise InputError(
+            "--to gguf needs the unquantized model, --base, and --template, the 16-bit file that llama.cpp's converter makes of it"
+        )
+    if args.report or args.max_shard_size:
+        raise InputError("--report and --max_shard_size are for exported folders, and a GGUF file is written: leave them out")
     try:
         from leanquant import ggml
     except ImportError as error:
         raise InputError(f"--to gguf needs a package that is not installed ({error}): pip install gguf") from None
-    types = ggml.export(checkpoint, base, template, out, overwrite)
+    types = ggml.export(checkpoint, modelutils.resolve_model(args.base), args.template, args.out, args.overwrite)
     return ", ".join(f"{count} tensors in {name}" for name, count in types.most_common())
 
 

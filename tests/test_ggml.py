@@ -11,10 +11,15 @@ import pytest
 import torch
 from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file, save_file
+from transformers import MixtralConfig
 
 import export as export_cli
+import llama
 from compatibility import Cell, round_linear
+from conftest import write_model
 from leanquant import InputError, LeanQuantModelForCausalLM, ggml
+from leanquant.experts import use_model_names
+from leanquant.export import split_network
 from leanquant.packing import Checkpoint
 from llama_cpp import LlamaCpp
 
@@ -37,19 +42,19 @@ def turned(weight: np.ndarray, heads: int) -> np.ndarray:
 
 
 def converted(base: Path) -> dict[str, np.ndarray]:
-    """The tensors of a tiny Llama, as llama.cpp's converter writes them."""
+    """The tensors of a tiny Llama under llama.cpp's names, rows as its converter puts them, float32."""
     config = json.loads((base / "config.json").read_text())
     heads = {"q_proj": config["num_attention_heads"], "k_proj": config["num_key_value_heads"]}
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config["num_hidden_layers"])
     tensors = {}
     for name, tensor in load_file(base / "model.safetensors").items():
-        weight, kind = tensor.numpy(), name.split(".")[-2]
-        weight = turned(weight, heads[kind]) if kind in heads else weight
-        tensors[names.get_name(name, (".weight",))] = weight.astype(np.float32) if weight.ndim == 1 else weight
+        weight, kind = tensor.float().numpy(), name.split(".")[-2]
+        tensors[names.get_name(name, (".weight",))] = turned(weight, heads[kind]) if kind in heads else weight
     return tensors
 
 
-def write_template(base: Path, out: Path, tensors: dict[str, np.ndarray] | None = None, **strings) -> Path:
+def write_template(base: Path, out: Path, tensors: dict[str, np.ndarray] | None = None, kind=Type.F16, parts: int | None = None) -> Path:
+    """As the converter does, with --outtype."""
     config = json.loads((base / "config.json").read_text())
     writer = gguf.GGUFWriter(out, "llama")
     writer.add_vocab_size(config["vocab_size"])
@@ -63,10 +68,11 @@ def write_template(base: Path, out: Path, tensors: dict[str, np.ndarray] | None 
     writer.add_rope_dimension_count(config["hidden_size"] // config["num_attention_heads"])
     writer.add_tokenizer_model("no_vocab")
     writer.add_array("general.tags", ["one", "two"])
-    for key, value in strings.items():
-        writer.add_string(key.replace("__", "."), value)
+    if parts is not None:
+        writer.add_uint16(gguf.Keys.Split.LLM_KV_SPLIT_COUNT, parts)
     for name, tensor in (tensors or converted(base)).items():
-        writer.add_tensor(name, tensor)
+        its = kind if tensor.ndim > 1 else Type.F32
+        writer.add_tensor(name, gguf.quants.quantize(tensor, its), raw_dtype=its)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -203,18 +209,76 @@ def test_linears_that_a_converter_joins_become_one_tensor(base, tmp_path):
     assert abs(decoded("blk.0.attn_qkv.weight") - np.concatenate([turned(q, 4), turned(k, 2), v])).max() < 1e-3
 
 
-def test_rows_that_stand_in_several_linears_are_taken_from_the_right_one(base, tmp_path):
+def test_rows_that_stand_several_times_are_taken_from_the_right_place(base, tmp_path):
+    """Rows of zeros, and layers that are the same: their codes may differ all the same."""
     folder = shutil.copytree(base, tmp_path / "base")
     tensors = load_file(folder / "model.safetensors")
     for name in tensors:
         if "v_proj" in name or "o_proj" in name:
             tensors[name][:3] = 0
+    tensors |= {name.replace("layers.0.", "layers.1."): t.clone() for name, t in tensors.items() if "layers.0." in name}
     save_file(tensors, folder / "model.safetensors")
     quantized = round_all(folder, tmp_path / "model.safetensors", CASES["Q4_0"])
-    checkpoint, template = Checkpoint.open(quantized), gguf.GGUFReader(write_template(folder, tmp_path / "f16.gguf"))
-    sources = ggml.sources_of(checkpoint, folder, template)
-    assert list(sources["blk.1.attn_v.weight"].linears) == ["model.layers.1.self_attn.v_proj"]
-    assert list(sources["blk.0.attn_output.weight"].linears) == ["model.layers.0.self_attn.o_proj"]
+    stored = load_file(quantized)
+    stored["model.layers.1.self_attn.o_proj.weight_codes"][1] = 0x99
+    stored["model.layers.1.mlp.up_proj.scale"] *= 2
+    save_file(stored, quantized, metadata={"leanquant": json.dumps({"bits": 4, "packing": "dense"})})
+    checkpoint = Checkpoint.open(quantized)
+    ggml.export(checkpoint, folder, write_template(folder, tmp_path / "f16.gguf"), tmp_path / "out.gguf")
+    written = tensors_of(tmp_path / "out.gguf")
+    for layer, part, name, rows in (
+        (1, "attn_output", "self_attn.o_proj", 256),
+        (1, "ffn_up", "mlp.up_proj", 512),
+        (0, "ffn_up", "mlp.up_proj", 512),
+    ):
+        wanted = checkpoint.packed(f"model.layers.{layer}.{name}", rows, 256).dequantize(4, 256, torch.float32).numpy()
+        assert np.array_equal(gguf.quants.dequantize(written[f"blk.{layer}.{part}.weight"].data, Type.Q4_0), wanted)
+
+
+def test_vocabularies_may_have_rows_of_any_size(base, tmp_path):
+    """Padding, tokens that nothing was learned for: what float16 scales of 8 bits can hold of them, and be verified."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    tensors = load_file(folder / "model.safetensors")
+    for row, size in enumerate((0, 1e-2, 1e-4, 1e-6)):
+        tensors["model.embed_tokens.weight"][row] *= size
+    save_file(tensors, folder / "model.safetensors")
+    quantized = round_all(folder, tmp_path / "model.safetensors", CASES["Q4_0"])
+    ggml.export(Checkpoint.open(quantized), folder, write_template(folder, tmp_path / "f16.gguf"), tmp_path / "out.gguf")
+
+
+@pytest.mark.parametrize(
+    "stored, outtype", [("bfloat16", Type.BF16), ("bfloat16", Type.F16), ("float16", Type.BF16), ("float16", Type.F32)]
+)
+def test_templates_may_have_another_type_than_the_original(tiny_model, tmp_path, stored, outtype):
+    base = tiny_model(**SIZES | {"dtype": stored})
+    quantized = round_all(base, tmp_path / "model.safetensors", CASES["Q4_0"])
+    ggml.export(Checkpoint.open(quantized), base, write_template(base, tmp_path / "other.gguf", kind=outtype), tmp_path / "out.gguf")
+    assert tensors_of(tmp_path / "out.gguf")["blk.1.attn_q.weight"].tensor_type == Type.Q4_0
+
+
+def test_experts_stored_as_one_tensor_are_exported(tmp_path):
+    """Fused in the original and in the template, one by one in our file."""
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = MixtralConfig(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_local_experts=2, **heads)
+    base = write_model(config, tmp_path / "base", "float16")
+    original = Checkpoint.open(base)
+    use_model_names(original, network := split_network(base))
+    linears = [name for name, module in network.named_modules() if isinstance(module, torch.nn.Linear) and "layers" in name]
+    tensors, template = {}, {}
+    for name in original.shapes:
+        linear = name.removesuffix(".weight")
+        tensors |= round_linear(original.get(name), CASES["Q4_0"]).named(linear) if linear in linears else {name: original.get(name)}
+    for leaf in ("gate_proj", "up_proj", "down_proj"):
+        experts = [original.get(f"{linear}.weight").float().numpy() for linear in linears if linear.endswith(leaf)]
+        template[f"blk.0.ffn_{leaf[:-5]}_exps.weight"] = np.stack(experts)
+    for linear in (linear for linear in linears if "self_attn" in linear):
+        template[f"blk.0.{linear.rsplit('.')[-1]}.weight"] = original.get(f"{linear}.weight").float().numpy()
+    for name, linear in ((ggml.EMBEDDINGS, "model.embed_tokens"), (ggml.HEAD, "lm_head")):
+        template[name] = original.get(f"{linear}.weight").float().numpy()
+    save_file(tensors, quantized := tmp_path / "m.safetensors", metadata={"leanquant": json.dumps({"bits": 4, "packing": "dense"})})
+    ggml.export(Checkpoint.open(quantized), base, write_template(base, tmp_path / "f16.gguf", template), tmp_path / "out.gguf")
+    up = tensors_of(tmp_path / "out.gguf")["blk.0.ffn_up_exps.weight"]
+    assert up.tensor_type == Type.Q4_0 and up.shape.tolist() == [64, 96, 2]
 
 
 # --- the command, and what is refused --------------------------------------------------------------------------
@@ -233,20 +297,36 @@ def test_the_command_writes_a_file_and_says_what_is_in_it(base, tmp_path, capsys
 @pytest.mark.parametrize(
     "change, error",
     [
-        ({"--to": "awq"}, "--template"),
-        ({"--template": None}, "--template"),
+        ({"--to": "awq", "--out": "folder"}, "--template is for --to gguf"),
+        ({"--template": None}, "--to gguf needs the unquantized model"),
+        ({"--base": None}, "--to gguf needs the unquantized model"),
         ({"--out": "folder"}, "ends in .gguf"),
+        ({"--out": "f16.gguf", "--overwrite": ""}, "which is the template"),
         ({"--template": "m.safetensors"}, "no GGUF file"),
         ({"--template": "missing.gguf"}, "no GGUF file"),
+        ({"--report": "report.json"}, "are for exported folders"),
+        ({"--to": "dense", "--template": None, "--out": "f16.gguf", "--overwrite": ""}, "a GGUF file is not what is written"),
     ],
 )
 def test_commands_that_cannot_be_meant_are_refused(base, tmp_path, monkeypatch, capsys, change, error):
     monkeypatch.chdir(tmp_path)
     round_all(base, tmp_path / "m.safetensors", CASES["Q4_0"]), write_template(base, tmp_path / "f16.gguf")
     flags = {"--base": str(base), "--to": "gguf", "--template": "f16.gguf", "--out": "out.gguf"} | change
-    assert export_cli.main(["m.safetensors", *(word for flag, value in flags.items() if value for word in (flag, value))]) == 2
+    words = [word for flag, value in flags.items() if value is not None for word in (flag, value) if word]
+    assert export_cli.main(["m.safetensors", *words]) == 2
     assert error in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["f16.gguf", "m.safetensors"]
+
+
+def test_other_commands_do_not_write_such_files(base, tmp_path, text_file, capsys):
+    """Neither a folder of that name, after hours, nor over one that is there."""
+    (tmp_path / "x.gguf").write_text("precious")
+    command = [str(base), str(text_file), "--wbits", "4", "--overwrite", "--eval", "none", "--seqlen", "32"]
+    assert llama.main([*command, "--save_path", str(tmp_path / "x.gguf")]) == 2
+    assert "a GGUF file is not what is written: those are scripts/export.py --to gguf's" in capsys.readouterr().err
+    assert llama.main([*command, "--save_path", str(tmp_path / "q"), "--export", "gguf"]) == 2
+    assert "GGUF files are written by scripts/export.py, afterwards" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
 
 
 def refusal(base: Path, folder: Path, cell: Cell = CASES["Q4_0"], template: Path | None = None, others=None) -> str:
@@ -280,25 +360,38 @@ def test_templates_of_another_model_are_refused(base, tiny_model, tmp_path):
     other = converted(base)
     other["blk.1.attn_k.weight"] = -other["blk.1.attn_k.weight"]
     message = refusal(base, tmp_path, template=write_template(base, tmp_path / "other.gguf", other))
-    assert "no rows like those of model.layers.1.self_attn.k_proj.weight" in message
+    assert "no tensor with the rows of model.layers.1.self_attn.k_proj.weight" in message
     embeddings = converted(base)
     embeddings["token_embd.weight"] = embeddings["token_embd.weight"][::-1] * 2
     message = refusal(base, tmp_path, template=write_template(base, tmp_path / "embeddings.gguf", embeddings))
-    assert "no rows like those of model.embed_tokens.weight" in message
+    assert "no tensor with the rows of model.embed_tokens.weight" in message
+    for change in ({}, {"output.weight": converted(base)["output.weight"] * 2}):
+        head = converted(base)
+        del head["output.weight"]
+        message = refusal(base, tmp_path, template=write_template(base, tmp_path / "head.gguf", head | change))
+        assert "no tensor with the rows of lm_head.weight" in message
+    partly = converted(base)
+    rest = partly.pop("blk.0.attn_output.weight")
+    partly |= {"blk.0.attn_output.weight": rest[:100], "blk.0.rest.weight": np.ascontiguousarray(rest[100:].T)}
+    message = refusal(base, tmp_path, template=write_template(base, tmp_path / "partly.gguf", partly))
+    assert "no tensor with the rows of model.layers.0.self_attn.o_proj.weight" in message
 
 
 def test_templates_that_are_quantized_or_split_are_refused(base, tmp_path):
     quantized = converted(base)
     writer = gguf.GGUFWriter(file := tmp_path / "q8.gguf", "llama")
     for name, tensor in quantized.items():
-        writer.add_tensor(name, gguf.quants.quantize(tensor.astype(np.float32), Type.Q8_0), raw_dtype=Type.Q8_0)
+        writer.add_tensor(name, gguf.quants.quantize(tensor, Type.Q8_0), raw_dtype=Type.Q8_0)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     assert "is in Q8_0: make it with convert_hf_to_gguf.py --outtype f16" in refusal(base, tmp_path, template=file)
-    split = write_template(base, tmp_path / "split.gguf", split__count="3")
+    split = write_template(base, tmp_path / "split.gguf", parts=3)
     assert "llama-gguf-split --merge" in refusal(base, tmp_path, template=split)
+    quantized, joined = round_all(base, tmp_path / "m.safetensors", CASES["Q4_0"]), write_template(base, tmp_path / "joined.gguf", parts=0)
+    ggml.export(Checkpoint.open(quantized), base, joined, tmp_path / "out.gguf")
+    assert not any(name.startswith("split.") for name in gguf.GGUFReader(tmp_path / "out.gguf").fields)
 
 
 def test_linears_of_one_tensor_must_be_quantized_alike(base, tmp_path):
@@ -307,6 +400,16 @@ def test_linears_of_one_tensor_must_be_quantized_alike(base, tmp_path):
     template = write_template(base, tmp_path / "joined.gguf", tensors | {"blk.0.attn_qkv.weight": np.concatenate(joined)})
     message = refusal(base, tmp_path, CASES["Q4_0"], template, {"layers.0.self_attn.k_proj": CASES["Q2_K"]})
     assert "blk.0.attn_qkv.weight of the template holds linears of several widths" in message
+    quantized = tmp_path / "m.safetensors"
+    tensors, linear = load_file(round_all(base, quantized, CASES["Q4_0"])), "model.layers.0.self_attn.v_proj"
+    for suffix in (".weight_codes", ".scale", ".zero"):
+        del tensors[linear + suffix]
+    tensors[f"{linear}.weight"] = load_file(base / "model.safetensors")[f"{linear}.weight"]
+    save_file(tensors, quantized, metadata={"leanquant": json.dumps({"bits": 4, "packing": "dense"})})
+    with pytest.raises(InputError, match="v_proj, which is not quantized: quantize both or neither"):
+        ggml.export(Checkpoint.open(quantized), base, template, tmp_path / "out.gguf")
+    ggml.export(Checkpoint.open(quantized), base, write_template(base, tmp_path / "apart.gguf"), tmp_path / "out.gguf")
+    assert tensors_of(tmp_path / "out.gguf")["blk.0.attn_v.weight"].tensor_type == Type.F16
 
 
 def test_another_base_is_refused(base, tmp_path):
