@@ -4,7 +4,7 @@ Three grids, all learned for every row (or every group of a row) at once, on any
 
 * `kmeans_levels`   non-uniform, 2**bits free levels a row: weighted 1-D k-means (paper, section 3.2.1);
 * `affine_search`   a scale and an integer zero point that minimise the weighted error over the paper's
-                    (T/2)^2 shrunken ranges (section 3.2.2); `symmetric_search`: a scale alone, the zero point fixed;
+                    (T/2)^2 shrunken ranges (section 3.2.2); `symmetric_search`: a scale, which may be negative, the zero point fixed;
 * `minmax_affine`   the scale and zero point of GPTQ and of round-to-nearest; `digits_affine`: for 8 bits.
 
 This file knows tensors and numbers only: no model, no settings object, no file format.
@@ -449,33 +449,50 @@ def _reachable_zeros(S, low, high, t: torch.Tensor, K: int, T: int) -> torch.Ten
 
 
 def symmetric_search(W: torch.Tensor, a: torch.Tensor, bits: int, partitions: int = 2048, exhaustive: bool = False) -> Affine:
-    """`affine_search` with the zero fixed at K/2, for readers that know no other: `W` [O, n], `a` as there.
+    """`affine_search` with the zero K/2 or K/2 - 1, for readers that know K/2 alone (`with_middle_zero`): `W` [O, n], `a` as there.
 
-    Candidates: scale S = fp16(max |w| / (K/2 - 1) (1 - t/T)), 0 <= t < T = `partitions`, levels -S K/2 .. S (K/2 - 1).
-    `exhaustive` judges them all; otherwise coarse to fine as there. Ties go to the smallest t.
+    Candidates: scale S = fp16(max |w| / (K/2 - 1) (1 - t/T)), 0 <= t < T = `partitions`, levels -S K/2 .. S (K/2 - 1) or
+    -S (K/2 - 1) .. S K/2: of an even number of levels one side has one more, which not all rows need on the same one.
+    `exhaustive` judges them all; otherwise coarse to fine as there. Ties go to the smallest t, then K/2.
     """
     K, T = 2**bits, partitions
     candidates = T if exhaustive else max(-(-T // STRIDE), PEAKS * (2 * STRIDE - 1))
     chunk = max(1, SEARCH_BYTES[_kind(W)] // (60 * W.shape[1] + 60 * K * candidates))
-    scale = torch.cat([_symmetric_rows(rows, a_rows, K, T, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)])
-    return Affine(scale, torch.full_like(scale, K // 2, dtype=torch.uint8))
+    return _joined([_symmetric_rows(rows, a_rows, K, T, exhaustive) for rows, a_rows in _row_chunks(W, a, chunk)])
 
 
-def _symmetric_rows(W: torch.Tensor, a: torch.Tensor, K: int, T: int, exhaustive: bool) -> torch.Tensor:
+def _symmetric_rows(W: torch.Tensor, a: torch.Tensor, K: int, T: int, exhaustive: bool) -> Affine:
     s = _sort_rows(W, a, centered=False)
     largest = torch.maximum(-s.w[:, :1], s.w[:, -1:]).double() / (K // 2 - 1)
     scales = lambda t: stored_scale(largest * (1 - t.double() / T))  # noqa: E731
     t = torch.arange(T, device=W.device).expand(len(W), -1)
     if not exhaustive:
         coarse = t[:, ::STRIDE]
-        t = _around(coarse.gather(1, _first_peaks(_symmetric_gains(s, scales(coarse), K))), T - 1)
-    return scales(t.gather(1, _first_largest(_symmetric_gains(s, scales(t), K)))).squeeze(1).float()
+        t = _around(coarse.gather(1, _first_peaks(torch.maximum(*_symmetric_gains(s, scales(coarse), K)))), T - 1)
+    gain, mirrored = _symmetric_gains(s, scales(t), K)
+    best = _first_largest(torch.maximum(gain, mirrored))
+    zero = K // 2 - (mirrored.gather(1, best) > gain.gather(1, best)).to(torch.uint8)
+    return Affine(scales(t.gather(1, best)).squeeze(1).float(), zero.squeeze(1))
 
 
-def _symmetric_gains(s: _Sorted, S: torch.Tensor, K: int) -> torch.Tensor:
-    """For each scale `S` [R, N]: sum a w^2 minus the cost, sum over codes of 2 S r dB - S^2 r^2 dA, r = code - K/2; [R, N]."""
-    r = torch.arange(-K // 2, K // 2, device=S.device, dtype=torch.float64)
+def _symmetric_gains(s: _Sorted, S: torch.Tensor, K: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """For each scale `S` [R, N] and the zeros K/2 and K/2 - 1: sum a w^2 minus the cost; [R, N] each.
+
+    With K + 1 levels S r, -K/2 <= r <= K/2, it is the sum over r of 2 S r dB - S^2 r^2 dA. Either zero lacks the level at one end: its
+    points go to the next, whose term for them is by 2 S dB - S^2 (K - 1) dA less, at the other end with the sign of dB changed.
+    """
+    r = torch.arange(K + 1, device=S.device, dtype=torch.float64) - K // 2
     position = torch.searchsorted(s.w, (S.unsqueeze(2) * (r[1:] - 0.5)).float().flatten(1))
     ends = torch.nn.functional.pad(torch.nn.functional.pad(position.view(*S.shape, -1), (1, 0)), (0, 1), value=s.w.shape[1]).flatten(1)
     dA, dB = (prefix.gather(1, ends).view(*S.shape, -1).diff(dim=2) for prefix in (s.A, s.B))
-    return S * (2 * (dB * r).sum(2) - S * (dA * r.square()).sum(2))
+    gain = S * (2 * (dB * r).sum(2) - S * (dA * r.square()).sum(2))
+    return tuple(gain - S * (2 * sign * dB[..., end] - S * (K - 1) * dA[..., end]) for sign, end in ((1, -1), (-1, 0)))
+
+
+def with_middle_zero(codes: torch.Tensor, affine: Affine, bits: int) -> tuple[torch.Tensor, Affine]:
+    """The same weights with the zero K/2 everywhere: where it is K/2 - 1, the scale becomes negative and codes are counted from the other
+    end. Codes uint8 [O, I], scale and zero [O, G]."""
+    mirrored = affine.zero == 2 ** (bits - 1) - 1
+    scale = torch.where(mirrored, -affine.scale, affine.scale)
+    wide = mirrored.repeat_interleave(codes.shape[1] // mirrored.shape[1], 1)
+    return torch.where(wide, 2**bits - 1 - codes, codes), Affine(scale, affine.zero + mirrored)

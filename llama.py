@@ -45,6 +45,7 @@ from journal import ON_THE_WAY, Journal, Saver, files_of, has_result
 from leanquant import export, packing
 from leanquant.errors import InputError, disk_trouble, first_line
 from leanquant.foreign import open_checkpoint
+from leanquant_grid import with_middle_zero
 from ranks import Ending, RankLost, Ranks
 from report import example_row, peak_host_bytes, peak_memory, print_summary, settings_of, write_report
 
@@ -384,11 +385,14 @@ def stacks(model, index: int, group: list[str], run: Run, config: quant.QuantCon
 
 
 def pack_linear(codes: torch.Tensor, grid: quant.Grid, config: quant.QuantConfig, layout: str) -> packing.PackedLinear:
-    packed = packing.pack_codes(codes, grid.bits, layout).cpu()
     if grid.affine is None:
-        return packing.PackedLinear(packed, grid=grid.levels.squeeze(1).to(config.levels_dtype).cpu())
-    scale, zero = grid.affine if grid.bits < 8 else (16 * grid.affine.scale, grid.affine.zero // 17)  # those of a digit
-    return packing.PackedLinear(packed, scale=scale.half().cpu(), zero=zero.cpu())
+        levels = grid.levels.squeeze(1).to(config.levels_dtype)
+        return packing.PackedLinear(packing.pack_codes(codes, grid.bits, layout).cpu(), grid=levels.cpu())
+    affine = grid.affine
+    if config.sym:
+        codes, affine = with_middle_zero(codes, affine, grid.bits)
+    scale, zero = affine if grid.bits < 8 else (16 * affine.scale, affine.zero // 17)  # those of a digit
+    return packing.PackedLinear(packing.pack_codes(codes, grid.bits, layout).cpu(), scale=scale.half().cpu(), zero=zero.cpu())
 
 
 def save_layer(packed: dict[str, Future], rest: dict[str, torch.Tensor], writer, entry: Callable) -> None:

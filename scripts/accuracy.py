@@ -38,6 +38,7 @@ GRIDS = {
     "row": ["--grid", "affine"],
     "g64": ["--grid", "affine", "--groupsize", "64"],
 }
+SYMMETRIC = "best, no zero points"
 METHODS = {
     "fp16": [],
     "rtn": ["--nearest"],
@@ -48,6 +49,7 @@ METHODS = {
     "best, no shift": ["--shift", "0"],
     "best, no residual": ["--no-residual"],
     "best, no refinement": ["--refine", "0"],
+    SYMMETRIC: ["--sym"],
 }
 OWN_HEAD = "best, a head of its own"  # of the model stored with one: what moving it gives
 ROTATED = {f"{method}, rotated": method for method in ("rtn", "gptq", "best")}
@@ -84,7 +86,7 @@ def matrix(args: argparse.Namespace) -> list[Cell]:
     for grid in args.grids:
         for method, seed, bits in itertools.product(args.methods, args.seeds, args.bits):
             plain = ROTATED.get(method, method)
-            if plain in ("rtn", "gptq") and grid == "nonuniform":
+            if plain in ("rtn", "gptq", SYMMETRIC) and grid == "nonuniform":
                 continue  # they have no such grid: the rows of "row" are their counterpart
             if method == "best" and grid == "nonuniform" and OWN_HEAD in args.methods:
                 continue  # the runs with a head measure it (`covers`)

@@ -87,7 +87,7 @@ def make_tiny(name: str, folder: Path) -> Path:
 def round_model(base: Path, cell: Cell, out: Path) -> Path:
     """The model in `base` rounded to nearest, as a file of ours.
 
-    Asymmetric tiny ones: the zero points of the first two rows or groups are 0 and the largest.
+    Asymmetric tiny ones: the zero points of the first two rows or groups are 0 and the largest. Symmetric: every other scale is negative.
     """
     checkpoint, tensors = Checkpoint.open(base), {}
     model = modelutils.StreamedModel(base, checkpoint, torch.float16, torch.device("cpu"))
@@ -104,6 +104,8 @@ def round_linear(W: torch.Tensor, cell: Cell) -> PackedLinear:
     O, I = W.shape
     groups = W.float().view(O * I // (I if cell.groupsize == -1 else cell.groupsize), -1)
     scale, zero = minmax_affine(groups, cell.bits, cell.symmetric)
+    if cell.symmetric:
+        scale[1::2] *= -1
     if not cell.symmetric and cell.model != SMOLLM2:
         zero[:2] = torch.tensor([0, 2**cell.bits - 1])
     codes = (groups / scale.unsqueeze(1) + zero.unsqueeze(1)).round().clamp(0, 2**cell.bits - 1).to(torch.uint8)

@@ -93,6 +93,11 @@ def inputs(tokens: int, columns: int, seed: int = 1, spread: float = 1.0) -> tor
     return (mixed + torch.randn(tokens, 1, generator=g)) * (spread * torch.randn(columns, generator=g)).exp()
 
 
+def signed(scale: torch.Tensor) -> torch.Tensor:
+    """Scales of which every other row's is negative, as those of symmetric files may be."""
+    return scale * (1 - 2 * (torch.arange(len(scale)) % 2))[:, None]
+
+
 def hessian(columns: int, tokens: int = 1024, seed: int = 1) -> torch.Tensor:
     X = inputs(tokens, columns, seed)
     return X.T @ X / tokens

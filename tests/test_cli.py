@@ -220,6 +220,7 @@ def test_symmetric_grids_have_their_zero_in_the_middle(tiny_model, text_file, ou
     quantize(tiny_model(), text_file, *flags, "--wbits", bits, "--save_path", out / "q.safetensors")
     tensors = load_file(out / "q.safetensors")
     assert all((tensors[f"{linear}.zero"] == 2 ** (bits - 1)).all() for linear in layer_linears(2))
+    assert any((tensors[f"{linear}.scale"] < 0).any() for linear in layer_linears(2)) == (grid == "affine")  # minmax is GPTQ's
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

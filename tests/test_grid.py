@@ -8,7 +8,16 @@ import pytest
 import torch
 
 import leanquant_grid
-from leanquant_grid import affine_search, kmeans_levels, local_kmeans_levels, minmax_affine, sensitivity, symmetric_search
+from leanquant_grid import (
+    Affine,
+    affine_search,
+    kmeans_levels,
+    local_kmeans_levels,
+    minmax_affine,
+    sensitivity,
+    symmetric_search,
+    with_middle_zero,
+)
 from live_tensors import LiveTensors
 
 BITS = (4, 3, 2)
@@ -390,11 +399,12 @@ def test_symmetric_search_finds_the_best_of_its_scales(name, exhaustive):
     for bits in BITS:
         K, gaps = 2**bits, []
         found = symmetric_search(W, a, bits, T, exhaustive)
-        assert (found.zero == K // 2).all()
+        assert set(found.zero.tolist()) <= {K // 2, K // 2 - 1}
         for w, a_row, cost in zip(W.double().numpy(), a.numpy(), rows_of_cost(W, a, found, K), strict=True):
             scales = np.abs(w).max() / (K // 2 - 1) * (1 - np.arange(T) / T)
             scales = scales.clip(2.0**-24, 65504).astype(np.float16).astype(np.float64)
-            best, noise = min(affine_cost(w, a_row, scale, K // 2, K) for scale in scales), 1e-13 * (a_row * w**2).sum()
+            best = min(affine_cost(w, a_row, scale, zero, K) for scale in scales for zero in (K // 2, K // 2 - 1))
+            noise = 1e-13 * (a_row * w**2).sum()
             assert cost >= best * (1 - 1e-9) - noise
             gaps.append((cost - noise) / max(best, 1e-300) - 1)
         assert max(gaps) <= (1e-9 if exhaustive else 0.15)
@@ -409,6 +419,27 @@ def test_symmetric_search_beats_symmetric_minmax(bits):
     )
     assert np.mean(learned <= minmax) >= 0.98  # min-max scales lie between the candidates
     assert learned.sum() < {4: 0.9, 3: 0.8, 2: 0.7}[bits] * minmax.sum()
+
+
+def test_rows_whose_largest_weight_is_positive_get_their_ninth_level_there():
+    """At 4 bits 8 levels lie on one side of 0 and 7 on the other; a row and its mirror image are quantized alike."""
+    W, a = laplace(200, 32, seed=21), torch.ones(32)
+    found, mirrored = symmetric_search(W, a, 4), symmetric_search(-W, a, 4)
+    largest_is_positive = W.amax(1) > -W.amin(1)
+    assert ((found.zero == 7) == largest_is_positive).float().mean() > 0.8
+    assert torch.equal(found.scale, mirrored.scale)
+    assert (found.zero.int() + mirrored.zero.int() == 15).float().mean() > 0.9  # others need neither end
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_zeros_in_the_middle_leave_the_weights_as_they_are(bits):
+    K, g = 2**bits, torch.Generator().manual_seed(0)
+    codes = torch.randint(0, K, (6, 8), generator=g, dtype=torch.uint8)
+    affine = Affine(torch.rand(6, 2, generator=g).half().float(), K // 2 - torch.randint(0, 2, (6, 2), generator=g, dtype=torch.uint8))
+    value = lambda codes, affine: affine.scale[..., None] * (codes.view(6, 2, 4).float() - affine.zero[..., None].float())  # noqa: E731
+    stored = with_middle_zero(codes, affine, bits)
+    assert (stored[1].zero == K // 2).all() and (stored[1].scale < 0).any() and (stored[1].scale > 0).any()
+    assert torch.equal(value(*stored), value(codes, affine))
 
 
 def affine_of(W: torch.Tensor, bits: int, method: str):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from conftest import signed
 from leanquant import lut_cpu
 from leanquant.linear import QuantizedLinear, prepare_linears
 from leanquant.lut_cpu import can_multiply, packed_linear
@@ -24,7 +25,7 @@ def make(O: int, I: int, G: int, bits: int, layout: str = "dense", dtype=torch.f
     if not G:
         return PackedLinear(codes, torch.randn(O, 2**bits, generator=g).to(dtype))
     zero = torch.randint(2**bits, (O, G), dtype=torch.uint8, generator=g)
-    return PackedLinear(codes, None, (torch.rand(O, G, generator=g) + 0.1).to(dtype), zero)
+    return PackedLinear(codes, None, signed(torch.rand(O, G, generator=g) + 0.1).to(dtype), zero)
 
 
 def draw(*shape: int, dtype=torch.float32) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 import bench_inference
 import host
 import llama
+from conftest import signed
 from leanquant import LeanQuantModelForCausalLM, kernels, lut_gemm
 from leanquant.linear import QuantizedLinear, prepare_linears
 from leanquant.lut_gemm import CUDA_SOURCE, Tiles, lut_linear
@@ -40,7 +41,7 @@ def make_tiles(O: int, I: int, groups: int, bits: int, dtype: torch.dtype, seed:
     if not groups:
         levels = torch.randn(O, 2**bits, generator=generator).to(dtype)  # unsorted, as in the published files
         return Tiles(tiled, levels, None, None, bits, O, I), levels.gather(1, codes.long())
-    scale = (torch.rand(O, groups, generator=generator) + 0.1).half()
+    scale = signed(torch.rand(O, groups, generator=generator) + 0.1).half()
     zero = torch.randint(0, 2**bits, (O, groups), dtype=torch.uint8, generator=generator)
     levels = affine_levels(scale, zero, bits).to(dtype)
     W = levels.gather(2, codes.view(O, groups, -1).long()).view(O, I)
@@ -579,7 +580,7 @@ def make_linear(bits: int, groups: int, layout: str = "dense", bias: bool = True
     b = draw(37, dtype=torch.float16, seed=5) if bias else None
     if not groups:
         return QuantizedLinear(PackedLinear(codes, torch.randn(37, 2**bits, generator=generator).half()), bits, 96, b)
-    scale = (torch.rand(37, groups, generator=generator) + 0.1).half()
+    scale = signed(torch.rand(37, groups, generator=generator) + 0.1).half()
     zero = torch.randint(0, 2**bits, (37, groups), dtype=torch.uint8, generator=generator)
     return QuantizedLinear(PackedLinear(codes, None, scale, zero), bits, 96, b)
 
