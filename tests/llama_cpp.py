@@ -24,15 +24,19 @@ class LlamaCpp:
         settings.n_threads = settings.n_threads_batch = 1
         self.context, self.length = library.LlamaContext(self.model, settings), 0
 
-    def logits(self, tokens: list[int], all_of_them: bool = True) -> torch.Tensor:
-        """After each of the tokens, or the last, which follow on those that were given before: [tokens, vocabulary]."""
+    def read(self, tokens: list[int], all_of_them: bool = False) -> None:
+        """Compute what follows on the tokens, or on the last of them, which follow on those that were given before."""
         batch = library.LlamaBatch(n_tokens=len(tokens), embd=0, n_seq_max=1)
         for place, token in enumerate(tokens):
             batch.add(token, self.length + place, [0], all_of_them or place == len(tokens) - 1)
         self.context.decode(batch)
         self.length += len(tokens)
-        wanted = range(len(tokens)) if all_of_them else [-1]
-        return torch.from_numpy(numpy.stack([numpy.array(self.context.get_logits_ith(place), numpy.float32) for place in wanted]))
+
+    def logits(self, tokens: list[int]) -> torch.Tensor:
+        """After each of the tokens: [tokens, vocabulary]."""
+        self.read(tokens, all_of_them=True)
+        rows = (numpy.array(self.context.get_logits_ith(place), numpy.float32) for place in range(len(tokens)))
+        return torch.from_numpy(numpy.stack(list(rows)))
 
     def forget(self) -> None:
         """Begin with an empty context."""
