@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config
 
-from conftest import SIZES, write_model
+from conftest import SIZES, signed, write_model
 from leanquant.export import export
 from leanquant.packing import Checkpoint, PackedLinear, affine_levels, pack_codes
 
@@ -26,8 +26,8 @@ ANSWER = 6
 
 
 def pack(weight: torch.Tensor, bits: int, groups: int = 0, layout: str = "dense", shift: int = 0) -> PackedLinear:
-    """`weight` to the nearest of levels: free ones, which are not equally spaced, or with `groups` scales a row and zero points `shift` off
-    the middle."""
+    """`weight` to the nearest of levels: free ones, which are not equally spaced, or with `groups` scales a row, of both signs, and zero
+    points `shift` off the middle."""
     rows = weight.view(len(weight), max(1, groups), -1)
     reach = rows.abs().amax(2)
     if bits == 8:
@@ -35,7 +35,7 @@ def pack(weight: torch.Tensor, bits: int, groups: int = 0, layout: str = "dense"
         stored = (None, scale, zero)
         levels = PackedLinear(None, *stored).levels(8)
     elif groups:
-        scale, zero = (2 * reach / (2**bits - 1)).half(), torch.full(reach.shape, 2 ** (bits - 1) + shift, dtype=torch.uint8)
+        scale, zero = signed(2 * reach / (2**bits - 1)).half(), torch.full(reach.shape, 2 ** (bits - 1) + shift, dtype=torch.uint8)
         levels = affine_levels(scale, zero, bits)
         stored = (None, scale, zero)
     else:
