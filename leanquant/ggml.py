@@ -171,17 +171,18 @@ def sources_of(checkpoint: Checkpoint, base: Path, template: gguf.GGUFReader) ->
     """
     network, original = split_network(base), Checkpoint.open(base)
     use_model_names(original, network)
-    sizes = sizes_of(checkpoint, network, base)
+    quantized = sizes_of(checkpoint, network, base)
     embeddings, head = (path_in(network, module) for module in (network.get_input_embeddings(), network.get_output_embeddings()))
     tied = network.config.get_text_config().tie_word_embeddings
     check_alike(checkpoint, original, {embeddings + ".weight", head + ".weight"})
     linears = [name for name, module in network.named_modules() if isinstance(module, nn.Linear) and name != head]
-    candidates = {EMBEDDINGS: [embeddings]}
-    candidates[HEAD] = [head] if head + ".weight" in original and checkpoint.holds(head + ".weight") else [embeddings]
-    if unknown := [name for name in (embeddings, *sizes) if name + ".weight" not in original and name != head]:
+    sizes = {name: original.shapes[name + ".weight"] for name in (embeddings, head, *linears) if name + ".weight" in original}
+    if unknown := [name for name in (embeddings, *quantized) if name not in sizes and name != head]:
         raise InputError(f"{base} has no {unknown[0]}.weight: what is stored in another way cannot be exported")
+    candidates = {EMBEDDINGS: [embeddings]}
+    candidates[HEAD] = [head] if head in sizes and checkpoint.holds(head + ".weight") else [embeddings]
     for name in linears:
-        if name + ".weight" in original:
+        if name in sizes:
             candidates.setdefault(layer_of(name, r"\."), []).append(name)
     sources, places = {}, {}
     for tensor in tqdm(matrices(template), desc="comparing", unit="tensor", ncols=80, leave=False, disable=None):
@@ -194,7 +195,8 @@ def sources_of(checkpoint: Checkpoint, base: Path, template: gguf.GGUFReader) ->
         found = places[kind].find(bytes_of(tensor.data))
         if found and (source := source_of(checkpoint, sizes, tensor, *found)):
             sources[tensor.name] = source
-    check_complete(sources, sizes, [embeddings] if tied else [embeddings, head])
+    ends = {embeddings} if tied else {embeddings, head}
+    check_complete(sources, {name: rows for name, (rows, _) in quantized.items() if name not in (embeddings, head)}, ends)
     return sources
 
 
@@ -227,7 +229,12 @@ def check_alike(checkpoint: Checkpoint, original: Checkpoint, own: set[str]) -> 
 
 
 def source_of(
-    checkpoint: Checkpoint, sizes: dict, tensor: gguf.ReaderTensor, linears: list[str], index: numpy.ndarray, number: numpy.ndarray
+    checkpoint: Checkpoint,
+    sizes: dict[str, tuple[int, int]],
+    tensor: gguf.ReaderTensor,
+    linears: list[str],
+    index: numpy.ndarray,
+    number: numpy.ndarray,
 ) -> Source | None:
     """The source of a tensor whose rows Rows.find has found; None if it stays. Raises InputError if its linears cannot be one tensor."""
     quantized = [linear for linear in linears if checkpoint.is_quantized(linear)]
@@ -235,7 +242,7 @@ def source_of(
         if tensor.name not in (EMBEDDINGS, HEAD):
             return None
         smaller = Type.Q8_0 if tensor.shape[0] % 32 == 0 else tensor.tensor_type
-        return Source(dict.fromkeys(linears), torch.from_numpy(number), smaller, None)
+        return Source({linear: sizes[linear] for linear in linears}, torch.from_numpy(number), smaller, None)
     if len(quantized) < len(linears):
         left = min(set(linears) - set(quantized))
         raise InputError(f"{tensor.name} of the template holds {quantized[0]} and {left}, which is not quantized: quantize both or neither")
@@ -254,19 +261,18 @@ def source_of(
     return Source({linear: sizes[linear] for linear in linears}, torch.from_numpy(starts[index] + number), kind, bits)
 
 
-def check_complete(sources: dict[str, Source], sizes: dict[str, tuple[int, int]], whole: list[str]) -> None:
-    """Raise InputError unless all rows of each quantized linear have a place in the template, and `whole`, embeddings and a head of its
-    own, have one there."""
-    found = {linear for source in sources.values() for linear in source.linears}
-    left = {linear: numpy.ones(rows, bool) for linear, (rows, _) in sizes.items() if linear not in whole}
+def check_complete(sources: dict[str, Source], quantized: dict[str, int], ends: set[str]) -> None:
+    """Raise InputError unless all rows of the `quantized` linears of layers have a place in the template, and the `ends`, embeddings and a
+    head of its own, have one there."""
+    left, found = {linear: torch.ones(rows, dtype=torch.bool) for linear, rows in quantized.items()}, set()
     for source in sources.values():
-        starts = 0
-        for linear, size in source.linears.items():
+        found |= set(source.linears)
+        rows = [size[0] for size in source.linears.values()]
+        used = torch.zeros(sum(rows), dtype=torch.bool).index_fill_(0, source.rows, True)
+        for linear, its in zip(source.linears, used.split(rows), strict=True):
             if linear in left:
-                inside = (source.rows >= starts) & (source.rows < starts + size[0])
-                left[linear][(source.rows[inside] - starts).numpy()] = False
-            starts += size[0] if size else 0
-    if missing := [linear for linear in whole if linear not in found] + [linear for linear, rows in left.items() if rows.any()]:
+                left[linear] &= ~its
+    if missing := [*(ends - found), *(linear for linear, rows in left.items() if rows.any())]:
         raise InputError(
             f"the template has no tensor with the rows of {missing[0]}.weight: make it of the model that was quantized, or, if "
             "llama.cpp stores other numbers than this family does, quantize without that linear (--skip)"
@@ -287,7 +293,8 @@ def export(checkpoint: Checkpoint, base: Path, template: Path, out: Path, overwr
         raise InputError(f"--out is {out}, which is the template: give another name")
     reader = open_template(template)
     sources = sources_of(checkpoint, base, reader)
-    writer = ModelWriter(out, overwrite, int(0.6 * checkpoint.file_bytes()), flag="--out", gguf=True)  # parts count, which are not made
+    needed = int(1.2 * checkpoint.file_bytes())
+    writer = ModelWriter(out, overwrite, needed // 2, flag="--out", gguf=True)  # it asks for twice as much: parts, which are not made here
     try:
         file = writer.folder / "merged"
         write(file, checkpoint, reader, sources)
