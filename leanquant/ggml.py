@@ -129,15 +129,16 @@ class Rows:
         self._linears = numpy.array(linears)
         weights = (original.get(name + ".weight").to(dtype).contiguous() for name in linears)
         found = [digests(weight.view(torch.uint8).numpy()) for weight in weights]
-        self._linear = numpy.repeat(numpy.arange(len(found)), [len(part) for part in found])
+        self._sizes = numpy.array([len(part) for part in found])
+        self._linear = numpy.repeat(numpy.arange(len(found)), self._sizes)
         self._number = numpy.concatenate([numpy.arange(len(part)) for part in found])
         unsorted = numpy.concatenate(found)
         self._order = numpy.argsort(unsorted, kind="stable")
         self._digests = unsorted[self._order]
 
-    def find(self, rows: numpy.ndarray) -> tuple[list[str], numpy.ndarray, numpy.ndarray] | None:
-        """Linears, and of each row the index of its linear among them and its number there; None if there is a row that none of them has.
-        rows: bytes. Equal ones are taken in turn, from linears that give others too, if there are any."""
+    def find(self, rows: numpy.ndarray) -> tuple[list[str], torch.Tensor] | None:
+        """Linears, and of each row its number in all of these, one after the other; None if there is a row that none of them has. rows:
+        bytes. Equal ones are taken in turn, from linears that give others too, if there are any."""
         wanted = digests(rows)
         first, end = (numpy.searchsorted(self._digests, wanted, side) for side in ("left", "right"))
         if not (end > first).all():
@@ -151,7 +152,8 @@ class Rows:
             place[row] = likely[taken[first[row]] % len(likely)]
             taken[first[row]] += 1
         used, index = numpy.unique(self._linear[place], return_inverse=True)
-        return self._linears[used].tolist(), index, self._number[place]
+        starts = numpy.cumsum(self._sizes[used]) - self._sizes[used]
+        return self._linears[used].tolist(), torch.from_numpy(starts[index] + self._number[place])
 
 
 def digests(rows: numpy.ndarray) -> numpy.ndarray:
@@ -229,12 +231,7 @@ def check_alike(checkpoint: Checkpoint, original: Checkpoint, own: set[str]) -> 
 
 
 def source_of(
-    checkpoint: Checkpoint,
-    sizes: dict[str, tuple[int, int]],
-    tensor: gguf.ReaderTensor,
-    linears: list[str],
-    index: numpy.ndarray,
-    number: numpy.ndarray,
+    checkpoint: Checkpoint, sizes: dict[str, tuple[int, int]], tensor: gguf.ReaderTensor, linears: list[str], rows: torch.Tensor
 ) -> Source | None:
     """The source of a tensor whose rows Rows.find has found; None if it stays. Raises InputError if its linears cannot be one tensor."""
     quantized = [linear for linear in linears if checkpoint.is_quantized(linear)]
@@ -242,7 +239,7 @@ def source_of(
         if tensor.name not in (EMBEDDINGS, HEAD):
             return None
         smaller = Type.Q8_0 if tensor.shape[0] % 32 == 0 else tensor.tensor_type
-        return Source({linear: sizes[linear] for linear in linears}, torch.from_numpy(number), smaller, None)
+        return Source({linear: sizes[linear] for linear in linears}, rows, smaller, None)
     if len(quantized) < len(linears):
         left = min(set(linears) - set(quantized))
         raise InputError(f"{tensor.name} of the template holds {quantized[0]} and {left}, which is not quantized: quantize both or neither")
@@ -257,8 +254,7 @@ def source_of(
     if not (kind := type_of(bits, columns, symmetric)):
         points = "" if symmetric else " and a zero point"
         raise InputError(f"gguf cannot hold {bits} bits with a scale{points} for {columns} columns ({linears[0]}): {REMEDIES[bits]}")
-    starts = numpy.cumsum([0, *(sizes[linear][0] for linear in linears)])
-    return Source({linear: sizes[linear] for linear in linears}, torch.from_numpy(starts[index] + number), kind, bits)
+    return Source({linear: sizes[linear] for linear in linears}, rows, kind, bits)
 
 
 def check_complete(sources: dict[str, Source], quantized: dict[str, int], ends: set[str]) -> None:
